@@ -1,0 +1,249 @@
+"""Every `commonit_*` option, once: its type, default, help and validation.
+
+`CommonITArguments` is a plain dataclass, so `HfArgumentParser`, `TrlParser` and a subclass of any `TrainingArguments`
+read it as it stands; other front ends derive theirs from its fields. Values are checked when the dataclass is made:
+types by pydantic, choices and combinations here. Every error is a `ValueError` of one line that names the option, the
+value and the way out.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+METRICS = ("task", "length", "embedding", "none")
+DEFAULT_TASK_COLUMNS = ("task", "task_name", "category", "source", "dataset")
+DEFAULT_NUM_GROUPS = {"length": 8, "embedding": 32}
+
+_CHOICES = {
+    "commonit_metric": METRICS,
+    "commonit_length_of": ("response", "prompt", "total"),
+    "commonit_embedding_text": ("prompt", "response", "both"),
+    "commonit_purity": ("step", "global", "micro"),
+    "commonit_remainder": ("keep", "drop", "pad"),
+}
+WEIGHT_NAMES = ("proportional", "uniform", "sqrt")
+_READ_BY = {
+    "commonit_task_column": ("task",),
+    "commonit_num_groups": ("length", "embedding"),
+    "commonit_length_of": ("length",),
+    "commonit_length_edges": ("length",),
+    "commonit_embedding_model": ("embedding",),
+    "commonit_embedding_text": ("embedding",),
+    "commonit_reference_dataset": ("embedding",),
+    "commonit_reference_task_column": ("embedding",),
+}
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The member of `known` that is spelt most like `word`."""
+    known = list(known)
+    return (difflib.get_close_matches(word, known, n=1, cutoff=0.0) or known)[0]
+
+
+@dataclass(kw_only=True)
+class CommonITArguments:
+    """The `commonit_*` options, to be mixed into a `TrainingArguments` dataclass: `class MyArgs(CommonITArguments, ...)`.
+
+    Raises:
+        ValueError: on a missing metric, an unknown option, a value of the wrong type or out of range, or an option that
+            the chosen metric does not read.
+    """
+
+    commonit_metric: str | None = field(
+        default=None,
+        metadata={"help": "How to group the data: 'task', 'length', 'embedding' or 'none' (plain batches). Required."},
+    )
+    commonit_task_column: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Metric 'task': the label column, or several to join. Default: the first of "
+            f"{', '.join(DEFAULT_TASK_COLUMNS)} that the dataset has."
+        },
+    )
+    commonit_num_groups: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of quantile bins (metric 'length', default 8) or of k-means clusters (metric 'embedding' "
+            "without a reference dataset, default 32)."
+        },
+    )
+    commonit_length_of: str = field(
+        default="response",
+        metadata={"help": "Metric 'length': tokens of the 'response', the 'prompt' or the 'total', after truncation."},
+    )
+    commonit_length_edges: list[int] | None = field(
+        default=None,
+        metadata={"help": "Metric 'length': explicit bin edges in tokens, ascending, instead of quantiles."},
+    )
+    commonit_embedding_model: str = field(
+        default="sentence-transformers/all-MiniLM-L6-v2",
+        metadata={"help": "Metric 'embedding': name or local path of a sentence-transformers model."},
+    )
+    commonit_embedding_text: str = field(
+        default="prompt",
+        metadata={"help": "Metric 'embedding': which text to encode: 'prompt', 'response' or 'both'."},
+    )
+    commonit_reference_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Metric 'embedding': hub name or local file of a reference set; each row joins the nearest "
+            "reference task (the paper's way, with the MMLU dev set). Default: k-means."
+        },
+    )
+    commonit_reference_task_column: str = field(
+        default="task", metadata={"help": "Metric 'embedding': the task label column of the reference dataset."}
+    )
+    commonit_purity: str = field(
+        default="step",
+        metadata={
+            "help": "What holds one group: every micro-batch of an optimizer 'step', the micro-batches of all ranks "
+            "at a time ('global'), or each micro-batch alone ('micro')."
+        },
+    )
+    commonit_remainder: str = field(
+        default="keep",
+        metadata={
+            "help": "What becomes of a group's last, incomplete step: 'keep' it by evening out the group's steps, "
+            "'drop' it, or 'pad' it with repeats from the group."
+        },
+    )
+    commonit_min_group_size: int = field(
+        default=1,
+        metadata={
+            "help": "Merge groups with fewer rows: a length bin with its smaller neighbour, a cluster with the nearest "
+            "centroid, a task with the others into 'other'."
+        },
+    )
+    commonit_weights: dict[str, Any] | str | None = field(  # this order of types is what HfArgumentParser reads as str
+        default="proportional",
+        metadata={
+            "help": "Share of each group in an epoch of unchanged length: 'proportional' to its rows (every row once), "
+            "'uniform', 'sqrt' of its rows, or a mapping of group name to weight (as JSON on the command line)."
+        },
+    )
+    commonit_balance_lengths: bool = field(
+        default=True,
+        metadata={
+            "help": "Arrange the samples of each step by token length, in micro-batches of different sample counts, so "
+            "that padding is low and ranks cost the same. The step's gradient does not change."
+        },
+    )
+    commonit_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where computed groups are cached. Default: 'commonit' in the datasets cache."},
+    )
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        check_option_names(kwargs)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        validate_options(self)
+        parent_init = getattr(super(), "__post_init__", None)
+        if parent_init is not None:
+            parent_init()
+
+    @property
+    def commonit_on(self) -> bool:
+        """Whether a metric is chosen; when not, training is exactly the parent trainer's."""
+        return self.commonit_metric != "none"
+
+
+OPTIONS = {option.name: option for option in fields(CommonITArguments)}
+# Not `Field.type`, which HfArgumentParser overwrites.
+_VALIDATORS = {name: TypeAdapter(hint) for name, hint in get_type_hints(CommonITArguments).items()}
+
+
+def check_option_names(names: Iterable[str]) -> None:
+    """Raise a `ValueError` that names the nearest valid option if one of `names` is an unknown `commonit_*` name."""
+    for name in names:
+        if name.startswith("commonit") and name not in OPTIONS:
+            raise ValueError(f"Unknown option {name}: did you mean {nearest(name, OPTIONS)}?")
+
+
+def check_choice(option: str, value: Any, choices: Iterable[str]) -> None:
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(
+            f"{option}={value!r} is not one of {', '.join(choices)}: did you mean {nearest(str(value), choices)!r}?"
+        )
+
+
+def validate_options(options: CommonITArguments) -> None:
+    """Check and normalise all options of `options` in place (see the module's first lines for the errors)."""
+    if options.commonit_metric is None:
+        raise ValueError(
+            "commonit_metric is not set: write commonit_metric='task', 'length' or 'embedding', or 'none' to train "
+            "with plain batches."
+        )
+    if isinstance(options.commonit_task_column, str):
+        options.commonit_task_column = [options.commonit_task_column]
+    if isinstance(options.commonit_weights, str) and options.commonit_weights.startswith("{"):
+        options.commonit_weights = _parse_mapping("commonit_weights", options.commonit_weights)
+    for name, option in OPTIONS.items():
+        value = getattr(options, name)
+        try:
+            setattr(options, name, _VALIDATORS[name].validate_python(value))
+        except ValidationError as error:
+            raise ValueError(f"{name}={value!r}: {error.errors()[0]['msg']}. {option.metadata['help']}") from None
+    for name, choices in _CHOICES.items():
+        check_choice(name, getattr(options, name), choices)
+    if options.commonit_on:
+        _check_combinations(options)
+
+
+def _parse_mapping(option: str, text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option}={text!r} is not JSON: {error}. Write for example '{{\"group\": 0.5}}'.") from None
+
+
+def _check_combinations(options: CommonITArguments) -> None:
+    metric = options.commonit_metric
+    for name, metrics in _READ_BY.items():
+        if metric not in metrics and getattr(options, name) != OPTIONS[name].default:
+            raise ValueError(
+                f"{name}={getattr(options, name)!r} is read by commonit_metric={' or '.join(map(repr, metrics))} only, "
+                f"not by {metric!r}: remove it or change commonit_metric."
+            )
+    for name, least in (("commonit_num_groups", 1), ("commonit_min_group_size", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least}.")
+    edges = options.commonit_length_edges
+    if edges is not None:
+        if not edges or any(low >= high for low, high in zip(edges, edges[1:], strict=False)):
+            raise ValueError(f"commonit_length_edges={edges} must be one or more ascending token counts, e.g. [64, 256].")
+        if options.commonit_num_groups is not None:
+            raise ValueError(
+                f"commonit_num_groups={options.commonit_num_groups} and commonit_length_edges={edges} both say how many "
+                "bins there are: remove one."
+            )
+    if options.commonit_task_column is not None and not options.commonit_task_column:
+        raise ValueError("commonit_task_column=[] names no column: name one or more, or remove the option.")
+    if options.commonit_reference_dataset is not None and options.commonit_num_groups is not None:
+        raise ValueError(
+            f"commonit_num_groups={options.commonit_num_groups} has no use with "
+            f"commonit_reference_dataset={options.commonit_reference_dataset!r}, whose tasks are the groups: remove one."
+        )
+    if options.commonit_weights is None:
+        raise ValueError("commonit_weights=None: write 'proportional', the default, or another weighting.")
+    check_weights(options.commonit_weights)
+
+
+def check_weights(weights: Mapping[str, Any] | str) -> None:
+    """Check `commonit_weights`: a known name, or a mapping to numbers >= 0 that are not all 0."""
+    if isinstance(weights, str):
+        check_choice("commonit_weights", weights, WEIGHT_NAMES)
+        return
+    for group, weight in weights.items():
+        if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"commonit_weights: the weight {weight!r} of group {group!r} must be a number >= 0.")
+    if not any(weights.values()):
+        raise ValueError(f"commonit_weights={dict(weights)!r} gives no group a weight above 0: nothing would be trained.")

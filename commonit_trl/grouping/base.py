@@ -1,0 +1,126 @@
+"""What every metric's grouper is: read rows, measure them, fit groups to them, assign rows to groups; save and load.
+
+    rows --read--> values (what the cache hashes) --measure--> features --fit--> groups --assign--> group ids
+
+A saved grouper is `groups.json` (metric, options, group names, fitted numbers) and, where it holds arrays,
+`groups.safetensors`. No pickle.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from commonit_trl.text import Rows
+
+GROUPS_FILE = "groups.json"
+ARRAYS_FILE = "groups.safetensors"
+FORMAT = 1
+
+
+class Grouper(ABC):
+    """Base class of the groupers; a new metric implements the methods that are abstract here.
+
+    `options` are the constructor's keyword arguments, JSON values that say which grouper this is. After `fit`, `names`
+    lists the groups in the order of their ids.
+    """
+
+    metric: ClassVar[str]
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.names: list[str] = []
+
+    @abstractmethod
+    def read(self, rows: Rows) -> Any:
+        """The values of `rows` that this metric looks at: a numpy array, or a list of strings and None."""
+
+    def measure(self, values: Any) -> Any:
+        """The features that `fit_features` and `assign_features` take; here the values themselves."""
+        return values
+
+    @abstractmethod
+    def fit_features(self, features: Any) -> None:
+        """Find the groups and set `names`."""
+
+    @abstractmethod
+    def assign_features(self, features: Any) -> NDArray[np.int64]:
+        """(rows,) group ids, -1 for a row that belongs to none of the fitted groups."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the groups besides the rows' values: metric, options, identity of models and reference data."""
+        return {"metric": self.metric, **self.options}
+
+    def fitted_numbers(self) -> dict[str, Any]:
+        """The fitted state that `groups.json` holds besides `names`."""
+        return {}
+
+    def fitted_arrays(self) -> dict[str, NDArray[Any]]:
+        """The fitted state that `groups.safetensors` holds."""
+        return {}
+
+    @abstractmethod
+    def restore(self, numbers: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+        """Set the fitted state from what `fitted_numbers` and `fitted_arrays` gave."""
+
+    def fit(self, rows: Rows) -> Self:
+        """Fit the groups to `rows`; returns the grouper."""
+        self.fit_features(self.measure(self.read(rows)))
+        return self
+
+    def assign(self, rows: Rows) -> NDArray[np.int64]:
+        """(rows,) the group id of each row, -1 where it belongs to none (a task that `fit` did not see)."""
+        return self.assign_features(self.measure(self.read(rows)))
+
+    def fit_assign(self, values: Any) -> NDArray[np.int64]:
+        """Fit to what `read` returned and assign the same rows, measuring them once."""
+        features = self.measure(values)
+        self.fit_features(features)
+        return self.assign_features(features)
+
+    def description(self) -> dict[str, Any]:
+        """The fitted grouper as JSON values, arrays left out: the content of `groups.json`."""
+        return {
+            "format": FORMAT,
+            "metric": self.metric,
+            "options": self.options,
+            "names": self.names,
+            "fitted": self.fitted_numbers(),
+        }
+
+    def save(self, directory: str | Path) -> None:
+        """Write the fitted grouper into `directory`, which is made where needed."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        arrays = self.fitted_arrays()
+        if arrays:
+            save_file(arrays, directory / ARRAYS_FILE)
+        text = json.dumps(self.description(), indent=2, ensure_ascii=False)
+        (directory / GROUPS_FILE).write_text(text, encoding="utf-8")
+
+
+def load_grouper(directory: str | Path) -> Grouper:
+    """The grouper that `Grouper.save` wrote into `directory`.
+
+    Raises:
+        ValueError: naming the file that is missing, damaged or of another format.
+    """
+    from commonit_trl.grouping.build import GROUPERS
+
+    path = Path(directory) / GROUPS_FILE
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["format"] != FORMAT:
+            raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
+        grouper = GROUPERS[saved["metric"]](**saved["options"])
+        grouper.names = list(map(str, saved["names"]))
+        arrays_path = path.with_name(ARRAYS_FILE)
+        grouper.restore(saved["fitted"], load_file(arrays_path) if arrays_path.exists() else {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a readable set of groups ({type(error).__name__}: {error}).") from error
+    return grouper

@@ -1,0 +1,124 @@
+"""Fitted groups and assignments on disk, so that a second run does not compute them again.
+
+An entry is a directory named by a fingerprint of what decides its content: the values that the metric reads from the
+rows, the metric's options, and the identity of its model and reference data. It holds the saved grouper, the assignment
+and a checksum of each file. Entries are written to a temporary directory and renamed, under a file lock, so processes
+that race for one compute it once, and no reader sees half of one. Waiting is on the lock, never in a collective, so a
+long encoding on one rank cannot run into the process group's timeout.
+
+Cost: hashing, about 1 GB of text a second.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from commonit_trl.grouping.base import Grouper, load_grouper
+from commonit_trl.text import Rows
+
+logger = logging.getLogger(__name__)
+
+_ASSIGNMENT_FILE = "assignment.safetensors"
+_CHECKSUM_FILE = "checksums.json"
+_VERSION = 1
+
+
+def default_cache_dir() -> Path:
+    """`commonit` in the datasets library's cache."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    return Path(HF_DATASETS_CACHE) / "commonit"
+
+
+def fit_assign_cached(
+    grouper: Grouper, rows: Rows, cache_dir: str | Path | None = None
+) -> tuple[Grouper, NDArray[np.int64]]:
+    """Fit `grouper` to `rows` and assign them, or load what an earlier call with the same inputs computed.
+
+    Returns:
+        The fitted grouper and (rows,) group ids.
+
+    Raises:
+        ValueError: when the cache directory cannot be written or read.
+    """
+    cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    values = grouper.read(rows)
+    entry = cache_dir / fingerprint(grouper, values)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{entry}.lock"):
+            cached = _load_entry(entry, len(rows))
+            if cached is not None:
+                return cached
+            group_ids = grouper.fit_assign(values)
+            _write_entry(entry, grouper, group_ids)
+    except OSError as error:
+        raise ValueError(
+            f"commonit_cache_dir={str(cache_dir)!r} cannot be used ({type(error).__name__}: {error}): name a directory "
+            "that this user may write."
+        ) from error
+    return grouper, group_ids
+
+
+def fingerprint(grouper: Grouper, values: Any) -> str:
+    """A hash of everything that decides the groups of rows whose `Grouper.read` gave `values`."""
+    content = hashlib.blake2b(digest_size=16)
+    content.update(json.dumps([_VERSION, grouper.identity()], sort_keys=True).encode())
+    if isinstance(values, np.ndarray):
+        content.update(np.ascontiguousarray(values))
+    else:
+        for value in values:
+            text = b"" if value is None else value.encode("utf-8", "surrogatepass")
+            content.update(f"{'-' if value is None else len(text)}:".encode())
+            content.update(text)
+    return content.hexdigest()
+
+
+def _load_entry(entry: Path, num_rows: int) -> tuple[Grouper, NDArray[np.int64]] | None:
+    if not entry.exists():
+        return None
+    try:
+        checksums = json.loads((entry / _CHECKSUM_FILE).read_text(encoding="utf-8"))
+        for name, checksum in checksums.items():
+            if _checksum(entry / name) != checksum:
+                raise ValueError(f"{name} is not what was written")
+        grouper = load_grouper(entry)
+        group_ids = load_file(entry / _ASSIGNMENT_FILE)["group_ids"]
+        if len(group_ids) != num_rows:
+            raise ValueError(f"{len(group_ids)} assignments for {num_rows} rows")
+    except Exception as error:  # a damaged file fails in the parser's own way; any failure means: build it again
+        logger.warning(
+            "The cached groups in %s are damaged (%s: %s) and are computed again.", entry, type(error).__name__, error
+        )
+        shutil.rmtree(entry)
+        return None
+    logger.info("Loaded groups from %s.", entry)
+    return grouper, group_ids
+
+
+def _write_entry(entry: Path, grouper: Grouper, group_ids: NDArray[np.int64]) -> None:
+    temporary = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
+    try:
+        grouper.save(temporary)
+        save_file({"group_ids": group_ids}, temporary / _ASSIGNMENT_FILE)
+        checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
+        (temporary / _CHECKSUM_FILE).write_text(json.dumps(checksums), encoding="utf-8")
+        os.replace(temporary, entry)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

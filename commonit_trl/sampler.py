@@ -1,0 +1,49 @@
+"""The torch batch sampler over epoch plans, and the dataloader that carries the epoch to it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader
+
+from commonit_trl.plan import EpochPlan
+
+
+class CommonITBatchSampler(BatchSampler):
+    """Yields the micro-batches of one rank, as the epoch's plan has them.
+
+    It is rank-aware: rank r of W yields `plan.micro_batch(m, r)` for m = 0, 1, ..., so it must not be sharded again (by
+    accelerate's `prepare`, say). All ranks yield `len(self)` micro-batches, in every epoch; together they yield all
+    samples that the plan holds, and no other.
+
+    Args:
+        plan: a function from the epoch's number to its plan; the same on every rank.
+        rank: data-parallel rank.
+    """
+
+    def __init__(self, plan: Callable[[int], EpochPlan], rank: int = 0) -> None:
+        self.plan = plan
+        self.rank = rank
+        self.current = plan(0)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the next iteration's micro-batches from the plan of `epoch`."""
+        if epoch != self.epoch:
+            self.epoch, self.current = epoch, self.plan(epoch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.current.batches(self.rank)
+
+    def __len__(self) -> int:
+        return self.current.num_micro_steps
+
+
+class CommonITDataLoader(DataLoader):
+    """A dataloader over a `CommonITBatchSampler`, with the `set_epoch` that `transformers.Trainer` calls each epoch."""
+
+    def __init__(self, dataset: Any, batch_sampler: CommonITBatchSampler, **options: Any) -> None:
+        super().__init__(dataset, batch_sampler=batch_sampler, **options)
+        self.commonit_sampler = batch_sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        self.commonit_sampler.set_epoch(epoch)

@@ -1,0 +1,499 @@
+"""CommonIT in a trainer: `CommonITMixin` for any `transformers.Trainer`, `CommonITSFTTrainer` for TRL.
+
+At construction the options are checked, then the groups are fitted to the prepared training rows. `get_train_dataloader`
+takes the parent's dataloader apart and puts it together again around a `CommonITBatchSampler`. With
+`commonit_metric="none"` every method is the parent's.
+
+Why the loader is not given to `accelerator.prepare`: the sampler knows its rank, and accelerate would shard it once more
+(see the traps in `accelerate/data_loader.py`: `BatchSamplerShard` drops rounds that end in a short batch). `Trainer` moves
+the batches to the device itself.
+"""
+
+import contextlib
+import copy
+import functools
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+from numpy.typing import NDArray
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from trl import SFTConfig, SFTTrainer, pack_dataset
+
+from commonit_trl.config import CommonITArguments, nearest
+from commonit_trl.grouping import Grouper, build_grouper, fit_assign_cached
+from commonit_trl.plan import EpochPlan, PlanSummary, plan_epoch
+from commonit_trl.sampler import CommonITBatchSampler, CommonITDataLoader
+from commonit_trl.text import Rows
+
+logger = logging.getLogger(__name__)
+
+COMMONIT_DIR = "commonit"
+RUN_FILE = "run.json"
+
+
+class CommonITMixin:
+    """Group-pure batches for a `transformers.Trainer` subclass: `class MyTrainer(CommonITMixin, Trainer)`.
+
+    Its `args` must be a `TrainingArguments` that also derives from `CommonITArguments`, its `train_dataset` a
+    `datasets.Dataset`.
+
+    Attributes:
+        commonit_grouper: the fitted grouper; None with `commonit_metric="none"`.
+        commonit_group_ids: (rows of `self.train_dataset`,) group ids; None likewise.
+
+    Raises:
+        ValueError: at construction, on options or trainer settings that do not go together, before the model is loaded
+            where they can be told from the arguments; in `train`, on a checkpoint of a different run.
+    """
+
+    commonit_grouper: Grouper | None = None
+    commonit_group_ids: NDArray[np.int64] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+        options, dataset = given.get("args"), given.get("train_dataset")
+        if not isinstance(options, CommonITArguments):
+            raise ValueError(
+                f"args is {type(options).__name__}, which has no commonit_* options: give a CommonITSFTConfig, or a "
+                "dataclass that derives from CommonITArguments and your TrainingArguments."
+            )
+        self._commonit_on = options.commonit_on and dataset is not None
+        if self._commonit_on:
+            _check_settings(options)  # type: ignore[arg-type]
+            _check_dataset(dataset)
+            build_grouper(options, dataset.column_names)  # a missing task column is seen here, before the model
+        self._commonit_eval_dataset: Dataset | None = None
+        self._commonit_eval_groups: dict[int, tuple[Dataset, NDArray[np.int64] | None]] = {}
+        super().__init__(*args, **kwargs)
+        if self._commonit_on:
+            self._commonit_set_up()
+
+    # --- groups and plans -------------------------------------------------------------------------------------------
+
+    def _commonit_rows(self, dataset: Dataset) -> Rows:
+        """How the groupers read `dataset`."""
+        return Rows(dataset, self.processing_class)
+
+    def _commonit_set_up(self) -> None:
+        if self.commonit_group_ids is None:  # packing groups the rows earlier, before they are packed
+            rows = self._commonit_rows(self.train_dataset)
+            self.commonit_grouper, self.commonit_group_ids = _fit_assign(self.args, rows)
+        self._commonit_world_size, self._commonit_rank = _data_parallel_place(self)
+        self._commonit_lengths = self._commonit_arrangement_lengths()
+        self.add_callback(_EpochOnResume())
+        summary = self.commonit_plan().summary()
+        if self.is_world_process_zero():
+            _log_ledger(summary, self.commonit_grouper, self.args)
+
+    def _commonit_arrangement_lengths(self) -> NDArray[np.int64] | None:
+        """(rows,) tokens by which to arrange steps, or None where arranging is off or would change the gradient."""
+        if not self.args.commonit_balance_lengths:
+            return None
+        if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+            logger.warning(
+                "commonit_balance_lengths: %s does not take the step's token count, so its loss is a mean over "
+                "micro-batches and would depend on their sizes; they keep equal sizes.",
+                type(self.model).__name__,
+            )
+            return None
+        rows = Rows(self.train_dataset)
+        if not rows.tokenized:
+            logger.info("commonit_balance_lengths: the rows are not tokenised, so micro-batches keep equal sizes.")
+            return None
+        return rows.token_counts("total")
+
+    def _commonit_plan_of(self) -> Callable[..., EpochPlan]:
+        assert self.commonit_grouper is not None and self.commonit_group_ids is not None
+        if len(self.train_dataset) != len(self.commonit_group_ids):
+            raise ValueError(
+                f"train_dataset now has {len(self.train_dataset)} rows and had {len(self.commonit_group_ids)} when it "
+                "was grouped: give the dataset at construction and do not replace it."
+            )
+        return functools.partial(
+            _plan_of_epoch,
+            group_ids=self.commonit_group_ids,
+            lengths=self._commonit_lengths,
+            micro_batch_size=self._train_batch_size,
+            world_size=self._commonit_world_size,
+            accumulation_steps=self.args.gradient_accumulation_steps,
+            purity=self.args.commonit_purity,
+            remainder=self.args.commonit_remainder,
+            weights=_weights_by_id(self.args.commonit_weights, self.commonit_grouper.names, self.commonit_group_ids),
+            seed=_data_seed(self.args),
+        )
+
+    def commonit_plan(self, epoch: int = 0) -> EpochPlan:
+        """The plan of `epoch`, as training will follow it.
+
+        Raises:
+            ValueError: with `commonit_metric="none"`, which plans nothing.
+        """
+        if not self._commonit_on:
+            raise ValueError("commonit_metric='none' (or a trainer without train_dataset) has no plan.")
+        return self._commonit_plan_of()(epoch)
+
+    def get_train_dataloader(self) -> Any:
+        """The parent's dataloader, over this rank's micro-batches of the plan."""
+        loader = super().get_train_dataloader()  # type: ignore[misc]
+        if not self._commonit_on:
+            return loader
+        return CommonITDataLoader(
+            loader.dataset,
+            CommonITBatchSampler(self._commonit_plan_of(), self._commonit_rank),
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=loader.generator,
+            prefetch_factor=loader.prefetch_factor,
+            persistent_workers=loader.persistent_workers,
+            in_order=loader.in_order,
+        )
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _commonit_run(self) -> dict[str, Any]:
+        """What a resumed run must share with the run that wrote the checkpoint."""
+        plan = self.commonit_plan()
+        assert self.commonit_grouper is not None and self.commonit_group_ids is not None
+        return {
+            "commonit_metric": self.args.commonit_metric,
+            "commonit_purity": self.args.commonit_purity,
+            "commonit_remainder": self.args.commonit_remainder,
+            "commonit_weights": self.args.commonit_weights,
+            "commonit_balance_lengths": self._commonit_lengths is not None,
+            "data seed": _data_seed(self.args),
+            "per-device batch size": plan.micro_batch_size,
+            "world size": plan.world_size,
+            "gradient accumulation steps": plan.accumulation_steps,
+            "rows": len(self.commonit_group_ids),
+            "groups": _digest(json.dumps(self.commonit_grouper.description(), sort_keys=True).encode()),
+            "assignment of rows to groups": _digest(self.commonit_group_ids),
+            "token lengths": None if self._commonit_lengths is None else _digest(self._commonit_lengths),
+            "order of samples": plan.digest(),
+        }
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as the parent does, and the groups beside it in `commonit/`."""
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        if self._commonit_on and self.args.should_save:
+            assert self.commonit_grouper is not None
+            directory = Path(output_dir or self.args.output_dir) / COMMONIT_DIR
+            self.commonit_grouper.save(directory)
+            (directory / RUN_FILE).write_text(json.dumps(self._commonit_run(), indent=2), encoding="utf-8")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the parent does; a checkpoint to resume from must come from the same groups and plan."""
+        checkpoint = (
+            get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        )
+        if checkpoint:
+            self._commonit_check_checkpoint(Path(checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _commonit_check_checkpoint(self, checkpoint: Path) -> None:
+        saved_path = checkpoint / COMMONIT_DIR / RUN_FILE
+        if not self._commonit_on or not saved_path.exists():
+            if self._commonit_on == saved_path.exists() or not checkpoint.exists():
+                return
+            was, now = ("without", "with") if self._commonit_on else ("with", "without")
+            raise ValueError(
+                f"resume_from_checkpoint={str(checkpoint)!r} was written {was} CommonIT and this run trains {now} it, in "
+                "another order: resume with the checkpoint's commonit_metric, or start a new run."
+            )
+        try:
+            saved = json.loads(saved_path.read_text(encoding="utf-8"))
+            current = self._commonit_run()
+            # B may be what an earlier run found out; the Trainer takes it from the checkpoint.
+            skipped = {"per-device batch size", "order of samples"} if self.args.auto_find_batch_size else set()
+            differences = [
+                f"{name} ({saved[name]!r} in the checkpoint, {current[name]!r} now)"
+                for name in current
+                if name not in skipped and saved[name] != current[name]
+            ]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{saved_path} is damaged ({type(error).__name__}: {error}): use another checkpoint.") from error
+        if differences:
+            raise ValueError(
+                f"resume_from_checkpoint={str(checkpoint)!r} is of another run; these differ: {'; '.join(differences)}. "
+                "Resume with the same settings and data, or start a new run."
+            )
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> Any:
+        """The parent's; remembers which rows are evaluated, for the loss of each group."""
+        if self._commonit_on:
+            rows = self.eval_dataset if eval_dataset is None else eval_dataset
+            self._commonit_eval_dataset = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The parent's loop, then one more pass, group by group, for `<prefix>_loss_<group>`; the rest is unchanged."""
+        dataset, self._commonit_eval_dataset = self._commonit_eval_dataset, None
+        loop = super().evaluation_loop  # type: ignore[misc]
+        output = loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        group_ids = self._commonit_assign_eval(dataset) if dataset is not None else None
+        if group_ids is not None:
+            assert dataset is not None and self.commonit_grouper is not None
+            with self._commonit_keep_eval_metrics():
+                for group in np.unique(group_ids):
+                    name = self.commonit_grouper.names[group] if group >= 0 else "(unseen task)"
+                    # Not get_eval_dataloader, which with persistent workers returns the loader of the whole set.
+                    part = self.get_test_dataloader(dataset.select(np.flatnonzero(group_ids == group)))
+                    result = loop(part, f"{description} of {name}", True, None, metric_key_prefix)
+                    output.metrics[f"{metric_key_prefix}_loss_{name}"] = result.metrics[f"{metric_key_prefix}_loss"]
+        return output
+
+    def _commonit_keep_eval_metrics(self) -> Any:
+        """A context in which evaluating leaves the parent's running metrics as they were."""
+        return contextlib.nullcontext()
+
+    def _commonit_assign_eval(self, dataset: Any) -> NDArray[np.int64] | None:
+        """(rows,) groups of an evaluation set, None (and a word why) where they cannot be told."""
+        if id(dataset) not in self._commonit_eval_groups:
+            group_ids = None
+            if not isinstance(dataset, Dataset):
+                logger.info("No loss per group: the evaluation set is a %s.", type(dataset).__name__)
+            elif "seq_lengths" in dataset.column_names:
+                logger.info("No loss per group: the evaluation set is packed; set eval_packing=False to get it.")
+            else:
+                assert self.commonit_grouper is not None
+                try:
+                    group_ids = self.commonit_grouper.assign(self._commonit_rows(dataset))
+                except ValueError as error:
+                    logger.warning("No loss per group on the evaluation set: %s", error)
+            self._commonit_eval_groups[id(dataset)] = (dataset, group_ids)  # the reference keeps the id taken
+        return self._commonit_eval_groups[id(dataset)][1]
+
+
+class _EpochOnResume(TrainerCallback):
+    """Gives the sampler the epoch in which a resumed run starts: the Trainer's own `set_epoch` does not get through the
+    wrapper that skips the epoch's first batches (`accelerate.skip_first_batches`)."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        steps_per_epoch = train_dataloader.commonit_sampler.current.num_steps
+        train_dataloader.set_epoch(state.global_step // steps_per_epoch)
+
+
+@dataclass(kw_only=True)
+class CommonITSFTConfig(CommonITArguments, SFTConfig):
+    """`SFTConfig` with the `commonit_*` options; `HfArgumentParser` and `TrlParser` read it."""
+
+
+class CommonITSFTTrainer(CommonITMixin, SFTTrainer):
+    """TRL's `SFTTrainer` with group-pure batches; takes what `SFTTrainer` takes, and a `CommonITSFTConfig`.
+
+    With `packing=True` each group is packed alone by TRL's `pack_dataset`; a step then holds packs of one group.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(SFTTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
+        self._commonit_raw_train_dataset = given.get("train_dataset")
+        super().__init__(*args, **kwargs)
+
+    def _commonit_rows(self, dataset: Dataset) -> Rows:
+        return _sft_rows(self, dataset, self.args)
+
+    # `_prepare_dataset` is TRL's own name: packing happens in it, after which no row can be told from another, so it is
+    # the only place to group before packing. tests/unit/test_platform.py fails when TRL changes its signature.
+    def _prepare_dataset(  # type: ignore[override]
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Any:
+        """TRL's preparation; of the training set with packing, each group is packed alone."""
+        if not self._commonit_on or dataset is not self._commonit_raw_train_dataset:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        self._commonit_raw_train_dataset = None  # the same object may be given for evaluation as well
+        kept = copy.copy(args)
+        kept.use_liger_kernel = False  # with it, TRL 1.9 drops the columns that grouping reads
+        if packing:
+            if args.max_length is None:
+                raise ValueError("packing=True needs max_length, the tokens of a pack: set it.")
+            kept.max_length = None  # packing cuts rows itself
+        prepared = super()._prepare_dataset(dataset, processing_class, kept, False, formatting_func, dataset_name)
+        if not packing:
+            return prepared
+        cut_at = args.max_length if args.packing_strategy == "bfd" else None
+        self.commonit_grouper, group_ids = _fit_assign(args, _sft_rows(self, prepared, args, max_length=cut_at))
+        return self._commonit_pack(prepared, group_ids, args)
+
+    def _commonit_pack(self, prepared: Dataset, group_ids: NDArray[np.int64], args: Any) -> Dataset:
+        """Pack each group alone, and set `commonit_group_ids` to the group of each pack."""
+        rows = prepared.select_columns(["input_ids", "labels"])
+        groups, packs = np.unique(group_ids), []
+        with PartialState().main_process_first():  # as TRL does: the other ranks read what the first one cached
+            for group in groups:
+                members = rows.select(np.flatnonzero(group_ids == group))
+                options = {"num_proc": args.dataset_num_proc, "desc": f"Packing {self.commonit_grouper.names[group]}"}
+                packs.append(pack_dataset(members, args.max_length, args.packing_strategy, options))
+        self.commonit_group_ids = np.repeat(groups, [len(pack) for pack in packs])
+        return concatenate_datasets(packs)
+
+    @contextlib.contextmanager
+    def _commonit_keep_eval_metrics(self) -> Any:
+        kept = {name: list(values) for name, values in self._metrics["eval"].items()}  # TRL's entropy, accuracy, ...
+        yield
+        self._metrics["eval"].clear()
+        self._metrics["eval"].update(kept)
+
+
+def _sft_rows(trainer: Any, dataset: Dataset, args: Any, max_length: int | None = None) -> Rows:
+    return Rows(
+        dataset,
+        trainer._tokenizer,
+        max_length=max_length,
+        text_field=args.dataset_text_field,
+        chat_template=trainer.chat_template,
+    )
+
+
+def _fit_assign(options: Any, rows: Rows) -> tuple[Grouper, NDArray[np.int64]]:
+    grouper = build_grouper(options, rows.columns, seed=_data_seed(options))
+    return fit_assign_cached(grouper, rows, options.commonit_cache_dir)
+
+
+def _plan_of_epoch(epoch: int, **arguments: Any) -> EpochPlan:
+    return plan_epoch(epoch=epoch, **arguments)
+
+
+def _data_seed(args: Any) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def _digest(content: Any) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def _check_settings(args: TrainingArguments) -> None:
+    """Refuse the trainer settings that would undo group-pure batches."""
+    accelerator_config = args.accelerator_config
+    refused = {
+        "train_sampling_strategy": (
+            args.train_sampling_strategy,
+            args.train_sampling_strategy != "random",
+            "it is another order of samples; leave it at 'random' (commonit_balance_lengths keeps padding low)",
+        ),
+        "accelerator_config.split_batches": (
+            accelerator_config.split_batches,
+            accelerator_config.split_batches,
+            "it would cut micro-batches apart; set it to False",
+        ),
+        "accelerator_config.dispatch_batches": (
+            accelerator_config.dispatch_batches,
+            accelerator_config.dispatch_batches,
+            "it would hand one rank's micro-batches to all; set it to False",
+        ),
+        "dataloader_drop_last": (
+            args.dataloader_drop_last,
+            args.dataloader_drop_last,
+            "the plan decides what becomes of remainders; use commonit_remainder='drop'",
+        ),
+        "ignore_data_skip": (
+            args.ignore_data_skip,
+            args.ignore_data_skip,
+            "a resumed epoch would start over and repeat samples; set it to False",
+        ),
+        "average_tokens_across_devices": (
+            args.average_tokens_across_devices,
+            not args.average_tokens_across_devices
+            and args.world_size > 1
+            and args.commonit_balance_lengths,  # type: ignore[attr-defined]
+            "each rank's tokens would weigh differently and the arrangement by length would change the gradient; set it "
+            "to True, or commonit_balance_lengths to False",
+        ),
+    }
+    for name, (value, conflicts, way_out) in refused.items():
+        if conflicts:
+            raise ValueError(f"{name}={value!r} does not go with commonit_metric: {way_out}.")
+
+
+def _check_dataset(dataset: Any) -> None:
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"train_dataset is a {type(dataset).__name__}; grouping needs the length and every row beforehand: give a "
+            "datasets.Dataset (not streaming), for example with load_dataset(...) or Dataset.from_list(...)."
+        )
+    if len(dataset) == 0:
+        raise ValueError("train_dataset has no rows.")
+
+
+def _data_parallel_place(trainer: Any) -> tuple[int, int]:
+    """(data-parallel world size, data-parallel rank); tensor- and context-parallel ranks share their batches, laid out
+    as in `accelerate.data_loader.prepare_data_loader`."""
+    if trainer.get_sp_size() > 1:
+        raise ValueError(
+            f"Sequence parallelism (sp_size={trainer.get_sp_size()}) does not go with commonit_metric: its dataloader "
+            "adapter splits batches again; set sp_size to 1."
+        )
+    shared_by = trainer.get_tp_size() * trainer.get_cp_size()
+    return trainer.args.world_size // shared_by, trainer.args.process_index // shared_by
+
+
+def _weights_by_id(weights: Any, names: list[str], group_ids: NDArray[np.int64]) -> Any:
+    """`commonit_weights` with group names replaced by ids."""
+    if isinstance(weights, str):
+        return weights
+    present = [names[group] for group in np.unique(group_ids)]
+    unknown = [name for name in weights if name not in present]
+    missing = [name for name in present if name not in weights]
+    if unknown:
+        raise ValueError(
+            f"commonit_weights names {unknown[0]!r}, which is no group; did you mean {nearest(unknown[0], present)!r}?"
+        )
+    if missing:
+        raise ValueError(f"commonit_weights names no weight for {', '.join(map(repr, missing))}: give each group one.")
+    return {group: float(weights[names[group]]) for group in np.unique(group_ids).tolist()}
+
+
+def _log_ledger(summary: PlanSummary, grouper: Grouper | None, args: Any) -> None:
+    """Say what an epoch holds, and as a warning what it leaves out or repeats."""
+    assert grouper is not None
+    logger.info(
+        "commonit_metric=%s: %d groups, %d steps an epoch (plain batches: %d), %d samples, %d lost, %d repeated.",
+        args.commonit_metric,
+        summary.num_groups,
+        summary.num_steps,
+        summary.vanilla_steps,
+        summary.num_samples,
+        summary.lost,
+        summary.repeated,
+    )
+    for count, what in ((summary.group_lost, "leaves out"), (summary.group_repeated, "repeats")):
+        affected = np.flatnonzero(count)
+        if len(affected):
+            most = affected[np.argsort(-count[affected], kind="stable")[:5]]
+            logger.warning(
+                "commonit_remainder=%s, commonit_weights=%s: an epoch %s %d of %d samples, in %d groups (most: %s).",
+                args.commonit_remainder,
+                args.commonit_weights,
+                what,
+                count.sum(),
+                summary.num_samples,
+                len(affected),
+                ", ".join(f"{count[group]} of {grouper.names[group]!r}" for group in most),
+            )
