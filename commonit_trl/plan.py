@@ -251,7 +251,7 @@ def _check_arguments(
     for (name, low), value in zip(least.items(), values, strict=True):
         if not isinstance(value, int | np.integer) or value < low:
             raise ValueError(f"{name}={value!r} must be a whole number >= {low}.")
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or (len(ids) and ids.min() < 0):
+    if ids.ndim != 1 or (ids.size and (not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0)):
         raise ValueError(f"group_ids must be one-dimensional integers >= 0, not {ids.dtype} of shape {ids.shape}.")
     if len(ids) < world_size * accumulation_steps:
         raise ValueError(
@@ -363,7 +363,7 @@ def _cut_into_blocks(
     for _ in range(_LIMIT_SEARCH_ROUNDS):
         if np.all(high - low <= 1):
             break
-        limit = (low + high) // 2
+        limit = low + np.maximum((high - low) // 2, 1)  # never below the longest sample
         fits = _fill_blocks(lengths, sizes, blocks, limit)[1] <= blocks
         low, high = np.where(fits, low, limit), np.where(fits, limit, high)
     block_of_sample, _ = _fill_blocks(lengths, sizes, blocks, high, use_all=True)

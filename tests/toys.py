@@ -1,0 +1,108 @@
+"""Small real parts for the tests: a byte tokenizer, tiny models, rows that carry their number, and a recorder of what a
+model sees."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import BloomConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<eos>"
+    "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ID_DIGITS = 3
+ID_BASE = 100
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, `<pad>`, `<eos>` and a chat template with generation marks."""
+    vocabulary = {byte: number for number, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 258) -> Any:
+    """A random two-layer model of one of the paper's architectures: `llama`, `qwen2` or `bloom`. float32, eager or sdpa."""
+    common = {"vocab_size": vocab_size, "hidden_size": 32, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
+    config = {
+        "llama": lambda: LlamaConfig(**common, **layers),
+        "qwen2": lambda: Qwen2Config(**common, **layers),
+        "bloom": lambda: BloomConfig(**common, n_layer=2, n_head=2),
+    }[architecture]()
+    set_seed(seed)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def id_rows(group_sizes: list[int], seed: int = 0, max_tokens: int = 40) -> Dataset:
+    """Tokenised rows of the given groups, shuffled: `input_ids` starts with the row's number, lengths differ, `labels`
+    masks a prompt of the number and one token more, `task` names the group, `row` is the number."""
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(len(group_sizes)), group_sizes)
+    rng.shuffle(groups)
+    rows = []
+    for number, group in enumerate(groups):
+        digits = [number // ID_BASE**place % ID_BASE for place in reversed(range(ID_DIGITS))]
+        filler = rng.integers(ID_BASE, 250, size=int(rng.integers(2, max_tokens - ID_DIGITS))).tolist()
+        tokens = digits + filler
+        labels = [-100] * (ID_DIGITS + 1) + tokens[ID_DIGITS + 1 :]
+        rows.append({"input_ids": tokens, "labels": labels, "task": f"g{group:03d}", "row": number})
+    return Dataset.from_list(rows)
+
+
+def read_ids(inputs: dict[str, torch.Tensor]) -> list[int]:
+    """The row numbers in a micro-batch of `id_rows`, padded or padding-free."""
+    tokens = inputs["input_ids"]
+    if "attention_mask" not in inputs and "position_ids" in inputs:
+        starts = (inputs["position_ids"][0] == 0).nonzero().flatten()
+        digits = torch.stack([tokens[0, starts + place] for place in range(ID_DIGITS)], dim=1)
+    else:
+        digits = tokens[:, :ID_DIGITS]
+    places = torch.tensor([ID_BASE**place for place in reversed(range(ID_DIGITS))], device=tokens.device)
+    return (digits * places).sum(dim=1).tolist()
+
+
+class Recorder(TrainerCallback):
+    """Writes what the model of this rank sees in training: a JSON line a micro-step, flushed, so that a kill loses none.
+
+    Each line is `{"step": optimizer step, "ids": row numbers}`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = f"{path}.rank{os.environ.get('RANK', '0')}"
+        self.step = 0
+
+    def attach(self, trainer: Any) -> "Recorder":
+        trainer.model.register_forward_pre_hook(self._record, with_kwargs=True)
+        trainer.add_callback(self)
+        return self
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
+
+    def _record(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if model.training:
+            with open(self.path, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": self.step, "ids": read_ids(kwargs)}) + "\n")
+
+
+def recorded(path: str | Path, world_size: int = 1) -> dict[int, list[list[list[int]]]]:
+    """What `Recorder`s wrote: optimizer step -> rank -> micro-step -> row numbers."""
+    steps: dict[int, list[list[list[int]]]] = {}
+    for rank in range(world_size):
+        for line in Path(f"{path}.rank{rank}").read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            steps.setdefault(entry["step"], [[] for _ in range(world_size)])[rank].append(entry["ids"])
+    return steps
