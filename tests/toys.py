@@ -10,8 +10,15 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import BloomConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, TrainerCallback, set_seed
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    TrainerCallback,
+    set_seed,
+)
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<eos>"
@@ -33,14 +40,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 258) -> Any:
-    """A random two-layer model of one of the paper's architectures: `llama`, `qwen2` or `bloom`. float32, eager or sdpa."""
+def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 258, dropout: float = 0.0) -> Any:
+    """A random two-layer float32 model of one of the paper's architectures: `llama`, `qwen2` or `bloom`."""
     common = {"vocab_size": vocab_size, "hidden_size": 32, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
     config = {
-        "llama": lambda: LlamaConfig(**common, **layers),
-        "qwen2": lambda: Qwen2Config(**common, **layers),
-        "bloom": lambda: BloomConfig(**common, n_layer=2, n_head=2),
+        "llama": lambda: LlamaConfig(**common, **layers, attention_dropout=dropout),
+        "qwen2": lambda: Qwen2Config(**common, **layers, attention_dropout=dropout),
+        "bloom": lambda: BloomConfig(**common, n_layer=2, n_head=2, attention_dropout=dropout),
     }[architecture]()
     set_seed(seed)
     return AutoModelForCausalLM.from_config(config)

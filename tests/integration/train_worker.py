@@ -3,9 +3,10 @@
     python train_worker.py runs.json            torchrun --nproc_per_node 2 train_worker.py runs.json
 
 `runs.json` is a list of runs, each with `name`, `dir`, `group_sizes` and any of: `options` (of `CommonITSFTConfig`),
-`model`, `trainer` ("sft" or "parent"), `resume` (path), `deepspeed` (a config: then a real engine on CPU is asserted),
-`kill_at` (optimizer step in whose first micro-step this process kills itself), `seed_rows`. Each run leaves
-`<dir>/<name>.ids.rank*`, `<dir>/<name>.safetensors` (final weights, rank 0) and `<dir>/<name>.json`.
+`model`, `dropout`, `parent` (true: train plain `SFTTrainer`), `resume` (path), `deepspeed` (a config), `kill_at`
+(optimizer step in which this process kills itself), `arrange_by` ("nothing" or "noise": other lengths for the arrangement
+inside steps than the rows' own). Each run leaves `<dir>/<name>.ids.rank*` (see `toys.Recorder`), and of rank 0
+`<dir>/<name>.safetensors` (final weights), `<dir>/<name>.gradient.safetensors` (of the first step) and `<dir>/<name>.json`.
 """
 
 import json
@@ -22,6 +23,7 @@ if USES_DEEPSPEED:  # a real engine on CPU: `use_cpu=True` would make transforme
 
     PartialState(backend="gloo")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -47,6 +49,17 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class SaveFirstGradient(TrainerCallback):
+    """Writes the gradient of the first optimizer step, as the optimizer gets it (with `max_grad_norm` 0, unclipped)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0 and state.is_world_process_zero:
+            save_file({name: weight.grad.clone() for name, weight in model.named_parameters()}, self.path)
+
+
 def train(run: dict) -> None:
     directory = Path(run["dir"])
     options = {
@@ -66,18 +79,24 @@ def train(run: dict) -> None:
     }
     if run.get("deepspeed"):
         options |= {"deepspeed": run["deepspeed"], "accelerator_config": {"use_configured_state": True}}
-    if run.get("trainer") == "parent":
+    if run.get("parent"):
         config, trainer_class = SFTConfig(**options), SFTTrainer
     else:
         options.setdefault("commonit_cache_dir", str(directory / "cache"))
         config, trainer_class = CommonITSFTConfig(**options), CommonITSFTTrainer
     trainer = trainer_class(
-        model=tiny_model(run.get("model", "llama")),
+        model=tiny_model(run.get("model", "llama"), dropout=run.get("dropout", 0.0)),
         args=config,
-        train_dataset=id_rows(run["group_sizes"], seed=run.get("seed_rows", 0)),
+        train_dataset=id_rows(run["group_sizes"]),
         processing_class=tiny_tokenizer(),
     )
     Recorder(directory / f"{run['name']}.ids").attach(trainer)
+    if not USES_DEEPSPEED:
+        trainer.add_callback(SaveFirstGradient(directory / f"{run['name']}.gradient.safetensors"))
+    if run.get("arrange_by") == "nothing":
+        trainer._commonit_lengths = None
+    elif run.get("arrange_by") == "noise":
+        trainer._commonit_lengths = np.random.default_rng(0).integers(1, 40, len(trainer.train_dataset))
     if "kill_at" in run:
         trainer.add_callback(KillAt(run["kill_at"]))
     trainer.train(resume_from_checkpoint=run.get("resume"))
@@ -89,7 +108,8 @@ def train(run: dict) -> None:
     result["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # a collective with ZeRO-3
     if trainer.is_world_process_zero():
-        save_file({name: value.contiguous().clone() for name, value in weights.items()}, directory / f"{run['name']}.safetensors")
+        weights = {name: value.contiguous().clone() for name, value in weights.items()}
+        save_file(weights, directory / f"{run['name']}.safetensors")
         (directory / f"{run['name']}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -98,7 +118,7 @@ def main() -> None:
     for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         train(run)
         if USES_DEEPSPEED:
-            AcceleratorState._reset_state(False)  # the next run may have another stage
+            AcceleratorState._reset_state(False)  # else the next run's Accelerator is refused as a second one
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -1,0 +1,94 @@
+# Two environments, one for each end of the supported range. Each is made from its constraint file the first
+# time a target needs it, and made again when pyproject.toml or that file changes. pip runs with your own
+# configuration: an index or a wheel folder with CPU builds of torch is honoured.
+
+PYTHON ?= python3
+JOBS   ?= 2
+ARGS   ?=
+
+NEWEST := .venv
+LOWEST := .venv-lowest
+NEWEST_EXTRAS := test,dev,deepspeed
+LOWEST_EXTRAS := test
+COMMA := ,
+
+TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-newest test-lowest check format constraints clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), JOBS=$(JOBS) (test processes), ARGS= (more pytest arguments)"
+
+demo: $(NEWEST)/.ready ## Run the demo: no GPU, no download of data or models
+	$(NEWEST)/bin/commonit demo
+
+test: test-newest test-lowest ## Run the tests at both ends of the supported range
+
+test-newest: $(NEWEST)/.ready ## Run the tests on the newest supported versions
+	$(call run-tests,$(NEWEST),newest)
+
+test-lowest: $(LOWEST)/.ready ## Run the tests on the lowest supported versions
+	$(call run-tests,$(LOWEST),lowest)
+
+check: $(NEWEST)/.ready ## Lint, check the formatting and the types
+	$(NEWEST)/bin/python -m ruff check .
+	$(NEWEST)/bin/python -m ruff format --check .
+	$(NEWEST)/bin/python -m mypy
+
+format: $(NEWEST)/.ready ## Format the code and fix what the linter can
+	$(NEWEST)/bin/python -m ruff check --fix .
+	$(NEWEST)/bin/python -m ruff format .
+
+constraints: ## Remake both constraint files from what pip resolves today
+	$(call freeze,newest,'.[$(NEWEST_EXTRAS)]')
+	$(call freeze,lowest,'.[$(LOWEST_EXTRAS)$(COMMA)axolotl]')
+
+clean: ## Remove the environments, caches and build output
+	rm -rf $(NEWEST) $(LOWEST) .venv-freeze build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last: an environment without one is half made, and made again from the start.
+$(NEWEST)/.ready: pyproject.toml constraints/newest.txt
+	$(call make-env,$(NEWEST),constraints/newest.txt,$(NEWEST_EXTRAS))
+
+$(LOWEST)/.ready: pyproject.toml constraints/lowest.txt
+	$(call make-env,$(LOWEST),constraints/lowest.txt,$(LOWEST_EXTRAS))
+
+define check-python
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	{ echo "error: '$(PYTHON)' is not Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+endef
+
+# $(1) folder, $(2) constraint file, $(3) extras. torch goes first and alone, at its pinned version, so that a
+# CPU build is taken where pip is set up to offer one.
+define make-env
+$(check-python)
+@echo "Making $(1) from $(2) (some minutes)"
+$(PYTHON) -m venv --clear $(1)
+$(1)/bin/python -m pip install -q -c $(2) torch
+$(1)/bin/python -m pip install -q -c $(2) -e '.[$(3)]'
+@touch $(1)/.ready
+endef
+
+# $(1) folder, $(2) end of the range
+define run-tests
+@echo "Tests on the $(2) supported versions ($(1)):"
+@$(1)/bin/python -m pip list 2>/dev/null | awk '/^(torch|trl|transformers|accelerate|datasets) / { print "  " $$1, $$2 }'
+$(TEST_ENV) $(1)/bin/python -m pytest -n $(JOBS) $(ARGS)
+endef
+
+# $(1) end of the range, $(2) what to install. Left out: this package, torch's local version (2.13.0+cpu) and
+# the CUDA packages, which torch's own build chooses.
+define freeze
+$(check-python)
+$(PYTHON) -m venv --clear .venv-freeze
+.venv-freeze/bin/python -m pip install -q torch==$$(sed -n 's/^torch==//p' constraints/$(1).txt)
+.venv-freeze/bin/python -m pip install -q -e $(2)
+{ grep '^#' constraints/$(1).txt; .venv-freeze/bin/python -m pip freeze --exclude-editable \
+	| grep -vE '^(nvidia-|cuda-|triton==)' | sed -E 's/^(torch==[^+]*)\+.*/\1/'; } > .venv-freeze/frozen.txt
+mv .venv-freeze/frozen.txt constraints/$(1).txt
+rm -rf .venv-freeze
+endef

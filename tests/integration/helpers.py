@@ -1,0 +1,150 @@
+"""What the in-process trainer tests share: quiet trainers of tiny models, and a record of what a model really sees."""
+
+import atexit
+import gc
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from toys import ID_BASE, ID_DIGITS, tiny_model, tiny_tokenizer
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer
+
+torch.set_num_threads(1)
+gc.collect()
+gc.freeze()  # the Trainer collects garbage at each start of training; what the imports made need not be walked again
+atexit.register(gc.unfreeze)
+
+QUIET = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": [],
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 3,
+    "num_train_epochs": 1,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "max_length": None,
+    "seed": 7,
+}
+
+
+def make_trainer(directory, rows, *, trainer_class=CommonITSFTTrainer, model="llama", extra=None, **options):
+    """A trainer of a tiny model; plain `SFTTrainer` takes the same `options`, less those of CommonIT.
+
+    Args:
+        model: architecture of `tiny_model`, or a model.
+        extra: more arguments of the trainer.
+    """
+    options = {"output_dir": str(directory / "out"), **QUIET, **options}
+    if trainer_class is SFTTrainer:
+        config = SFTConfig(**{name: value for name, value in options.items() if not name.startswith("commonit")})
+    else:
+        config = CommonITSFTConfig(
+            **{"commonit_metric": "task", "commonit_cache_dir": str(directory / "cache"), **options}
+        )
+    arguments = {"processing_class": tiny_tokenizer(), **(extra or {})}
+    model = tiny_model(model) if model in ("llama", "qwen2", "bloom") else model
+    return trainer_class(model=model, args=config, train_dataset=rows, **arguments)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as the model saw it, without padding."""
+
+    tokens: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def number(self):
+        """The row's number in `toys.id_rows`."""
+        return sum(
+            token * ID_BASE**place for place, token in zip(reversed(range(ID_DIGITS)), self.tokens, strict=False)
+        )
+
+    @property
+    def text(self):
+        return tiny_tokenizer().decode(self.tokens)
+
+    @property
+    def trained(self):
+        """How many tokens are trained on."""
+        return sum(label != -100 for label in self.labels)
+
+
+@dataclass
+class Epoch:
+    """What the model saw in one epoch: optimizer step -> micro-batches of rows."""
+
+    steps: list[list[list[Row]]] = field(default_factory=list)
+
+    @property
+    def rows(self):
+        return [row for step in self.steps for batch in step for row in batch]
+
+    @property
+    def numbers(self):
+        """Sorted numbers of the rows."""
+        return sorted(row.number for row in self.rows)
+
+
+class Seen(TrainerCallback):
+    """Records what the model of `trainer` sees in training, in `epochs`; training that starts again is recorded anew.
+
+    `wrapped` says that rows are token runs of `packing_strategy="wrapped"`, which no position ids delimit.
+    """
+
+    def __init__(self, trainer):
+        self.epochs: list[Epoch] = []
+        trainer.model.register_forward_pre_hook(self._record, with_kwargs=True)
+        trainer.add_callback(self)
+
+    @property
+    def steps(self):
+        """All optimizer steps; a step is a list of its rows."""
+        return [[row for batch in step for row in batch] for epoch in self.epochs for step in epoch.steps]
+
+    @property
+    def rows(self):
+        return Counter(row for step in self.steps for row in step)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.epochs.clear()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.epochs.append(Epoch())
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.epochs[-1].steps.append([])
+
+    def _record(self, model, args, kwargs):
+        if model.training and torch.is_grad_enabled():  # TRL repeats some forwards without gradient, for its metrics
+            self.epochs[-1].steps[-1].append(rows_of(kwargs))
+
+
+def rows_of(inputs):
+    """The rows of a batch: each without its padding, or cut apart where a padding-free batch starts a new one."""
+    tokens, labels = inputs["input_ids"], inputs["labels"]
+    if "attention_mask" in inputs:
+        kept = inputs["attention_mask"].bool()
+        pairs = [(t[mask], label[mask]) for t, label, mask in zip(tokens, labels, kept, strict=True)]
+    else:
+        starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
+        ends = [*starts[1:], tokens.shape[1]]
+        pairs = [(tokens[0, start:end], labels[0, start:end]) for start, end in zip(starts, ends, strict=True)]
+    return [Row(tuple(t.tolist()), tuple(label.tolist())) for t, label in pairs]
+
+
+def groups_of_steps(seen, group_of):
+    """The group of each optimizer step; fails where a step holds several."""
+    found = []
+    for rows in seen.steps:
+        groups = {group_of(row) for row in rows}
+        assert len(groups) == 1, f"a step holds {groups}"
+        found += groups
+    return found

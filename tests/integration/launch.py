@@ -1,0 +1,28 @@
+"""Starts `train_worker.py`, on one process or with torchrun on several."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+WORKER = Path(__file__).with_name("train_worker.py")
+
+
+def launch(runs: list[dict[str, Any]], directory: Path, world_size: int = 1, killed: bool = False) -> None:
+    """Do the `runs` (see `train_worker.py`) in one launch; with `killed`, the launch must die by SIGKILL."""
+    directory.mkdir(parents=True, exist_ok=True)
+    spec = directory / f"{runs[0]['name']}.runs.json"
+    spec.write_text(json.dumps([{"dir": str(directory), **run} for run in runs]), encoding="utf-8")
+    command = [sys.executable]
+    if world_size > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(world_size), "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [*command, str(WORKER), str(spec)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    if killed:
+        assert done.returncode == -9 or "SIGKILL" in done.stderr, done.stderr[-4000:]
+    else:
+        assert done.returncode == 0, done.stderr[-4000:]

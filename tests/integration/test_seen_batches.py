@@ -1,0 +1,159 @@
+"""I1 to I5 and I7 on what a model sees in training: rows carry their number as tokens, a hook on the model's forward
+records them for each rank and micro-step.
+
+W = 1 and W = 2 (torchrun, gloo), A = 1 and 3, all purities, and groups of 1, W*A - 1, S, S + 1 and an odd total.
+"""
+
+import json
+import math
+from collections import Counter
+
+import pytest
+from launch import launch
+from toys import id_rows, recorded
+
+from commonit_trl import plan_epoch
+
+B = 2
+
+
+def group_sizes(world_size, accumulation):
+    capacity = B * world_size * accumulation
+    sizes = [1, max(1, world_size * accumulation - 1), capacity, capacity + 1, 3 * capacity + 2, 2 * capacity]
+    return [*sizes, 1] if sum(sizes) % 2 == 0 else sizes
+
+
+def runs_of(world_size):
+    shapes = {
+        f"{purity}-a{accumulation}": {
+            "group_sizes": group_sizes(world_size, accumulation),
+            "options": {
+                "commonit_metric": "task",
+                "commonit_purity": purity,
+                "gradient_accumulation_steps": accumulation,
+                "seed": 7,
+            },
+        }
+        for purity in ("step", "global", "micro")
+        for accumulation in (1, 3)
+    }
+    shapes["workers"] = {
+        "group_sizes": group_sizes(world_size, 1),
+        "options": {
+            "commonit_metric": "task",
+            "seed": 7,
+            "dataloader_num_workers": 1,
+            "dataloader_persistent_workers": True,
+        },
+    }
+    for name, parent in (("none", False), ("parent", True)):
+        options = {"gradient_accumulation_steps": 3, "seed": 7}
+        shapes[name] = {
+            "group_sizes": group_sizes(world_size, 3),
+            "parent": parent,
+            "options": options if parent else {**options, "commonit_metric": "none"},
+        }
+    return shapes
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+def seen(request, tmp_path_factory):
+    """World size, directory and shapes of the runs, all trained."""
+    directory = tmp_path_factory.mktemp("seen")
+    shapes = runs_of(request.param)
+    launch([{"name": name, **shape} for name, shape in shapes.items()], directory, world_size=request.param)
+    return request.param, directory, shapes
+
+
+SHAPES = [f"{purity}-a{accumulation}" for purity in ("step", "global", "micro") for accumulation in (1, 3)]
+
+
+def epochs_of(directory, name, world_size):
+    """Two lists of steps, one an epoch; a step is rank -> micro-step -> row numbers."""
+    steps = recorded(directory / f"{name}.ids", world_size)
+    result = json.loads((directory / f"{name}.json").read_text())
+    assert result["world_size"] == world_size
+    assert sorted(steps) == list(range(result["global_step"]))
+    half = result["global_step"] // 2
+    return [[steps[step] for step in range(half)], [steps[step] for step in range(half, 2 * half)]]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_i1_pure(seen, name):
+    """I1: what holds one group, at each purity: all micro-batches of a step, of a micro-step, or each one."""
+    world_size, directory, shapes = seen
+    group_of = id_rows(shapes[name]["group_sizes"])["task"]
+    for epoch in epochs_of(directory, name, world_size):
+        mixed_steps = 0
+        for step in epoch:
+            for micro_step in zip(*step, strict=True):  # also I3: ranks have as many micro-batches
+                groups = [{group_of[row] for row in batch} for batch in micro_step]
+                assert all(len(group) == 1 for group in groups)
+                if not name.startswith("micro"):
+                    assert len(set.union(*groups)) == 1
+            mixed_steps += len({group_of[row] for rank in step for batch in rank for row in batch}) > 1
+        if name.startswith("step"):
+            assert mixed_steps == 0
+        elif name == "global-a3" or (name.startswith("micro") and world_size * name.count("a3") > 0):
+            assert mixed_steps > 0  # else these purities would not be what they say
+
+
+@pytest.mark.parametrize("name", [*SHAPES, "workers"])
+def test_i2_lossless(seen, name):
+    """I2: each epoch sees every row; only rows of groups too small for all micro-batches come again, and the steps of a
+    group differ by at most one sample."""
+    world_size, directory, shapes = seen
+    sizes = shapes[name]["group_sizes"]
+    group_of = id_rows(sizes)["task"]
+    accumulation = shapes[name]["options"].get("gradient_accumulation_steps", 1)
+    for epoch in epochs_of(directory, name, world_size):
+        rows = Counter(row for step in epoch for rank in step for batch in rank for row in batch)
+        assert set(rows) == set(range(sum(sizes)))
+        micro_batches = {"m": 1, "g": world_size}.get(name[0], world_size * accumulation)
+        repeats = Counter(group_of[row] for row, times in rows.items() for _ in range(times - 1))
+        assert all(sizes[int(group[1:])] < micro_batches for group in repeats)
+        assert all(count < micro_batches for count in repeats.values())
+        if name[0] in "sw":
+            step_sizes: dict = {}
+            for step in epoch:
+                batch_rows = [row for rank in step for batch in rank for row in batch]
+                step_sizes.setdefault(group_of[batch_rows[0]], []).append(len(batch_rows))
+            for group, counts in step_sizes.items():
+                assert len(counts) == math.ceil(sizes[int(group[1:])] / (B * micro_batches))
+                assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("name", [*SHAPES, "workers"])
+def test_i3_i4_i5_the_model_sees_the_plan(seen, name):
+    """I3 to I5: rank by rank and micro-step by micro-step, training follows the plan that anyone can compute from
+    groups, lengths, geometry, seed and epoch; the run is exactly two plans long; the epochs differ."""
+    world_size, directory, shapes = seen
+    options = shapes[name]["options"]
+    rows = id_rows(shapes[name]["group_sizes"])
+    epochs = epochs_of(directory, name, world_size)
+    for number, epoch in enumerate(epochs):
+        plan = plan_epoch(
+            [int(task[1:]) for task in rows["task"]],
+            [len(tokens) for tokens in rows["input_ids"]],
+            micro_batch_size=B,
+            world_size=world_size,
+            accumulation_steps=options.get("gradient_accumulation_steps", 1),
+            purity=options.get("commonit_purity", "step"),
+            seed=7,
+            epoch=number,
+        )
+        assert len(epoch) == plan.num_steps
+        for rank in range(world_size):
+            assert [batch for step in epoch for batch in step[rank]] == list(plan.batches(rank))
+    assert epochs[0] != epochs[1]
+
+
+def test_i7_none_is_the_parent(seen):
+    """I7: with `none`, the same rows reach the model in the same order as with SFTTrainer, and the losses are equal."""
+    world_size, directory, _ = seen
+    off, parent = (recorded(directory / f"{name}.ids", world_size) for name in ("none", "parent"))
+    assert off == parent
+    results = [json.loads((directory / f"{name}.json").read_text()) for name in ("none", "parent")]
+    assert results[0] == results[1]
+    weights = [(directory / f"{name}.safetensors").read_bytes() for name in ("none", "parent")]
+    assert weights[0] == weights[1]

@@ -1,0 +1,230 @@
+"""Every form of data that `SFTTrainer` takes trains in pure steps, and each row is seen as `SFTTrainer` shows it.
+
+Rows carry their task and number as text, so that what the model sees says which rows they were.
+"""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from helpers import Seen, groups_of_steps, make_trainer
+from toys import tiny_tokenizer
+from trl import SFTTrainer
+
+GROUP_SIZES = {"g1": 9, "g2": 6, "g3": 5}
+
+
+def parts(number):
+    """Task, prompt and response of row `number`; responses have 3 to 40 characters."""
+    order = np.random.default_rng(0).permutation(np.repeat(list(GROUP_SIZES), list(GROUP_SIZES.values())))
+    task = str(order[number])
+    return task, f"[{task}#{number:02d}] What?", "x" * (3 + number * 7 % 38)
+
+
+def label_and_number(row):
+    task, number = re.search(r"\[(g\d)#(\d+)\]", row.text).groups()
+    return task, int(number)
+
+
+def chat(prompt, response):
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def tokenized(prompt, response, **masks):
+    tokenizer = tiny_tokenizer()
+    start, end = tokenizer(prompt)["input_ids"], [*tokenizer(response)["input_ids"], tokenizer.eos_token_id]
+    row = {"input_ids": start + end}
+    if "labels" in masks:
+        row["labels"] = [-100] * len(start) + end
+    if "completion_mask" in masks:
+        row["completion_mask"] = [0] * len(start) + [1] * len(end)
+    return row
+
+
+# name -> (row from prompt and response, options, more arguments of the trainer)
+FORMATS = {
+    "text": (lambda p, r: {"text": p + r}, {}, {}),
+    "text field": (lambda p, r: {"body": p + r}, {"dataset_text_field": "body"}, {}),
+    "formatting_func": (
+        lambda p, r: {"question": p, "answer": r},
+        {},
+        {"formatting_func": lambda row: row["question"] + row["answer"]},
+    ),
+    "prompt-completion": (lambda p, r: {"prompt": p, "completion": r}, {}, {}),
+    "prompt-completion, all tokens": (
+        lambda p, r: {"prompt": p, "completion": r},
+        {"completion_only_loss": False},
+        {},
+    ),
+    "conversational prompt-completion": (
+        lambda p, r: {"prompt": chat(p, r)[:1], "completion": chat(p, r)[1:]},
+        {},
+        {},
+    ),
+    "messages": (lambda p, r: {"messages": chat(p, r)}, {}, {}),
+    "messages, assistant only": (lambda p, r: {"messages": chat(p, r)}, {"assistant_only_loss": True}, {}),
+    "ShareGPT": (
+        lambda p, r: {"conversations": [{"from": "user", "value": p}, {"from": "assistant", "value": r}]},
+        {},
+        {},
+    ),
+    "input_ids": (tokenized, {}, {}),
+    "input_ids and labels": (lambda p, r: tokenized(p, r, labels=True), {}, {}),
+    "input_ids and completion_mask": (
+        lambda p, r: tokenized(p, r, completion_mask=True),
+        {"completion_only_loss": True},
+        {},
+    ),
+    "not prepared": (
+        lambda p, r: tokenized(p, r, labels=True),
+        {"dataset_kwargs": {"skip_prepare_dataset": True}},
+        {},
+    ),
+}
+WITHOUT_RESPONSE = ("text", "text field", "formatting_func", "input_ids")
+
+
+def dataset_of(make_row, numbers=range(20)):
+    rows = []
+    for number in numbers:
+        task, prompt, response = parts(number)
+        rows.append({**make_row(prompt, response), "task": task})
+    return Dataset.from_list(rows)
+
+
+def train(tmp_path, make_row, options, extra, **more):
+    trainer = make_trainer(
+        tmp_path, dataset_of(make_row), extra=extra, gradient_accumulation_steps=2, **options, **more
+    )
+    seen = Seen(trainer)
+    trainer.train()
+    return trainer, seen
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_task(tmp_path, name):
+    """Each step holds rows of one task, every row is seen once, and tokens and labels are those of `SFTTrainer`."""
+    trainer, seen = train(tmp_path, *FORMATS[name])
+    steps = groups_of_steps(seen, lambda row: label_and_number(row)[0])
+    assert Counter(steps) == {"g1": 3, "g2": 2, "g3": 2}  # ceil(9 / 4), ceil(6 / 4), ceil(5 / 4)
+    assert [trainer.commonit_grouper.names[group] for group in trainer.commonit_plan().step_groups] == steps
+    _, parent_seen = train(tmp_path, *FORMATS[name], trainer_class=SFTTrainer)
+    assert seen.rows == parent_seen.rows
+    assert set(seen.rows.values()) == {1}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_length(tmp_path, name):
+    """Each step holds responses of one length bin, the response being what follows the prompt, eos included; all of a
+    row where nothing tells them apart."""
+    trainer, seen = train(tmp_path, *FORMATS[name], commonit_metric="length", commonit_num_groups=3)
+    edges = trainer.commonit_grouper.edges
+
+    def bin_of(row):
+        _, number = label_and_number(row)
+        length = len(row.tokens) if name in WITHOUT_RESPONSE else len(parts(number)[2]) + 1
+        return int(np.searchsorted(edges, length, side="right"))
+
+    assert set(groups_of_steps(seen, bin_of)) == {0, 1, 2}
+    assert sorted(label_and_number(row)[1] for row in seen.rows.elements()) == list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("prompt-completion", lambda row, response: response + 1),
+        ("conversational prompt-completion", lambda row, response: response + 1),
+        ("messages, assistant only", lambda row, response: response + 1),
+        ("prompt-completion, all tokens", lambda row, response: len(row.tokens)),
+        ("messages", lambda row, response: len(row.tokens)),
+    ],
+)
+def test_loss_is_on_the_tokens_asked_for(tmp_path, name, trained):
+    """Completion-only and assistant-only losses leave the labels of the response and eos, no more and no less."""
+    _, seen = train(tmp_path, *FORMATS[name])
+    for row in seen.rows:
+        assert row.trained == trained(row, len(parts(label_and_number(row)[1])[2]))
+
+
+def test_several_turns_count_all_of_the_assistant(tmp_path):
+    """Metric `length` on conversations adds up the assistant's turns, not the last one or the user's."""
+    rows = []
+    for number in range(12):
+        first, second, user = (1, 1, 40) if number % 2 else (10, 10, 1)
+        turns = chat(f"[g1#{number:02d}]", "a" * first) + chat("b" * user, "c" * second)
+        rows.append({"messages": turns})
+    trainer = make_trainer(
+        tmp_path, Dataset.from_list(rows), commonit_metric="length", commonit_length_edges=[10]
+    )
+    seen = Seen(trainer)
+    trainer.train()
+    assert set(groups_of_steps(seen, lambda row: label_and_number(row)[1] % 2)) == {0, 1}
+
+
+def test_turns_of_human_and_gpt_are_prompt_and_response(tmp_path):
+    """TRL keeps ShareGPT's own role names; metric `length` finds the response among them all the same."""
+    rows = []
+    for number in range(12):
+        response = "x" * (30 if number % 2 else 3)
+        rows.append({"conversations": [{"from": "human", "value": f"[g1#{number:02d}]" + "y" * (40 - len(response))}]})
+        rows[-1]["conversations"].append({"from": "gpt", "value": response})
+    trainer = make_trainer(tmp_path, Dataset.from_list(rows), commonit_metric="length", commonit_num_groups=2)
+    seen = Seen(trainer)
+    trainer.train()
+    assert set(groups_of_steps(seen, lambda row: label_and_number(row)[1] % 2)) == {0, 1}
+
+
+def test_rows_that_trl_drops_do_not_shift_groups(tmp_path):
+    """Rows masked to the end by truncation are gone; those that are left keep their own task."""
+    kept, rows = [], []
+    for number in range(20):
+        task, prompt, response = parts(number)
+        too_long = number % 3 == 0
+        rows.append({"prompt": prompt + "y" * 60 * too_long, "completion": response, "task": task})
+        if not too_long:
+            kept.append(number)
+    trainer = make_trainer(tmp_path, Dataset.from_list(rows), max_length=40)
+    seen = Seen(trainer)
+    trainer.train()
+    groups_of_steps(seen, lambda row: label_and_number(row)[0])
+    assert sorted(label_and_number(row)[1] for row in seen.rows.elements()) == kept
+
+
+def test_length_is_that_after_truncation(tmp_path):
+    """Metric `length` counts the response tokens that are left after truncation."""
+    rows = [{"prompt": f"[g1#{n:02d}]", "completion": "x" * (30 if n % 2 else 500)} for n in range(8)]
+    trainer = make_trainer(
+        tmp_path, Dataset.from_list(rows), commonit_metric="length", commonit_length_edges=[35, 41], max_length=47
+    )
+    assert set(trainer.commonit_group_ids) == {0, 1}
+    seen = Seen(trainer)
+    trainer.train()
+    assert set(groups_of_steps(seen, lambda row: row.trained)) == {31, 40}  # 47 less the prompt's 7
+
+
+@pytest.mark.parametrize("options", [{"shuffle_dataset": True}, {"remove_unused_columns": False}], ids=str)
+def test_options_of_the_dataset_keep_labels_with_their_rows(tmp_path, options):
+    """Neither shuffling at preparation nor unused columns in the batches part a row from its task."""
+    trainer, seen = train(tmp_path, *FORMATS["prompt-completion"], **options)
+    groups_of_steps(seen, lambda row: label_and_number(row)[0])
+    assert sorted(label_and_number(row)[1] for row in seen.rows.elements()) == list(range(20))
+    for row in seen.rows:
+        assert trainer.commonit_grouper.names == list(GROUP_SIZES)
+        assert label_and_number(row)[0] == parts(label_and_number(row)[1])[0]
+
+
+def test_task_column_by_name_and_joined(tmp_path):
+    """`commonit_task_column` may name any column, or several that are joined."""
+    rows = dataset_of(FORMATS["text"][0])
+    rows = rows.rename_column("task", "kind").add_column("half", [n % 2 for n in range(20)])
+    trainer = make_trainer(tmp_path, rows, commonit_task_column=["kind", "half"])
+    seen = Seen(trainer)
+    trainer.train()
+
+    def group_of(row):
+        task, number = label_and_number(row)
+        return f"{task} / {number % 2}"
+
+    assert set(groups_of_steps(seen, group_of)) == set(trainer.commonit_grouper.names)
