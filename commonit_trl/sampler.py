@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from commonit_trl.plan import EpochPlan
@@ -39,11 +40,17 @@ class CommonITBatchSampler(BatchSampler):
 
 
 class CommonITDataLoader(DataLoader):
-    """A dataloader over a `CommonITBatchSampler`, with the `set_epoch` that `transformers.Trainer` calls each epoch."""
+    """A dataloader over a `CommonITBatchSampler`, with the `set_epoch` that `transformers.Trainer` calls each epoch.
+
+    The seeds of its workers come from a generator of its own. A plain DataLoader draws them from torch's global one, less
+    often when workers persist, so that a resumed run would go on with other dropout masks than the run it continues.
+    """
 
     def __init__(self, dataset: Any, batch_sampler: CommonITBatchSampler, **options: Any) -> None:
-        super().__init__(dataset, batch_sampler=batch_sampler, **options)
+        super().__init__(dataset, batch_sampler=batch_sampler, generator=torch.Generator(), **options)
         self.commonit_sampler = batch_sampler
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         self.commonit_sampler.set_epoch(epoch)
+        self.generator.manual_seed(epoch)

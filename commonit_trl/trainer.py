@@ -72,7 +72,7 @@ class CommonITMixin:
             _check_settings(options)  # type: ignore[arg-type]
             _check_dataset(dataset)
             build_grouper(options, dataset.column_names)  # a missing task column is seen here, before the model
-        self._commonit_eval_dataset: Dataset | None = None
+        self._commonit_evaluated: tuple[Any, Any] = (None, None)  # an evaluation dataloader and its rows
         self._commonit_eval_groups: dict[int, tuple[Dataset, NDArray[np.int64] | None]] = {}
         super().__init__(*args, **kwargs)
         if self._commonit_on:
@@ -156,7 +156,6 @@ class CommonITMixin:
             timeout=loader.timeout,
             worker_init_fn=loader.worker_init_fn,
             multiprocessing_context=loader.multiprocessing_context,
-            generator=loader.generator,
             prefetch_factor=loader.prefetch_factor,
             persistent_workers=loader.persistent_workers,
             in_order=loader.in_order,
@@ -235,10 +234,11 @@ class CommonITMixin:
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> Any:
         """The parent's; remembers which rows are evaluated, for the loss of each group."""
+        loader = super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
         if self._commonit_on:
             rows = self.eval_dataset if eval_dataset is None else eval_dataset
-            self._commonit_eval_dataset = self.eval_dataset[rows] if isinstance(rows, str) else rows
-        return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+            self._commonit_evaluated = loader, self.eval_dataset[rows] if isinstance(rows, str) else rows
+        return loader
 
     def evaluation_loop(
         self,
@@ -249,13 +249,13 @@ class CommonITMixin:
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """The parent's loop, then one more pass, group by group, for `<prefix>_loss_<group>`; the rest is unchanged."""
-        dataset, self._commonit_eval_dataset = self._commonit_eval_dataset, None
+        (loader, dataset), self._commonit_evaluated = self._commonit_evaluated, (None, None)
         loop = super().evaluation_loop  # type: ignore[misc]
         output = loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        group_ids = self._commonit_assign_eval(dataset) if dataset is not None else None
+        group_ids = self._commonit_assign_eval(dataset) if dataset is not None and loader is dataloader else None
         if group_ids is not None:
-            assert dataset is not None and self.commonit_grouper is not None
-            with self._commonit_keep_eval_metrics():
+            assert self.commonit_grouper is not None
+            with self._commonit_keep_eval_metrics(), _no_persistent_workers(self.args):
                 for group in np.unique(group_ids):
                     name = self.commonit_grouper.names[group] if group >= 0 else "(unseen task)"
                     # Not get_eval_dataloader, which with persistent workers returns the loader of the whole set.
@@ -268,13 +268,17 @@ class CommonITMixin:
         """A context in which evaluating leaves the parent's running metrics as they were."""
         return contextlib.nullcontext()
 
+    def _commonit_is_packed(self, dataset: Dataset) -> bool:
+        """Whether the rows of an evaluation set are packs."""
+        return False
+
     def _commonit_assign_eval(self, dataset: Any) -> NDArray[np.int64] | None:
         """(rows,) groups of an evaluation set, None (and a word why) where they cannot be told."""
         if id(dataset) not in self._commonit_eval_groups:
             group_ids = None
             if not isinstance(dataset, Dataset):
                 logger.info("No loss per group: the evaluation set is a %s.", type(dataset).__name__)
-            elif "seq_lengths" in dataset.column_names:
+            elif self._commonit_is_packed(dataset):
                 logger.info("No loss per group: the evaluation set is packed; set eval_packing=False to get it.")
             else:
                 assert self.commonit_grouper is not None
@@ -354,12 +358,26 @@ class CommonITSFTTrainer(CommonITMixin, SFTTrainer):
         self.commonit_group_ids = np.repeat(groups, [len(pack) for pack in packs])
         return concatenate_datasets(packs)
 
+    def _commonit_is_packed(self, dataset: Dataset) -> bool:
+        packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+        return packing and set(dataset.column_names) <= {"input_ids", "labels", "seq_lengths"}
+
     @contextlib.contextmanager
     def _commonit_keep_eval_metrics(self) -> Any:
         kept = {name: list(values) for name, values in self._metrics["eval"].items()}  # TRL's entropy, accuracy, ...
         yield
         self._metrics["eval"].clear()
         self._metrics["eval"].update(kept)
+
+
+@contextlib.contextmanager
+def _no_persistent_workers(args: TrainingArguments) -> Any:
+    """Dataloaders made inside end their workers with each iteration; accelerate keeps them for as long as it lives."""
+    persistent, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
+    try:
+        yield
+    finally:
+        args.dataloader_persistent_workers = persistent
 
 
 def _sft_rows(trainer: Any, dataset: Dataset, args: Any, max_length: int | None = None) -> Rows:

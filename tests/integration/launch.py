@@ -22,7 +22,8 @@ def launch(runs: list[dict[str, Any]], directory: Path, world_size: int = 1, kil
     done = subprocess.run(
         [*command, str(WORKER), str(spec)], env=environment, capture_output=True, text=True, timeout=300
     )
+    said = done.stderr.partition("torch.distributed.elastic")[0][-4000:]  # the workers' words, not the launcher's
     if killed:
-        assert done.returncode == -9 or "SIGKILL" in done.stderr, done.stderr[-4000:]
+        assert done.returncode == -9 or "SIGKILL" in done.stderr, said
     else:
-        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.returncode == 0, said

@@ -17,7 +17,7 @@ SIZES = [1, 5, 6, 12, 13, 30]  # W*A = 6, S = 12
 
 def config_of(stage):
     return {
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": stage == 3},
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",

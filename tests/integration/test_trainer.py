@@ -1,0 +1,345 @@
+"""`CommonITSFTTrainer` and `CommonITMixin` on one rank, with what users combine them with: what the model sees is the
+plan, each step holds one group and each epoch every row once."""
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import QUIET, Seen, groups_of_steps, make_trainer
+from peft import LoraConfig
+from toys import id_rows, tiny_model, tiny_tokenizer
+from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, TrainingArguments
+from trl import SFTTrainer
+
+from commonit_trl import CommonITMixin, CommonITSFTTrainer
+from commonit_trl.config import CommonITArguments
+
+ROWS = id_rows([9, 6, 5, 3])
+TASKS = ROWS["task"]
+RUN_TIME = ("runtime", "samples_per_second", "steps_per_second")
+
+
+def train(directory, rows=ROWS, **arguments):
+    trainer = make_trainer(directory, rows, **arguments)
+    seen = Seen(trainer)
+    trainer.train()
+    return trainer, seen
+
+
+def assert_follows_plan(trainer, seen, rows=ROWS):
+    """Pure steps, the micro-batches of the plans, and every row in each whole epoch."""
+    groups_of_steps(seen, lambda row: rows["task"][row.number])
+    for number, epoch in enumerate(seen.epochs):
+        plan = trainer.commonit_plan(number)
+        batches = [[row.number for row in batch] for step in epoch.steps for batch in step]
+        assert batches == list(plan.batches(0))[: len(batches)]
+        if len(epoch.steps) == plan.num_steps:
+            assert epoch.numbers == list(range(len(rows)))
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+# --- options of the parent ---------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "default": {},
+    "nll": {"loss_type": "nll"},
+    "dft": {"loss_type": "dft"},
+    "label smoothing": {"label_smoothing_factor": 0.1},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "padding-free": {"padding_free": True},
+    "workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "num_train_epochs": 3},
+    "workers of one epoch": {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 4},
+    "data_seed": {"data_seed": 11},
+    "no arrangement": {"commonit_balance_lengths": False},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(tmp_path, name):
+    """Epochs are the plan's, each with every row, in another order; the schedule ends with the last step, at 0."""
+    trainer, seen = train(
+        tmp_path, **{"num_train_epochs": 2, "gradient_accumulation_steps": 2, **OPTIONS[name]}
+    )
+    assert_follows_plan(trainer, seen)
+    epochs = trainer.args.num_train_epochs
+    assert len(seen.epochs) == epochs
+    assert all(one.steps != other.steps for one, other in pairwise(seen.epochs))
+    assert trainer.state.global_step == epochs * 9  # 3 + 2 + 2 + 1 steps of up to 4 rows ...
+    assert trainer.lr_scheduler.get_last_lr() == [0]
+    assert all(torch.isfinite(torch.tensor(loss)) for loss in losses(trainer))
+
+
+def test_lora(tmp_path):
+    """With a LoRA adapter batches are the same; only the adapter is trained."""
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer, seen = train(tmp_path, extra={"peft_config": adapter})
+    assert_follows_plan(trainer, seen)
+    assert trainer._commonit_lengths is not None  # the wrapped model takes the step's token count
+    before = tiny_model().state_dict()
+    for name, value in trainer.model.get_base_model().state_dict().items():
+        if "lora" not in name:
+            assert torch.equal(value, before[name.replace(".base_layer", "")])
+        elif "lora_B" in name:
+            assert value.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("max_steps", "per_epoch"), [(4, [4]), (9, [9]), (13, [9, 4])])
+def test_max_steps(tmp_path, max_steps, per_epoch):
+    """`max_steps` ends training inside an epoch, or goes on into another one."""
+    trainer, seen = train(tmp_path, max_steps=max_steps, gradient_accumulation_steps=2)
+    assert_follows_plan(trainer, seen)
+    assert [len(epoch.steps) for epoch in seen.epochs] == per_epoch
+    assert trainer.lr_scheduler.get_last_lr() == [0]
+
+
+def test_fractional_epochs(tmp_path):
+    """1.5 epochs are one and a half plans."""
+    trainer, seen = train(tmp_path, num_train_epochs=1.5, gradient_accumulation_steps=2)
+    assert_follows_plan(trainer, seen)
+    assert [len(epoch.steps) for epoch in seen.epochs] == [9, 5]
+
+
+def test_train_twice(tmp_path):
+    """A second `train` starts at epoch 0 again, with the same batches."""
+    trainer, seen = train(tmp_path, num_train_epochs=2, gradient_accumulation_steps=2)
+    first = [epoch.steps for epoch in seen.epochs]
+    trainer.train()
+    assert [epoch.steps for epoch in seen.epochs] == first
+    assert trainer.lr_scheduler.get_last_lr() == [0]
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_auto_find_batch_size(tmp_path, balance):
+    """After an out-of-memory error the plan is that of the smaller batch, and each epoch still sees every row once; a
+    checkpoint of such a run is resumed with the batch size that it found."""
+    options = {
+        "auto_find_batch_size": True,
+        "per_device_train_batch_size": 6,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "commonit_balance_lengths": balance,
+        "save_strategy": "steps",
+        "save_steps": 5,
+    }
+
+    def too_large(model, args, kwargs):
+        if kwargs["input_ids"].shape[0] > 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    trainer = make_trainer(tmp_path, ROWS, **options)
+    trainer.model.register_forward_pre_hook(too_large, with_kwargs=True)
+    seen = Seen(trainer)
+    trainer.train()
+    assert trainer.commonit_plan().micro_batch_size == trainer._train_batch_size < 6
+    assert_follows_plan(trainer, seen)
+    assert len(seen.epochs) == 2
+    assert trainer.state.global_step == sum(len(epoch.steps) for epoch in seen.epochs)
+
+    resumed = make_trainer(tmp_path, ROWS, **options)
+    seen_after = Seen(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
+    assert seen_after.steps == seen.steps[5:]
+
+
+LOSSES = {
+    "nll": {"loss_type": "nll"},
+    "dft": {"loss_type": "dft"},
+    "label smoothing": {"label_smoothing_factor": 0.1},
+    "padding-free": {"padding_free": True},
+    "qwen2": {"model": "qwen2"},
+    "bloom": {"model": "bloom"},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_arrangement_keeps_the_update(tmp_path, name):
+    """I6 for losses and models: one update from micro-batches of equal cost is that from micro-batches of equal count."""
+    weights, sizes = [], []
+    for balance in (True, False):
+        trainer, seen = train(
+            tmp_path,
+            id_rows([16, 16]),
+            max_steps=1,
+            gradient_accumulation_steps=4,
+            per_device_train_batch_size=4,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+            commonit_balance_lengths=balance,
+            **LOSSES[name],
+        )
+        weights.append(trainer.model.state_dict())
+        sizes.append([len(batch) for batch in seen.epochs[0].steps[0]])
+    assert sizes[1] == [4] * 4 and sizes[0] != sizes[1]
+    start = trainer.model.state_dict() if name == "none" else tiny_model(LOSSES[name].get("model", "llama")).state_dict()
+    moved = max((weights[1][key] - start[key]).abs().max() for key in start)
+    for key in start:
+        assert (weights[0][key] - weights[1][key]).abs().max() <= 1e-4 * moved, key
+
+
+# --- models and metrics ------------------------------------------------------------------------------------------------
+
+TOPICS = {
+    "translate": ("Translate this sentence to French: the {} is in the garden.", "cat dog bird tree house car bike"),
+    "compute": ("Compute the sum of the numbers {} and 12.", "3 17 25 41 58 66 73"),
+    "poem": ("Write a short poem about the {} at night, with rhymes.", "sea moon forest wind river stars snow"),
+}
+
+
+def topic_rows():
+    rows = []
+    for task, (prompt, words) in TOPICS.items():
+        for number, word in enumerate(words.split()):
+            rows.append({"prompt": prompt.format(word), "completion": "z" * (5 + 4 * number), "task": task})
+    return Dataset.from_list(rows).shuffle(seed=0)
+
+
+def topic_of(row):
+    return next(task for task, (prompt, _) in TOPICS.items() if row.text.startswith(prompt[:8]))
+
+
+@pytest.fixture(scope="module")
+def topics_cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("metric", ["task", "length", "k-means", "reference"])
+@pytest.mark.parametrize("model", ["llama", "qwen2", "bloom"])
+def test_models_and_metrics(tmp_path, topics_cache, minilm, model, metric):
+    """The paper's architectures and metrics: finite losses, and each step holds one task, length bin or meaning."""
+    options = {"commonit_metric": metric}
+    if metric == "length":
+        options |= {"commonit_length_edges": [15, 25]}
+    elif metric != "task":
+        options = {"commonit_metric": "embedding", "commonit_embedding_model": str(minilm)}
+        if metric == "k-means":
+            options |= {"commonit_num_groups": 3}
+        else:
+            reference = tmp_path.parent / "reference.jsonl"
+            examples = [{"task": task, "prompt": p.format("lake"), "completion": ""} for task, (p, _) in TOPICS.items()]
+            reference.write_text("\n".join(map(json.dumps, examples)))
+            options |= {"commonit_reference_dataset": str(reference)}
+    trainer, seen = train(tmp_path, topic_rows(), model=model, commonit_cache_dir=topics_cache, **options)
+    if metric == "length":
+        groups = groups_of_steps(seen, lambda row: (row.trained >= 15) + (row.trained >= 25))
+    else:
+        groups = groups_of_steps(seen, topic_of)
+    assert len(set(groups)) == 3
+    assert set(seen.rows.values()) == {1} and len(seen.rows) == 21
+    assert all(torch.isfinite(torch.tensor(loss)) for loss in losses(trainer))
+
+
+# --- the mixin on transformers' own Trainer ------------------------------------------------------------------------------
+
+
+@dataclass
+class PlainArguments(CommonITArguments, TrainingArguments):
+    pass
+
+
+class PlainTrainer(CommonITMixin, Trainer):
+    pass
+
+
+class NoLossKwargs(LlamaForCausalLM):
+    """A model whose forward does not take the step's token count."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def plain_trainer(directory, model, trainer_class=PlainTrainer, **options):
+    tokenizer = tiny_tokenizer()
+    quiet = {name: value for name, value in QUIET.items() if name != "max_length"}
+    options = {**quiet, "output_dir": str(directory / "out"), "gradient_accumulation_steps": 2, **options}
+    if trainer_class is Trainer:
+        args = TrainingArguments(**options)
+    else:
+        args = PlainArguments(**{"commonit_metric": "task", "commonit_cache_dir": str(directory / "cache"), **options})
+    return trainer_class(
+        model=model,
+        args=args,
+        train_dataset=ROWS,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+
+
+def test_mixin_on_trainer(tmp_path):
+    """`transformers.Trainer` with the mixin: pure and lossless, arranged by length."""
+    trainer = plain_trainer(tmp_path, tiny_model(), num_train_epochs=2)
+    seen = Seen(trainer)
+    trainer.train()
+    assert_follows_plan(trainer, seen)
+    assert len(seen.epochs) == 2
+    assert trainer._commonit_lengths is not None
+
+
+def test_mixin_evaluates_by_group(tmp_path):
+    """`transformers.Trainer` with the mixin reports the parent's metrics and each group's loss."""
+    ours = plain_trainer(tmp_path, tiny_model()).evaluate(ROWS)
+    parents = plain_trainer(tmp_path, tiny_model(), Trainer).evaluate(ROWS)
+    assert {name for name in ours if "_loss_" in name} == {f"eval_loss_{task}" for task in set(TASKS)}
+    assert ours["eval_loss"] == parents["eval_loss"]
+
+
+def test_model_without_loss_kwargs_keeps_equal_counts(tmp_path, caplog):
+    """Where the loss is a mean over micro-batches, these keep equal counts, and a warning says why."""
+    model = NoLossKwargs(tiny_model().config)
+    trainer = plain_trainer(tmp_path, model, per_device_train_batch_size=4)
+    seen = Seen(trainer)
+    trainer.train()
+    assert_follows_plan(trainer, seen)
+    for step in seen.epochs[0].steps:
+        assert abs(len(step[0]) - len(step[1])) <= 1
+    assert sum("NoLossKwargs" in record.getMessage() for record in caplog.records) == 1
+
+
+# --- I7 ------------------------------------------------------------------------------------------------------------------
+
+PARENTS = {
+    "default": {},
+    "workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+    "group_by_length": {"train_sampling_strategy": "group_by_length"},
+    "packing": {"packing": True, "max_length": 64},
+    "drop_last": {"dataloader_drop_last": True},
+}
+
+
+@pytest.mark.parametrize("name", PARENTS)
+def test_i7_metric_none_is_the_parent(tmp_path, name):
+    """I7: batch for batch, log for log and bit for bit what `SFTTrainer` trains; nothing of ours in its output."""
+    runs = []
+    for trainer_class in (CommonITSFTTrainer, SFTTrainer):
+        trainer, seen = train(
+            tmp_path / trainer_class.__name__,
+            trainer_class=trainer_class,
+            commonit_metric="none",
+            gradient_accumulation_steps=2,
+            num_train_epochs=2,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            extra={"eval_dataset": id_rows([4, 4], seed=1)},
+            **PARENTS[name],
+        )
+        runs.append((trainer, seen))
+    (ours, seen), (parent, parent_seen) = runs
+    assert [epoch.steps for epoch in seen.epochs] == [epoch.steps for epoch in parent_seen.epochs]
+    weights = parent.model.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in ours.model.state_dict().items())
+    logs = [
+        [{key: value for key, value in entry.items() if not key.endswith(RUN_TIME)} for entry in run.state.log_history]
+        for run in (ours, parent)
+    ]
+    assert logs[0] == logs[1]
+    files = [
+        {str(file.relative_to(tmp_path / name)) for file in (tmp_path / name).rglob("*")}
+        for name in ("CommonITSFTTrainer", "SFTTrainer")
+    ]
+    assert files[0] == files[1]
