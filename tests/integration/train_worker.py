@@ -115,6 +115,10 @@ def train(run: dict) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    # On several CPU ranks transformers 5.16 loads the optimizer's state to "cpu:0", a place that torch does not know.
+    torch.serialization.register_package(
+        50, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+    )
     for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         train(run)
         if USES_DEEPSPEED:
