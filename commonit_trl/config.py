@@ -1,9 +1,9 @@
 """Every `commonit_*` option, once: its type, default, help and validation.
 
-`CommonITArguments` is a plain dataclass, so `HfArgumentParser`, `TrlParser` and a subclass of any `TrainingArguments`
-read it as it stands; other front ends derive theirs from its fields. Values are checked when the dataclass is made:
-types by pydantic, choices and combinations here. Every error is a `ValueError` of one line that names the option, the
-value and the way out.
+`CommonITArguments` is a plain dataclass, so `HfArgumentParser`, `TrlParser` and a subclass of any
+`TrainingArguments` read it as it stands; other front ends derive theirs from its fields. Values are checked
+when the dataclass is made: types by pydantic, choices and combinations here. Every error is a `ValueError` of
+one line that names the option, the value and the way out.
 """
 
 import difflib
@@ -11,9 +11,10 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 METRICS = ("task", "length", "embedding", "none")
 DEFAULT_TASK_COLUMNS = ("task", "task_name", "category", "source", "dataset")
@@ -41,22 +42,24 @@ _READ_BY = {
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """The member of `known` that is spelt most like `word`."""
-    known = list(known)
-    return (difflib.get_close_matches(word, known, n=1, cutoff=0.0) or known)[0]
+    return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
 
 
 @dataclass(kw_only=True)
 class CommonITArguments:
-    """The `commonit_*` options, to be mixed into a `TrainingArguments` dataclass: `class MyArgs(CommonITArguments, ...)`.
+    """The `commonit_*` options, to be mixed in: `class MyArgs(CommonITArguments, TrainingArguments)`.
 
     Raises:
-        ValueError: on a missing metric, an unknown option, a value of the wrong type or out of range, or an option that
-            the chosen metric does not read.
+        ValueError: on a missing metric, an unknown option, a value of the wrong type or out of range, or an
+            option that the chosen metric does not read.
     """
 
     commonit_metric: str | None = field(
         default=None,
-        metadata={"help": "How to group the data: 'task', 'length', 'embedding' or 'none' (plain batches). Required."},
+        metadata={
+            "help": "Required. How to group the data: 'task', 'length', 'embedding' or 'none' (plain "
+            "batches)."
+        },
     )
     commonit_task_column: list[str] | None = field(
         default=None,
@@ -68,13 +71,15 @@ class CommonITArguments:
     commonit_num_groups: int | None = field(
         default=None,
         metadata={
-            "help": "Number of quantile bins (metric 'length', default 8) or of k-means clusters (metric 'embedding' "
-            "without a reference dataset, default 32)."
+            "help": "Number of quantile bins (metric 'length', default 8) or of k-means clusters (metric "
+            "'embedding' without a reference dataset, default 32)."
         },
     )
     commonit_length_of: str = field(
         default="response",
-        metadata={"help": "Metric 'length': tokens of the 'response', the 'prompt' or the 'total', after truncation."},
+        metadata={
+            "help": "Metric 'length': tokens of the 'response', 'prompt' or 'total', after truncation."
+        },
     )
     commonit_length_edges: list[int] | None = field(
         default=None,
@@ -91,46 +96,49 @@ class CommonITArguments:
     commonit_reference_dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Metric 'embedding': hub name or local file of a reference set; each row joins the nearest "
-            "reference task (the paper's way, with the MMLU dev set). Default: k-means."
+            "help": "Metric 'embedding': hub name or local file of a reference set; each row joins the "
+            "nearest reference task (the paper's way, with the MMLU dev set). Default: k-means."
         },
     )
     commonit_reference_task_column: str = field(
-        default="task", metadata={"help": "Metric 'embedding': the task label column of the reference dataset."}
+        default="task",
+        metadata={"help": "Metric 'embedding': the task label column of the reference dataset."},
     )
     commonit_purity: str = field(
         default="step",
         metadata={
-            "help": "What holds one group: every micro-batch of an optimizer 'step', the micro-batches of all ranks "
-            "at a time ('global'), or each micro-batch alone ('micro')."
+            "help": "What holds one group: every micro-batch of an optimizer 'step', the micro-batches of "
+            "all ranks at a time ('global'), or each micro-batch alone ('micro')."
         },
     )
     commonit_remainder: str = field(
         default="keep",
         metadata={
-            "help": "What becomes of a group's last, incomplete step: 'keep' it by evening out the group's steps, "
-            "'drop' it, or 'pad' it with repeats from the group."
+            "help": "What becomes of a group's last, incomplete step: 'keep' it by evening out the group's "
+            "steps, 'drop' it, or 'pad' it with repeats from the group."
         },
     )
     commonit_min_group_size: int = field(
         default=1,
         metadata={
-            "help": "Merge groups with fewer rows: a length bin with its smaller neighbour, a cluster with the nearest "
-            "centroid, a task with the others into 'other'."
+            "help": "Merge groups with fewer rows: a length bin with its smaller neighbour, a cluster with "
+            "the nearest centroid, a task with the others into 'other'."
         },
     )
-    commonit_weights: dict[str, Any] | str | None = field(  # this order of types is what HfArgumentParser reads as str
+    # HfArgumentParser reads a union in this order as str.
+    commonit_weights: dict[str, Any] | str | None = field(
         default="proportional",
         metadata={
-            "help": "Share of each group in an epoch of unchanged length: 'proportional' to its rows (every row once), "
-            "'uniform', 'sqrt' of its rows, or a mapping of group name to weight (as JSON on the command line)."
+            "help": "Share of each group in an epoch of unchanged length: 'proportional' to its rows (every "
+            "row once), 'uniform', 'sqrt' of its rows, or a mapping of group name to weight (as JSON on the "
+            "command line)."
         },
     )
     commonit_balance_lengths: bool = field(
         default=True,
         metadata={
-            "help": "Arrange the samples of each step by token length, in micro-batches of different sample counts, so "
-            "that padding is low and ranks cost the same. The step's gradient does not change."
+            "help": "Arrange the samples of each step by token length, in micro-batches of different sample "
+            "counts, so that padding is low and ranks cost the same. The step's gradient does not change."
         },
     )
     commonit_cache_dir: str | None = field(
@@ -155,12 +163,15 @@ class CommonITArguments:
 
 
 OPTIONS = {option.name: option for option in fields(CommonITArguments)}
-# Not `Field.type`, which HfArgumentParser overwrites.
-_VALIDATORS = {name: TypeAdapter(hint) for name, hint in get_type_hints(CommonITArguments).items()}
+# Not `Field.type`, which HfArgumentParser overwrites. A group named 7 is a number in YAML.
+_VALIDATORS = {
+    name: TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True))
+    for name, hint in get_type_hints(CommonITArguments).items()
+}
 
 
 def check_option_names(names: Iterable[str]) -> None:
-    """Raise a `ValueError` that names the nearest valid option if one of `names` is an unknown `commonit_*` name."""
+    """Raise a `ValueError` with the nearest valid option if one of `names` is an unknown `commonit_*`."""
     for name in names:
         if name.startswith("commonit") and name not in OPTIONS:
             raise ValueError(f"Unknown option {name}: did you mean {nearest(name, OPTIONS)}?")
@@ -170,7 +181,8 @@ def check_choice(option: str, value: Any, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise ValueError(
-            f"{option}={value!r} is not one of {', '.join(choices)}: did you mean {nearest(str(value), choices)!r}?"
+            f"{option}={value!r} is not one of {', '.join(choices)}: "
+            f"did you mean {nearest(str(value), choices)!r}?"
         )
 
 
@@ -178,19 +190,20 @@ def validate_options(options: CommonITArguments) -> None:
     """Check and normalise all options of `options` in place (see the module's first lines for the errors)."""
     if options.commonit_metric is None:
         raise ValueError(
-            "commonit_metric is not set: write commonit_metric='task', 'length' or 'embedding', or 'none' to train "
-            "with plain batches."
+            "commonit_metric is not set: write commonit_metric='task', 'length' or 'embedding', or 'none' to "
+            "train with plain batches."
         )
     if isinstance(options.commonit_task_column, str):
         options.commonit_task_column = [options.commonit_task_column]
-    if isinstance(options.commonit_weights, str) and options.commonit_weights.startswith("{"):
+    if isinstance(options.commonit_weights, str) and options.commonit_weights.lstrip().startswith("{"):
         options.commonit_weights = _parse_mapping("commonit_weights", options.commonit_weights)
     for name, option in OPTIONS.items():
         value = getattr(options, name)
         try:
             setattr(options, name, _VALIDATORS[name].validate_python(value))
         except ValidationError as error:
-            raise ValueError(f"{name}={value!r}: {error.errors()[0]['msg']}. {option.metadata['help']}") from None
+            reason = error.errors()[0]["msg"]
+            raise ValueError(f"{name}={value!r}: {reason}. {option.metadata['help']}") from None
     for name, choices in _CHOICES.items():
         check_choice(name, getattr(options, name), choices)
     if options.commonit_on:
@@ -201,7 +214,8 @@ def _parse_mapping(option: str, text: str) -> dict[str, Any]:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{option}={text!r} is not JSON: {error}. Write for example '{{\"group\": 0.5}}'.") from None
+        example = '{"group": 0.5}'
+        raise ValueError(f"{option}={text!r} is not JSON: {error}. Write for example {example!r}.") from None
 
 
 def _check_combinations(options: CommonITArguments) -> None:
@@ -209,8 +223,9 @@ def _check_combinations(options: CommonITArguments) -> None:
     for name, metrics in _READ_BY.items():
         if metric not in metrics and getattr(options, name) != OPTIONS[name].default:
             raise ValueError(
-                f"{name}={getattr(options, name)!r} is read by commonit_metric={' or '.join(map(repr, metrics))} only, "
-                f"not by {metric!r}: remove it or change commonit_metric."
+                f"{name}={getattr(options, name)!r} is read by "
+                f"commonit_metric={' or '.join(map(repr, metrics))} only, not by {metric!r}: remove it or "
+                "change commonit_metric."
             )
     for name, least in (("commonit_num_groups", 1), ("commonit_min_group_size", 1)):
         value = getattr(options, name)
@@ -218,19 +233,31 @@ def _check_combinations(options: CommonITArguments) -> None:
             raise ValueError(f"{name}={value} must be at least {least}.")
     edges = options.commonit_length_edges
     if edges is not None:
-        if not edges or any(low >= high for low, high in zip(edges, edges[1:], strict=False)):
-            raise ValueError(f"commonit_length_edges={edges} must be one or more ascending token counts, e.g. [64, 256].")
+        if not edges or edges[0] < 1 or any(low >= high for low, high in pairwise(edges)):
+            raise ValueError(
+                f"commonit_length_edges={edges} must be one or more ascending token counts above 0, e.g. "
+                "[64, 256]."
+            )
         if options.commonit_num_groups is not None:
             raise ValueError(
-                f"commonit_num_groups={options.commonit_num_groups} and commonit_length_edges={edges} both say how many "
-                "bins there are: remove one."
+                f"commonit_num_groups={options.commonit_num_groups} and commonit_length_edges={edges} both "
+                "say how many bins there are: remove one."
             )
     if options.commonit_task_column is not None and not options.commonit_task_column:
         raise ValueError("commonit_task_column=[] names no column: name one or more, or remove the option.")
     if options.commonit_reference_dataset is not None and options.commonit_num_groups is not None:
         raise ValueError(
-            f"commonit_num_groups={options.commonit_num_groups} has no use with "
-            f"commonit_reference_dataset={options.commonit_reference_dataset!r}, whose tasks are the groups: remove one."
+            f"commonit_num_groups={options.commonit_num_groups} has no use with commonit_reference_dataset="
+            f"{options.commonit_reference_dataset!r}, whose tasks are the groups: remove one."
+        )
+    column = options.commonit_reference_task_column
+    if (
+        options.commonit_reference_dataset is None
+        and column != OPTIONS["commonit_reference_task_column"].default
+    ):
+        raise ValueError(
+            f"commonit_reference_task_column={column!r} has no use without commonit_reference_dataset: set "
+            "that too, or remove it."
         )
     if options.commonit_weights is None:
         raise ValueError("commonit_weights=None: write 'proportional', the default, or another weighting.")
@@ -244,6 +271,10 @@ def check_weights(weights: Mapping[str, Any] | str) -> None:
         return
     for group, weight in weights.items():
         if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"commonit_weights: the weight {weight!r} of group {group!r} must be a number >= 0.")
+            raise ValueError(
+                f"commonit_weights: the weight {weight!r} of group {group!r} must be a number >= 0."
+            )
     if not any(weights.values()):
-        raise ValueError(f"commonit_weights={dict(weights)!r} gives no group a weight above 0: nothing would be trained.")
+        raise ValueError(
+            f"commonit_weights={weights!r} gives no group a weight above 0: nothing would be trained."
+        )

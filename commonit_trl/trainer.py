@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
@@ -353,8 +354,7 @@ class CommonITSFTTrainer(CommonITMixin, SFTTrainer):
         with PartialState().main_process_first():  # as TRL does: the other ranks read what the first one cached
             for group in groups:
                 members = rows.select(np.flatnonzero(group_ids == group))
-                options = {"num_proc": args.dataset_num_proc, "desc": f"Packing {self.commonit_grouper.names[group]}"}
-                packs.append(pack_dataset(members, args.max_length, args.packing_strategy, options))
+                packs.append(_pack(members, args, f"Packing {self.commonit_grouper.names[group]}"))
         self.commonit_group_ids = np.repeat(groups, [len(pack) for pack in packs])
         return concatenate_datasets(packs)
 
@@ -372,7 +372,7 @@ class CommonITSFTTrainer(CommonITMixin, SFTTrainer):
 
 @contextlib.contextmanager
 def _no_persistent_workers(args: TrainingArguments) -> Any:
-    """Dataloaders made inside end their workers with each iteration; accelerate keeps them for as long as it lives."""
+    """Dataloaders made inside end their workers with each iteration; accelerate keeps such loaders alive."""
     persistent, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
     try:
         yield
@@ -385,9 +385,30 @@ def _sft_rows(trainer: Any, dataset: Dataset, args: Any, max_length: int | None 
         dataset,
         trainer._tokenizer,
         max_length=max_length,
+        keep_end=max_length is None and args.truncation_mode == "keep_end",  # packing cuts rows at their end
         text_field=args.dataset_text_field,
         chat_template=trainer.chat_template,
     )
+
+
+def _pack(rows: Dataset, args: Any, description: str) -> Dataset:
+    options = {"num_proc": args.dataset_num_proc, "desc": description}
+    if args.packing_strategy != "wrapped":
+        return pack_dataset(rows, args.max_length, args.packing_strategy, options)
+    # TRL 1.9's own takes the tokens of other rows wherever a batch is a slice of a longer table.
+    options |= {"batched": True, "fn_kwargs": {"max_length": args.max_length}}
+    return rows.with_format("arrow").map(_wrap, **options).with_format(None)
+
+
+def _wrap(rows: pa.Table, max_length: int) -> pa.Table:
+    """The tokens of `rows` one after the other, cut every `max_length`."""
+    columns = {}
+    for name in rows.column_names:
+        lists = rows[name].combine_chunks()
+        tokens = lists.flatten()  # unlike `values`, only those of this slice
+        offsets = pa.array([*range(0, len(tokens), max_length), len(tokens)], lists.offsets.type)
+        columns[name] = type(lists).from_arrays(offsets, tokens)
+    return pa.table(columns)
 
 
 def _fit_assign(options: Any, rows: Rows) -> tuple[Grouper, NDArray[np.int64]]:

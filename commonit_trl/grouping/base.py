@@ -1,4 +1,4 @@
-"""What every metric's grouper is: read rows, measure them, fit groups to them, assign rows to groups; save and load.
+"""What every metric's grouper is: read rows, measure them, fit groups, assign rows to them; save and load.
 
     rows --read--> values (what the cache hashes) --measure--> features --fit--> groups --assign--> group ids
 
@@ -7,6 +7,7 @@ A saved grouper is `groups.json` (metric, options, group names, fitted numbers) 
 """
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,6 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 from commonit_trl.text import Rows
 
+logger = logging.getLogger(__name__)
+
 GROUPS_FILE = "groups.json"
 ARRAYS_FILE = "groups.safetensors"
 FORMAT = 1
@@ -26,8 +29,9 @@ FORMAT = 1
 class Grouper(ABC):
     """Base class of the groupers; a new metric implements the methods that are abstract here.
 
-    `options` are the constructor's keyword arguments, JSON values that say which grouper this is. After `fit`, `names`
-    lists the groups in the order of their ids.
+    `options` are the constructor's keyword arguments, JSON values that say which grouper this is. After
+    `fit`, `names` lists the groups in the order of their ids, and `notices` says what the user should know
+    about them.
     """
 
     metric: ClassVar[str]
@@ -35,6 +39,7 @@ class Grouper(ABC):
     def __init__(self, **options: Any) -> None:
         self.options = options
         self.names: list[str] = []
+        self.notices: list[str] = []
 
     @abstractmethod
     def read(self, rows: Rows) -> Any:
@@ -46,14 +51,14 @@ class Grouper(ABC):
 
     @abstractmethod
     def fit_features(self, features: Any) -> None:
-        """Find the groups and set `names`."""
+        """Find the groups, set `names` and add to `notices`."""
 
     @abstractmethod
     def assign_features(self, features: Any) -> NDArray[np.int64]:
         """(rows,) group ids, -1 for a row that belongs to none of the fitted groups."""
 
     def identity(self) -> dict[str, Any]:
-        """What decides the groups besides the rows' values: metric, options, identity of models and reference data."""
+        """What decides the groups besides the rows' values: metric, options, state of model and reference."""
         return {"metric": self.metric, **self.options}
 
     def fitted_numbers(self) -> dict[str, Any]:
@@ -71,6 +76,7 @@ class Grouper(ABC):
     def fit(self, rows: Rows) -> Self:
         """Fit the groups to `rows`; returns the grouper."""
         self.fit_features(self.measure(self.read(rows)))
+        self.log_notices()
         return self
 
     def assign(self, rows: Rows) -> NDArray[np.int64]:
@@ -81,7 +87,13 @@ class Grouper(ABC):
         """Fit to what `read` returned and assign the same rows, measuring them once."""
         features = self.measure(values)
         self.fit_features(features)
+        self.log_notices()
         return self.assign_features(features)
+
+    def log_notices(self) -> None:
+        """Tell the user what `fit` noticed; groups that come from the cache tell it again."""
+        for notice in self.notices:
+            logger.warning(notice)
 
     def description(self) -> dict[str, Any]:
         """The fitted grouper as JSON values, arrays left out: the content of `groups.json`."""
@@ -90,7 +102,9 @@ class Grouper(ABC):
             "metric": self.metric,
             "options": self.options,
             "names": self.names,
+            "notices": self.notices,
             "fitted": self.fitted_numbers(),
+            "arrays": sorted(self.fitted_arrays()),
         }
 
     def save(self, directory: str | Path) -> None:
@@ -100,6 +114,8 @@ class Grouper(ABC):
         arrays = self.fitted_arrays()
         if arrays:
             save_file(arrays, directory / ARRAYS_FILE)
+        else:
+            (directory / ARRAYS_FILE).unlink(missing_ok=True)  # of another grouper that was saved here before
         text = json.dumps(self.description(), indent=2, ensure_ascii=False)
         (directory / GROUPS_FILE).write_text(text, encoding="utf-8")
 
@@ -118,9 +134,15 @@ def load_grouper(directory: str | Path) -> Grouper:
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
         grouper = GROUPERS[saved["metric"]](**saved["options"])
-        grouper.names = list(map(str, saved["names"]))
-        arrays_path = path.with_name(ARRAYS_FILE)
-        grouper.restore(saved["fitted"], load_file(arrays_path) if arrays_path.exists() else {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a readable set of groups ({type(error).__name__}: {error}).") from error
+        grouper.names, grouper.notices = list(map(str, saved["names"])), saved["notices"]
+        arrays = {}
+        if saved["arrays"]:
+            path = path.with_name(ARRAYS_FILE)
+            arrays = load_file(path)
+        grouper.restore(saved["fitted"], arrays)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} is not a readable set of groups ({type(error).__name__}: {error}): fit and save them "
+            "again."
+        ) from error
     return grouper

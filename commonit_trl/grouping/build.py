@@ -8,7 +8,9 @@ from commonit_trl.grouping.embedding import EmbeddingGrouper
 from commonit_trl.grouping.length import LengthGrouper
 from commonit_trl.grouping.task import TaskGrouper
 
-GROUPERS: dict[str, type[Grouper]] = {grouper.metric: grouper for grouper in (TaskGrouper, LengthGrouper, EmbeddingGrouper)}
+GROUPERS: dict[str, type[Grouper]] = {
+    grouper.metric: grouper for grouper in (TaskGrouper, LengthGrouper, EmbeddingGrouper)
+}
 
 
 def build_grouper(options: CommonITArguments, columns: Sequence[str], seed: int = 0) -> Grouper:
@@ -50,14 +52,14 @@ def resolve_task_columns(options: CommonITArguments, columns: Sequence[str]) -> 
         found = [column for column in DEFAULT_TASK_COLUMNS if column in columns]
         if not found:
             raise ValueError(
-                f"commonit_metric='task' found none of the columns {', '.join(DEFAULT_TASK_COLUMNS)}; the dataset has: "
-                f"{', '.join(columns)}. Name one with commonit_task_column."
+                f"commonit_metric='task' found none of the columns {', '.join(DEFAULT_TASK_COLUMNS)}; the "
+                f"dataset has: {', '.join(columns)}. Name one with commonit_task_column."
             )
         return found[:1]
     for column in asked:
         if column not in columns:
             raise ValueError(
-                f"commonit_task_column={column!r} is not a column of the dataset, which has: {', '.join(columns)}; did "
-                f"you mean {nearest(column, columns)!r}?"
+                f"commonit_task_column={column!r} is not a column of the dataset, which has: "
+                f"{', '.join(columns)}; did you mean {nearest(column, columns)!r}?"
             )
     return list(asked)

@@ -1,11 +1,12 @@
 """Metric `embedding`: rows whose text means similar things are a group.
 
-With a reference dataset, the paper's way (section 3.1, "Embedding"): each reference task is the mean of its examples'
-embeddings, and a row joins the task whose centroid is nearest by cosine. Without one, the centroids are those of k-means,
-which the paper does not use. The encoder is any sentence-transformers model; the paper names none.
+With a reference dataset, the paper's way (section 3.1, "Embedding"): each reference task is the mean of its
+examples' embeddings, and a row joins the task whose centroid is nearest by cosine. Without one, the centroids
+are those of k-means, which the paper does not use. The encoder is any sentence-transformers model; the paper
+names none.
 
-Cost: encoding is all of it, about 100 to 300 short texts a second on two CPU cores with MiniLM; equal texts are encoded
-once, in batches sorted by length. k-means of 50,000 rows or more is done in mini-batches.
+Cost: encoding is all of it, about 100 to 300 short texts a second on two CPU cores with MiniLM; equal texts
+are encoded once, in batches sorted by length. k-means of 50,000 rows or more is done in mini-batches.
 """
 
 import logging
@@ -32,7 +33,7 @@ class EmbeddingGrouper(Grouper):
 
     Args:
         model: name or path of a sentence-transformers model.
-        text: which text of a row to encode: `prompt`, `response` or `both`.
+        text: which text of a row to encode: `prompt`, `response` or `both`; of a reference row, its prompt.
         num_groups: clusters of k-means; not used with a reference.
         reference: hub name or local file of a reference dataset.
         reference_task_column: its task label.
@@ -76,7 +77,8 @@ class EmbeddingGrouper(Grouper):
             names, centroids = self._reference_centroids()
         else:
             centroids = self._cluster(features)
-            names = [f"cluster {number:0{len(str(len(centroids) - 1))}d}" for number in range(len(centroids))]
+            digits = len(str(len(centroids) - 1))
+            names = [f"cluster {number:0{digits}d}" for number in range(len(centroids))]
         kept = _dissolve_small_groups(features, centroids, self.options["min_size"])
         self.centroids = np.ascontiguousarray(centroids[kept])
         self.names = [names[number] for number in kept]
@@ -96,15 +98,19 @@ class EmbeddingGrouper(Grouper):
     def restore(self, numbers: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         self.centroids = arrays["centroids"]
         if self.centroids.ndim != 2 or len(self.centroids) != len(self.names):
-            raise ValueError(f"centroids of shape {self.centroids.shape} do not make {len(self.names)} groups")
+            raise ValueError(
+                f"centroids of shape {self.centroids.shape} do not make {len(self.names)} groups"
+            )
 
     def _cluster(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         from sklearn.cluster import KMeans, MiniBatchKMeans
 
         asked = self.options["num_groups"]
-        clusters = min(asked, len(np.unique(features, axis=0)) if len(features) < _MINI_BATCH_FROM else asked)
+        clusters = min(asked, len({hash(row.tobytes()) for row in features}))
         if clusters < asked:
-            logger.warning("commonit_num_groups=%d: only %d rows differ, so there are as many groups.", asked, clusters)
+            self.notices.append(
+                f"commonit_num_groups={asked}: only {clusters} rows differ, so there are as many groups."
+            )
         if len(features) < _MINI_BATCH_FROM:
             model = KMeans(clusters, n_init=3, random_state=self.options["seed"])
         else:
@@ -114,7 +120,7 @@ class EmbeddingGrouper(Grouper):
     def _reference_centroids(self) -> tuple[list[str], NDArray[np.float32]]:
         texts, labels = self._read_reference()
         embeddings = encode(texts, self.options["model"])
-        names, task_of_row = np.unique(np.asarray(labels, dtype=object).astype(str), return_inverse=True)
+        names, task_of_row = np.unique(labels, return_inverse=True)
         sums = np.zeros((len(names), embeddings.shape[1]), dtype=np.float32)
         np.add.at(sums, task_of_row, embeddings)
         return names.tolist(), _unit_length(sums)  # the mean has the same direction as the sum
@@ -129,34 +135,36 @@ class EmbeddingGrouper(Grouper):
                     f"commonit_reference_dataset={name!r}, which has: {', '.join(rows.columns)}."
                 )
             labels = rows.labels([column])
+            try:
+                texts = rows.texts("prompt")
+            except ValueError as error:
+                raise ValueError(f"commonit_reference_dataset={name!r}: {error}") from error
             if None in labels:
                 raise ValueError(
-                    f"commonit_reference_dataset={name!r}: {labels.count(None)} rows have no {column!r}; label or "
-                    "remove them."
+                    f"commonit_reference_dataset={name!r}: {labels.count(None)} of {len(labels)} rows have "
+                    f"no {column!r}: label or remove them."
                 )
-            self._reference = rows.texts("prompt"), [label for label in labels if label is not None]
+            self._reference = texts, [label for label in labels if label is not None]
         return self._reference
 
 
 def load_reference(name: str) -> Dataset:
-    """The reference dataset: a local JSON Lines, Parquet or CSV file, or the only (or train) split of a hub dataset."""
+    """A local JSON Lines, Parquet or CSV file, or the train (or only) split of a hub dataset."""
     file_format = _FILE_FORMATS.get(Path(name).suffix)
     try:
         if file_format is not None:
             if not Path(name).is_file():
                 raise FileNotFoundError("no such file")
-            dataset = load_dataset(file_format, data_files=name, split="train")
-        else:
-            splits = load_dataset(name)
-            dataset = splits["train"] if "train" in splits else splits[next(iter(splits))]
-    except Exception as error:  # whatever datasets, the hub or a parser raises: the user needs the option's name
+            return load_dataset(file_format, data_files=name, split="train")
+        splits = load_dataset(name)
+        return splits["train"] if "train" in splits else splits[next(iter(splits))]
+    except (
+        Exception
+    ) as error:  # whatever datasets, the hub or a parser raises: the user needs the option's name
         raise ValueError(
-            f"commonit_reference_dataset={name!r} cannot be loaded ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}): give a hub name or a .jsonl, .parquet or .csv file."
+            f"commonit_reference_dataset={name!r} cannot be loaded ({_one_line(error)}): give a hub name, or "
+            "a .jsonl, .parquet or .csv file that has rows."
         ) from error
-    if len(dataset) == 0:
-        raise ValueError(f"commonit_reference_dataset={name!r} has no rows.")
-    return dataset
 
 
 def encode(texts: list[str], model_name: str) -> NDArray[np.float32]:
@@ -167,12 +175,14 @@ def encode(texts: list[str], model_name: str) -> NDArray[np.float32]:
     """
     from sentence_transformers import SentenceTransformer
 
+    if not texts:
+        return np.empty((0, 0), dtype=np.float32)
     try:
         model = SentenceTransformer(model_name)
     except Exception as error:  # the hub, the disk or the model's own code: the user needs the option's name
         raise ValueError(
-            f"commonit_embedding_model={model_name!r} cannot be loaded ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}): give the name or local path of a sentence-transformers model."
+            f"commonit_embedding_model={model_name!r} cannot be loaded ({_one_line(error)}): give the name "
+            "or local path of a sentence-transformers model."
         ) from error
     distinct = list(dict.fromkeys(texts))
     place = {text: number for number, text in enumerate(distinct)}
@@ -185,6 +195,10 @@ def encode(texts: list[str], model_name: str) -> NDArray[np.float32]:
             f"{len(distinct)} texts, first for {distinct[bad[0]][:60]!r}: use another model."
         )
     return _unit_length(embeddings)[[place[text] for text in texts]]
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _unit_length(vectors: NDArray[Any]) -> NDArray[np.float32]:
@@ -203,28 +217,34 @@ def _nearest_centroid(features: NDArray[np.float32], centroids: NDArray[np.float
 def _dissolve_small_groups(
     features: NDArray[np.float32], centroids: NDArray[np.float32], min_size: int
 ) -> NDArray[np.int64]:
-    """Numbers of the centroids that are left when, one after the other, the smallest group below `min_size` goes."""
+    """Numbers of the centroids that are left when, one by one, the smallest group below `min_size` goes."""
     kept = np.arange(len(centroids))
+    nearest = _nearest_centroid(features, centroids) if min_size > 1 else kept
     while min_size > 1 and len(kept) > 1:
-        sizes = np.bincount(_nearest_centroid(features, centroids[kept]), minlength=len(kept))
+        sizes = np.bincount(nearest, minlength=len(centroids))[kept]
         if sizes.min() >= min_size:
             break
+        homeless = nearest == kept[sizes.argmin()]
         kept = np.delete(kept, sizes.argmin())
+        nearest[homeless] = kept[_nearest_centroid(features[homeless], centroids[kept])]
     return kept
 
 
 def _model_identity(name: str) -> list[Any]:
-    """What tells one version of an encoder from another: a local model's files, or the hub revision in the cache."""
-    from huggingface_hub import try_to_load_from_cache
+    """What tells one version of an encoder from another: a local model's files, or a hub model's revision."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     path = Path(name)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    if path.exists():
-        raise ValueError(f"commonit_embedding_model={name!r} is a file: give a directory or a hub name.")
-    try:
-        cached = try_to_load_from_cache(name, "modules.json")
-    except ValueError:  # not a valid hub name: encode() will say so
-        return []
-    return [Path(cached).parent.name] if isinstance(cached, str) else []
+    for file_name in (
+        "modules.json",
+        "config.json",
+    ):  # every sentence-transformers or plain model has one of them
+        try:
+            return [Path(hf_hub_download(name, file_name)).parent.name]  # snapshots/<revision>/<file>
+        except (OSError, ValueError, EntryNotFoundError):  # loading the model will say what is wrong
+            continue
+    return []

@@ -1,10 +1,10 @@
 """Metric `length`: rows whose response (or prompt, or whole) has a similar number of tokens are a group.
 
-The paper groups by response length ("Statistics", section 3.1) and gives no bin counts; quantile bins, 8 by default, are
-this project's choice. Cost: a sort of the lengths, well under a second for 10^6 rows.
+The paper groups by response length ("Statistics", section 3.1) and gives no bin counts; quantile bins, 8 by
+default, are this project's choice. Cost: a sort of the lengths, well under a second for 10^6 rows.
 """
 
-import logging
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,13 @@ from commonit_trl.config import DEFAULT_NUM_GROUPS
 from commonit_trl.grouping.base import Grouper
 from commonit_trl.text import Rows
 
-logger = logging.getLogger(__name__)
-
 
 class LengthGrouper(Grouper):
     """Groups by token count, in quantile bins or between explicit edges.
 
     Args:
         of: `response`, `prompt` or `total`.
-        num_groups: number of quantile bins; equal edges collapse, so data with many equal lengths gets fewer.
+        num_groups: number of quantile bins; where many rows have the same length, edges collapse to fewer.
         edges: ascending token counts instead of quantiles; bin i holds edges[i - 1] <= tokens < edges[i].
         min_size: bins with fewer rows are merged with their smaller neighbour.
     """
@@ -48,14 +46,11 @@ class LengthGrouper(Grouper):
         if self.options["edges"] is not None:
             edges = np.asarray(self.options["edges"], dtype=np.int64)
         else:
-            quantiles = np.quantile(features, np.arange(1, asked) / asked)
-            edges = np.unique(np.ceil(quantiles).astype(np.int64))
-            edges = edges[edges > features.min()]
+            edges = _quantile_edges(features, asked)
             if len(edges) + 1 < asked:
-                logger.warning(
-                    "commonit_num_groups=%d: many rows have the same length, so equal bin edges collapse to %d groups.",
-                    asked,
-                    len(edges) + 1,
+                self.notices.append(
+                    f"commonit_num_groups={asked}: many rows have the same length, so equal bin edges "
+                    f"collapse to {len(edges) + 1} groups."
                 )
         self.edges = _merge_small_bins(features, edges, self.options["min_size"])
         self.names = _bin_names(self.edges, self.options["of"])
@@ -72,11 +67,24 @@ class LengthGrouper(Grouper):
             raise ValueError(f"{len(self.edges)} edges do not make {len(self.names)} groups")
 
 
-def _merge_small_bins(lengths: NDArray[np.int64], edges: NDArray[np.int64], min_size: int) -> NDArray[np.int64]:
+def _quantile_edges(lengths: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
+    """The distinct lengths below which the number of rows is nearest to 1/bins, 2/bins, ... of all."""
+    values, counts = np.unique(lengths, return_counts=True)
+    if len(values) < 2:
+        return np.empty(0, dtype=np.int64)
+    below = np.cumsum(counts)[:-1]  # rows under values[1:], the possible edges
+    targets = len(lengths) * np.arange(1, bins) / bins
+    nearest = np.rint(np.interp(targets, below, np.arange(len(below)))).astype(np.int64)
+    return values[1:][np.unique(nearest)]
+
+
+def _merge_small_bins(
+    lengths: NDArray[np.int64], edges: NDArray[np.int64], min_size: int
+) -> NDArray[np.int64]:
     """Remove edges until every bin that has rows has `min_size` of them (or one bin is left)."""
     counts = np.bincount(np.searchsorted(edges, lengths, side="right"), minlength=len(edges) + 1).tolist()
     kept = edges.tolist()
-    while kept and min(filter(None, counts)) < min_size:
+    while kept and min(filter(None, counts), default=min_size) < min_size:
         small = min((bin for bin in range(len(counts)) if counts[bin]), key=counts.__getitem__)
         neighbours = [bin for bin in (small - 1, small + 1) if 0 <= bin < len(counts)]
         other = min(neighbours, key=counts.__getitem__)
@@ -89,5 +97,5 @@ def _merge_small_bins(lengths: NDArray[np.int64], edges: NDArray[np.int64], min_
 def _bin_names(edges: NDArray[np.int64], of: str) -> list[str]:
     if not len(edges):
         return [f"{of} of any length"]
-    between = [f"{of} {low}-{high - 1}" for low, high in zip(edges, edges[1:], strict=False)]
+    between = [f"{of} {low}-{high - 1}" for low, high in pairwise(edges)]
     return [f"{of} under {edges[0]}", *between, f"{of} {edges[-1]} and more"]

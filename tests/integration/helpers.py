@@ -1,4 +1,5 @@
-"""What the in-process trainer tests share: quiet trainers of tiny models, and a record of what a model really sees."""
+"""What the in-process trainer tests share: quiet trainers of tiny models, and a record of what a model
+sees."""
 
 import atexit
 import gc
@@ -14,7 +15,7 @@ from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer
 
 torch.set_num_threads(1)
 gc.collect()
-gc.freeze()  # the Trainer collects garbage at each start of training; what the imports made need not be walked again
+gc.freeze()  # the Trainer collects garbage when training starts; what the imports made is not walked again
 atexit.register(gc.unfreeze)
 
 QUIET = {
@@ -32,6 +33,7 @@ QUIET = {
     "max_length": None,
     "seed": 7,
 }
+RUN_TIME = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 def make_trainer(directory, rows, *, trainer_class=CommonITSFTTrainer, model="llama", extra=None, **options):
@@ -43,7 +45,9 @@ def make_trainer(directory, rows, *, trainer_class=CommonITSFTTrainer, model="ll
     """
     options = {"output_dir": str(directory / "out"), **QUIET, **options}
     if trainer_class is SFTTrainer:
-        config = SFTConfig(**{name: value for name, value in options.items() if not name.startswith("commonit")})
+        config = SFTConfig(
+            **{name: value for name, value in options.items() if not name.startswith("commonit")}
+        )
     else:
         config = CommonITSFTConfig(
             **{"commonit_metric": "task", "commonit_cache_dir": str(directory / "cache"), **options}
@@ -51,6 +55,18 @@ def make_trainer(directory, rows, *, trainer_class=CommonITSFTTrainer, model="ll
     arguments = {"processing_class": tiny_tokenizer(), **(extra or {})}
     model = tiny_model(model) if model in ("llama", "qwen2", "bloom") else model
     return trainer_class(model=model, args=config, train_dataset=rows, **arguments)
+
+
+def train(directory, rows, **arguments):
+    """A trainer as `make_trainer` makes it, trained, and what its model saw."""
+    trainer = make_trainer(directory, rows, **arguments)
+    seen = Seen(trainer)
+    trainer.train()
+    return trainer, seen
+
+
+def without_run_times(metrics):
+    return {name: value for name, value in metrics.items() if not name.endswith(RUN_TIME)}
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,8 @@ class Row:
     def number(self):
         """The row's number in `toys.id_rows`."""
         return sum(
-            token * ID_BASE**place for place, token in zip(reversed(range(ID_DIGITS)), self.tokens, strict=False)
+            token * ID_BASE**place
+            for place, token in zip(reversed(range(ID_DIGITS)), self.tokens, strict=False)
         )
 
     @property
@@ -94,10 +111,8 @@ class Epoch:
 
 
 class Seen(TrainerCallback):
-    """Records what the model of `trainer` sees in training, in `epochs`; training that starts again is recorded anew.
-
-    `wrapped` says that rows are token runs of `packing_strategy="wrapped"`, which no position ids delimit.
-    """
+    """Records in `epochs` what the model of `trainer` sees in training, anew each time that training
+    starts."""
 
     def __init__(self, trainer):
         self.epochs: list[Epoch] = []
@@ -123,20 +138,24 @@ class Seen(TrainerCallback):
         self.epochs[-1].steps.append([])
 
     def _record(self, model, args, kwargs):
-        if model.training and torch.is_grad_enabled():  # TRL repeats some forwards without gradient, for its metrics
+        # TRL repeats some forwards without gradient, for its metrics.
+        if model.training and torch.is_grad_enabled():
             self.epochs[-1].steps[-1].append(rows_of(kwargs))
 
 
 def rows_of(inputs):
-    """The rows of a batch: each without its padding, or cut apart where a padding-free batch starts a new one."""
-    tokens, labels = inputs["input_ids"], inputs["labels"]
+    """The rows of a batch, each without its padding or cut out of a padding-free batch."""
+    tokens = inputs["input_ids"]
+    labels = inputs.get("labels", tokens)  # label smoothing takes them out
     if "attention_mask" in inputs:
         kept = inputs["attention_mask"].bool()
         pairs = [(t[mask], label[mask]) for t, label, mask in zip(tokens, labels, kept, strict=True)]
     else:
         starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
         ends = [*starts[1:], tokens.shape[1]]
-        pairs = [(tokens[0, start:end], labels[0, start:end]) for start, end in zip(starts, ends, strict=True)]
+        pairs = [
+            (tokens[0, start:end], labels[0, start:end]) for start, end in zip(starts, ends, strict=True)
+        ]
     return [Row(tuple(t.tolist()), tuple(label.tolist())) for t, label in pairs]
 
 

@@ -1,5 +1,5 @@
-"""`CommonITSFTTrainer` and `CommonITMixin` on one rank, with what users combine them with: what the model sees is the
-plan, each step holds one group and each epoch every row once."""
+"""The trainers on one rank, with what users combine them with: the model sees the plan, in each step one
+group and in each epoch every row once."""
 
 import json
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from datasets import Dataset
-from helpers import QUIET, Seen, groups_of_steps, make_trainer
+from helpers import QUIET, Seen, groups_of_steps, make_trainer, train, without_run_times
 from peft import LoraConfig
 from toys import id_rows, tiny_model, tiny_tokenizer
 from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, TrainingArguments
@@ -19,14 +19,6 @@ from commonit_trl.config import CommonITArguments
 
 ROWS = id_rows([9, 6, 5, 3])
 TASKS = ROWS["task"]
-RUN_TIME = ("runtime", "samples_per_second", "steps_per_second")
-
-
-def train(directory, rows=ROWS, **arguments):
-    trainer = make_trainer(directory, rows, **arguments)
-    seen = Seen(trainer)
-    trainer.train()
-    return trainer, seen
 
 
 def assert_follows_plan(trainer, seen, rows=ROWS):
@@ -44,13 +36,13 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-# --- options of the parent ---------------------------------------------------------------------------------------------
+# --- options of the parent ----------------------------------------------------------------------------------
 
 OPTIONS = {
     "default": {},
     "nll": {"loss_type": "nll"},
     "dft": {"loss_type": "dft"},
-    "label smoothing": {"label_smoothing_factor": 0.1},
+    "label smoothing": {"label_smoothing_factor": 0.1, "loss_type": "nll"},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "padding-free": {"padding_free": True},
     "workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "num_train_epochs": 3},
@@ -62,23 +54,22 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(tmp_path, name):
-    """Epochs are the plan's, each with every row, in another order; the schedule ends with the last step, at 0."""
-    trainer, seen = train(
-        tmp_path, **{"num_train_epochs": 2, "gradient_accumulation_steps": 2, **OPTIONS[name]}
-    )
+    """Epochs are the plan's, each in another order; the schedule ends with the last step, at 0."""
+    options = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, **OPTIONS[name]}
+    trainer, seen = train(tmp_path, ROWS, **options)
     assert_follows_plan(trainer, seen)
     epochs = trainer.args.num_train_epochs
     assert len(seen.epochs) == epochs
     assert all(one.steps != other.steps for one, other in pairwise(seen.epochs))
-    assert trainer.state.global_step == epochs * 9  # 3 + 2 + 2 + 1 steps of up to 4 rows ...
-    assert trainer.lr_scheduler.get_last_lr() == [0]
+    assert trainer.state.global_step == epochs * 8  # 3 + 2 + 2 + 1 steps of up to 4 rows
+    assert set(trainer.lr_scheduler.get_last_lr()) == {0}
     assert all(torch.isfinite(torch.tensor(loss)) for loss in losses(trainer))
 
 
 def test_lora(tmp_path):
     """With a LoRA adapter batches are the same; only the adapter is trained."""
     adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    trainer, seen = train(tmp_path, extra={"peft_config": adapter})
+    trainer, seen = train(tmp_path, ROWS, extra={"peft_config": adapter})
     assert_follows_plan(trainer, seen)
     assert trainer._commonit_lengths is not None  # the wrapped model takes the step's token count
     before = tiny_model().state_dict()
@@ -89,35 +80,49 @@ def test_lora(tmp_path):
             assert value.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("max_steps", "per_epoch"), [(4, [4]), (9, [9]), (13, [9, 4])])
+@pytest.mark.parametrize(("max_steps", "per_epoch"), [(4, [4]), (8, [8]), (13, [8, 5])])
 def test_max_steps(tmp_path, max_steps, per_epoch):
     """`max_steps` ends training inside an epoch, or goes on into another one."""
-    trainer, seen = train(tmp_path, max_steps=max_steps, gradient_accumulation_steps=2)
+    trainer, seen = train(tmp_path, ROWS, max_steps=max_steps, gradient_accumulation_steps=2)
     assert_follows_plan(trainer, seen)
     assert [len(epoch.steps) for epoch in seen.epochs] == per_epoch
-    assert trainer.lr_scheduler.get_last_lr() == [0]
+    assert set(trainer.lr_scheduler.get_last_lr()) == {0}
 
 
 def test_fractional_epochs(tmp_path):
     """1.5 epochs are one and a half plans."""
-    trainer, seen = train(tmp_path, num_train_epochs=1.5, gradient_accumulation_steps=2)
+    trainer, seen = train(tmp_path, ROWS, num_train_epochs=1.5, gradient_accumulation_steps=2)
     assert_follows_plan(trainer, seen)
-    assert [len(epoch.steps) for epoch in seen.epochs] == [9, 5]
+    assert [len(epoch.steps) for epoch in seen.epochs] == [8, 4]
 
 
 def test_train_twice(tmp_path):
     """A second `train` starts at epoch 0 again, with the same batches."""
-    trainer, seen = train(tmp_path, num_train_epochs=2, gradient_accumulation_steps=2)
+    trainer, seen = train(tmp_path, ROWS, num_train_epochs=2, gradient_accumulation_steps=2)
     first = [epoch.steps for epoch in seen.epochs]
     trainer.train()
     assert [epoch.steps for epoch in seen.epochs] == first
-    assert trainer.lr_scheduler.get_last_lr() == [0]
+    assert set(trainer.lr_scheduler.get_last_lr()) == {0}
+
+
+def test_positional_arguments(tmp_path):
+    """Arguments are found in whatever way they are passed."""
+    args = make_trainer(tmp_path, ROWS).args
+    trainer = CommonITSFTTrainer(tiny_model(), args, None, ROWS, None, tiny_tokenizer())
+    assert trainer.commonit_plan().summary().num_samples == len(ROWS)
+
+
+def test_liger_keeps_the_task_column(tmp_path):
+    """TRL 1.9 drops columns when it prepares rows for liger kernels; the groups are there all the same."""
+    pytest.importorskip("liger_kernel")
+    trainer = make_trainer(tmp_path, ROWS, use_liger_kernel=True)
+    assert [trainer.commonit_grouper.names[group] for group in trainer.commonit_group_ids] == TASKS
 
 
 @pytest.mark.parametrize("balance", [False, True])
 def test_auto_find_batch_size(tmp_path, balance):
-    """After an out-of-memory error the plan is that of the smaller batch, and each epoch still sees every row once; a
-    checkpoint of such a run is resumed with the batch size that it found."""
+    """After an out-of-memory error the plan is that of the smaller batch, and each epoch still sees every row
+    once; a checkpoint of such a run is resumed with the batch size that it found."""
     options = {
         "auto_find_batch_size": True,
         "per_device_train_batch_size": 6,
@@ -150,7 +155,7 @@ def test_auto_find_batch_size(tmp_path, balance):
 LOSSES = {
     "nll": {"loss_type": "nll"},
     "dft": {"loss_type": "dft"},
-    "label smoothing": {"label_smoothing_factor": 0.1},
+    "label smoothing": {"label_smoothing_factor": 0.1, "loss_type": "nll"},
     "padding-free": {"padding_free": True},
     "qwen2": {"model": "qwen2"},
     "bloom": {"model": "bloom"},
@@ -159,7 +164,8 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_arrangement_keeps_the_update(tmp_path, name):
-    """I6 for losses and models: one update from micro-batches of equal cost is that from micro-batches of equal count."""
+    """I6 for losses and models: micro-batches of equal cost give the update that those of equal count
+    give."""
     weights, sizes = [], []
     for balance in (True, False):
         trainer, seen = train(
@@ -177,18 +183,24 @@ def test_arrangement_keeps_the_update(tmp_path, name):
         weights.append(trainer.model.state_dict())
         sizes.append([len(batch) for batch in seen.epochs[0].steps[0]])
     assert sizes[1] == [4] * 4 and sizes[0] != sizes[1]
-    start = trainer.model.state_dict() if name == "none" else tiny_model(LOSSES[name].get("model", "llama")).state_dict()
+    start = tiny_model(LOSSES[name].get("model", "llama")).state_dict()
     moved = max((weights[1][key] - start[key]).abs().max() for key in start)
     for key in start:
         assert (weights[0][key] - weights[1][key]).abs().max() <= 1e-4 * moved, key
 
 
-# --- models and metrics ------------------------------------------------------------------------------------------------
+# --- models and metrics -------------------------------------------------------------------------------------
 
 TOPICS = {
-    "translate": ("Translate this sentence to French: the {} is in the garden.", "cat dog bird tree house car bike"),
+    "translate": (
+        "Translate this sentence to French: the {} is in the garden.",
+        "cat dog bird tree house car bike",
+    ),
     "compute": ("Compute the sum of the numbers {} and 12.", "3 17 25 41 58 66 73"),
-    "poem": ("Write a short poem about the {} at night, with rhymes.", "sea moon forest wind river stars snow"),
+    "poem": (
+        "Write a short poem about the {} at night, with rhymes.",
+        "sea moon forest wind river stars snow",
+    ),
 }
 
 
@@ -212,7 +224,7 @@ def topics_cache(tmp_path_factory):
 @pytest.mark.parametrize("metric", ["task", "length", "k-means", "reference"])
 @pytest.mark.parametrize("model", ["llama", "qwen2", "bloom"])
 def test_models_and_metrics(tmp_path, topics_cache, minilm, model, metric):
-    """The paper's architectures and metrics: finite losses, and each step holds one task, length bin or meaning."""
+    """The paper's architectures and metrics: each step holds one task, length bin or meaning."""
     options = {"commonit_metric": metric}
     if metric == "length":
         options |= {"commonit_length_edges": [15, 25]}
@@ -222,7 +234,10 @@ def test_models_and_metrics(tmp_path, topics_cache, minilm, model, metric):
             options |= {"commonit_num_groups": 3}
         else:
             reference = tmp_path.parent / "reference.jsonl"
-            examples = [{"task": task, "prompt": p.format("lake"), "completion": ""} for task, (p, _) in TOPICS.items()]
+            examples = [
+                {"task": task, "prompt": p.format("lake"), "completion": ""}
+                for task, (p, _) in TOPICS.items()
+            ]
             reference.write_text("\n".join(map(json.dumps, examples)))
             options |= {"commonit_reference_dataset": str(reference)}
     trainer, seen = train(tmp_path, topic_rows(), model=model, commonit_cache_dir=topics_cache, **options)
@@ -235,7 +250,7 @@ def test_models_and_metrics(tmp_path, topics_cache, minilm, model, metric):
     assert all(torch.isfinite(torch.tensor(loss)) for loss in losses(trainer))
 
 
-# --- the mixin on transformers' own Trainer ------------------------------------------------------------------------------
+# --- the mixin on transformers' own Trainer -----------------------------------------------------------------
 
 
 @dataclass
@@ -254,18 +269,20 @@ class NoLossKwargs(LlamaForCausalLM):
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
 
 
-def plain_trainer(directory, model, trainer_class=PlainTrainer, **options):
+def plain_trainer(directory, model, trainer_class=PlainTrainer, rows=ROWS, **options):
     tokenizer = tiny_tokenizer()
     quiet = {name: value for name, value in QUIET.items() if name != "max_length"}
     options = {**quiet, "output_dir": str(directory / "out"), "gradient_accumulation_steps": 2, **options}
     if trainer_class is Trainer:
         args = TrainingArguments(**options)
     else:
-        args = PlainArguments(**{"commonit_metric": "task", "commonit_cache_dir": str(directory / "cache"), **options})
+        args = PlainArguments(
+            **{"commonit_metric": "task", "commonit_cache_dir": str(directory / "cache"), **options}
+        )
     return trainer_class(
         model=model,
         args=args,
-        train_dataset=ROWS,
+        train_dataset=rows,
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
@@ -289,6 +306,14 @@ def test_mixin_evaluates_by_group(tmp_path):
     assert ours["eval_loss"] == parents["eval_loss"]
 
 
+def test_mixin_without_training_set(tmp_path):
+    """A trainer that only evaluates has nothing to group."""
+    trainer = plain_trainer(tmp_path, tiny_model(), rows=None)
+    assert not any("_loss_" in name for name in trainer.evaluate(ROWS))
+    with pytest.raises(ValueError, match="has no plan"):
+        trainer.commonit_plan()
+
+
 def test_model_without_loss_kwargs_keeps_equal_counts(tmp_path, caplog):
     """Where the loss is a mean over micro-batches, these keep equal counts, and a warning says why."""
     model = NoLossKwargs(tiny_model().config)
@@ -301,7 +326,7 @@ def test_model_without_loss_kwargs_keeps_equal_counts(tmp_path, caplog):
     assert sum("NoLossKwargs" in record.getMessage() for record in caplog.records) == 1
 
 
-# --- I7 ------------------------------------------------------------------------------------------------------------------
+# --- I7 -----------------------------------------------------------------------------------------------------
 
 PARENTS = {
     "default": {},
@@ -314,11 +339,12 @@ PARENTS = {
 
 @pytest.mark.parametrize("name", PARENTS)
 def test_i7_metric_none_is_the_parent(tmp_path, name):
-    """I7: batch for batch, log for log and bit for bit what `SFTTrainer` trains; nothing of ours in its output."""
+    """I7: batch for batch, log for log and bit for bit what `SFTTrainer` trains, and the same files."""
     runs = []
     for trainer_class in (CommonITSFTTrainer, SFTTrainer):
         trainer, seen = train(
             tmp_path / trainer_class.__name__,
+            ROWS,
             trainer_class=trainer_class,
             commonit_metric="none",
             gradient_accumulation_steps=2,
@@ -333,10 +359,7 @@ def test_i7_metric_none_is_the_parent(tmp_path, name):
     assert [epoch.steps for epoch in seen.epochs] == [epoch.steps for epoch in parent_seen.epochs]
     weights = parent.model.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in ours.model.state_dict().items())
-    logs = [
-        [{key: value for key, value in entry.items() if not key.endswith(RUN_TIME)} for entry in run.state.log_history]
-        for run in (ours, parent)
-    ]
+    logs = [[without_run_times(entry) for entry in run.state.log_history] for run in (ours, parent)]
     assert logs[0] == logs[1]
     files = [
         {str(file.relative_to(tmp_path / name)) for file in (tmp_path / name).rglob("*")}

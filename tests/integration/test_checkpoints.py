@@ -1,0 +1,195 @@
+"""Checkpoints say how they were trained; a run that would go on differently refuses them and names what
+differs."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from helpers import Seen, make_trainer, train
+from toys import id_rows
+from trl import SFTTrainer
+
+from commonit_trl import Rows, load_grouper
+
+SIZES = [9, 6, 5]
+ROWS = id_rows(SIZES)
+OPTIONS = {
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 2,
+    "save_strategy": "steps",
+    "save_steps": 5,
+    "commonit_weights": {"g000": 2, "g001": 1.0, "g002": 1},
+}
+
+
+def longer(rows):
+    """The same rows and groups, with other numbers of tokens."""
+    tokens = {
+        "input_ids": [ids + ids[-1:] for ids in rows["input_ids"]],
+        "labels": [ids + ids[-1:] for ids in rows["labels"]],
+    }
+    return Dataset.from_dict({**rows.to_dict(), **tokens})
+
+
+def relabelled(rows):
+    """The same rows, of which two have changed groups."""
+    tasks = list(rows["task"])
+    one, other = tasks.index("g000"), tasks.index("g001")
+    tasks[one], tasks[other] = tasks[other], tasks[one]
+    return Dataset.from_dict({**rows.to_dict(), "task": tasks})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run: its directory, what it saw, and its trainer."""
+    directory = tmp_path_factory.mktemp("run")
+    trainer, seen = train(directory, ROWS, **OPTIONS)
+    trainer.save_model(str(directory / "saved"))
+    return directory, seen.steps, trainer
+
+
+@pytest.fixture(scope="module")
+def parents_run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("parent")
+    train(directory, ROWS, trainer_class=SFTTrainer, **OPTIONS)
+    return directory
+
+
+def resume(directory, checkpoint, rows=ROWS, **options):
+    trainer = make_trainer(directory, rows, **{**OPTIONS, **options})
+    seen = Seen(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer, seen
+
+
+@pytest.mark.parametrize("name", ["out/checkpoint-5", "saved"])
+def test_groups_and_run_are_saved(run, name):
+    """Checkpoints and saved models hold the fitted groups, which assign as they did, and what a resume must
+    share."""
+    directory, _, trainer = run
+    saved = directory / name / "commonit"
+    assert sorted(file.name for file in saved.iterdir()) == ["groups.json", "run.json"]
+    grouper = load_grouper(saved)
+    assert grouper.names == ["g000", "g001", "g002"]
+    assert np.array_equal(grouper.assign(Rows(ROWS)), trainer.commonit_group_ids)
+    description = json.loads((saved / "run.json").read_text())
+    assert description["commonit_metric"] == "task" and description["rows"] == 20
+    assert description["order of samples"] == trainer.commonit_plan().digest()
+
+
+def test_embedding_groups_are_saved_with_their_centroids(tmp_path, minilm):
+    rows = Dataset.from_list([{"text": text} for text in ("a dog", "a cat", "3 + 4", "5 + 6")])
+    options = {
+        "commonit_metric": "embedding",
+        "commonit_embedding_model": str(minilm),
+        "commonit_num_groups": 2,
+    }
+    trainer = make_trainer(tmp_path, rows, **options)
+    trainer.save_model()
+    saved = tmp_path / "out" / "commonit"
+    assert sorted(file.name for file in saved.iterdir()) == ["groups.json", "groups.safetensors", "run.json"]
+    assert np.array_equal(load_grouper(saved).centroids, trainer.commonit_grouper.centroids)
+
+
+DIFFERENCES = {
+    "seed": ({"seed": 8}, ["data seed (7 in the checkpoint, 8 now)", "order of samples"]),
+    "batch size": (
+        {"per_device_train_batch_size": 1},
+        ["per-device batch size (2 in the checkpoint, 1 now)"],
+    ),
+    "accumulation": (
+        {"gradient_accumulation_steps": 1},
+        ["gradient accumulation steps (2 in the checkpoint, 1 now)"],
+    ),
+    "metric": (
+        {"commonit_metric": "length", "commonit_weights": "proportional"},
+        ["commonit_metric ('task' in the checkpoint, 'length' now)", "groups ("],
+    ),
+    "purity": ({"commonit_purity": "micro"}, ["commonit_purity ('step' in the checkpoint, 'micro' now)"]),
+    "remainder": (
+        {"commonit_remainder": "pad"},
+        ["commonit_remainder ('keep' in the checkpoint, 'pad' now)"],
+    ),
+    "weights": (
+        {"commonit_weights": "proportional"},
+        ["commonit_weights ({'g000': 2", "'proportional' now)"],
+    ),
+    "arrangement": (
+        {"commonit_balance_lengths": False},
+        ["commonit_balance_lengths (True in the checkpoint"],
+    ),
+    "rows": ({"rows": id_rows([9, 6, 6])}, ["rows (20 in the checkpoint, 21 now)"]),
+    "groups": (
+        {"rows": id_rows([9, 6, 4, 1]), "commonit_weights": "proportional"},
+        ["groups (", "assignment of rows to groups ("],
+    ),
+    "assignment": ({"rows": relabelled(ROWS)}, ["assignment of rows to groups ("]),
+    "lengths": ({"rows": longer(ROWS)}, ["token lengths ("]),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_resume_of_another_run_names_what_differs(run, tmp_path, name):
+    options, parts = DIFFERENCES[name]
+    with pytest.raises(ValueError) as error:
+        resume(tmp_path, str(run[0] / "out" / "checkpoint-5"), **options)
+    said = str(error.value)
+    assert all(
+        part in said for part in [*parts, "Resume with the same settings and data, or start a new run"]
+    ), said
+    assert "\n" not in said
+    unchanged = {"lengths": "groups (", "assignment": "rows ("}.get(name, "commonit_cache_dir")
+    assert f" {unchanged}" not in said
+
+
+def test_resume_with_and_without_commonit(run, parents_run, tmp_path):
+    """A plain run's checkpoint is refused with a metric, and a grouped run's with `none`."""
+    with pytest.raises(ValueError, match="was written without CommonIT and this run trains with it"):
+        resume(tmp_path, str(parents_run / "out" / "checkpoint-5"))
+    with pytest.raises(ValueError, match="was written with CommonIT and this run trains without it"):
+        resume(tmp_path, str(run[0] / "out" / "checkpoint-5"), commonit_metric="none")
+    resumed, _ = resume(tmp_path, str(parents_run / "out" / "checkpoint-5"), commonit_metric="none")
+    assert resumed.state.global_step == 10  # plain to plain is the parent's business
+
+
+@pytest.mark.parametrize("content", [b"", b'{"commonit_metric": "ta', b"{}", b"[]", b"\xff"])
+def test_damaged_run_file(run, tmp_path, content):
+    """A damaged `run.json` is an error that names the file, not a guess."""
+    checkpoint = tmp_path / "checkpoint-5"
+    shutil.copytree(run[0] / "out" / "checkpoint-5", checkpoint)
+    (checkpoint / "commonit" / "run.json").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"checkpoint-5/commonit/run\.json is damaged .*use another checkpoint"
+    ):
+        resume(tmp_path, str(checkpoint))
+
+
+def test_resume_from_the_middle(run, tmp_path):
+    """What is left is trained, in the order of the whole run, to the same weights."""
+    directory, steps, whole = run
+    resumed, seen = resume(tmp_path, str(directory / "out" / "checkpoint-5"))
+    assert seen.steps == steps[5:]
+    weights = whole.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.model.state_dict().items())
+
+
+def test_resume_from_the_last_checkpoint_trains_nothing(run, tmp_path):
+    directory, steps, whole = run
+    resumed, seen = resume(tmp_path, str(directory / "out" / f"checkpoint-{len(steps)}"))
+    assert seen.steps == []
+    assert resumed.state.global_step == len(steps)
+    weights = whole.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.model.state_dict().items())
+
+
+def test_resume_true_takes_the_last_checkpoint(run, tmp_path):
+    """`resume_from_checkpoint=True` finds the newest one in the output directory, and checks that one too."""
+    shutil.copytree(run[0] / "out" / "checkpoint-5", tmp_path / "out" / "checkpoint-5")
+    shutil.copytree(run[0] / "out" / "checkpoint-10", tmp_path / "out" / "checkpoint-10")
+    _, seen = resume(tmp_path, True)
+    assert seen.steps == run[1][10:]
+    with pytest.raises(ValueError, match="data seed"):
+        resume(tmp_path, True, seed=8)

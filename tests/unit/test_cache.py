@@ -1,0 +1,473 @@
+"""Groups on disk: computed once, found again, and never wrong.
+
+1. A second call loads and measures nothing; it tells the same notices.
+2. The fingerprint follows all that decides the groups, and nothing else.
+3. Processes that race for an entry compute it once and agree; one that is killed leaves the others free.
+4. A damaged entry is noticed, told and computed again; so is a damaged saved grouper, which is an error with
+its path. 5. A directory that can't be used is an error of one line with the option's name.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub.constants
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from commonit_trl.grouping import (
+    EmbeddingGrouper,
+    Grouper,
+    LengthGrouper,
+    TaskGrouper,
+    default_cache_dir,
+    fit_assign_cached,
+    load_grouper,
+)
+from commonit_trl.grouping.cache import fingerprint
+from commonit_trl.text import Rows
+
+FEATURES = {"sun": [1.0, 0.0], "moon": [1.0, 0.1], "cat": [0.0, 1.0], "dog": [0.1, 1.0]}
+
+
+class FakeEncoder(EmbeddingGrouper):
+    """The real grouper but for the encoder, whose calls are counted."""
+
+    measured = 0
+
+    def measure(self, values: list[str]) -> Any:
+        type(self).measured += 1
+        features = np.array([FEATURES[value] for value in values], dtype=np.float32)
+        return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+class CountingTask(TaskGrouper):
+    measured = 0
+
+    def measure(self, values: Any) -> Any:
+        type(self).measured += 1
+        return super().measure(values)
+
+
+class CountingLength(LengthGrouper):
+    measured = 0
+
+    def measure(self, values: Any) -> Any:
+        type(self).measured += 1
+        return super().measure(values)
+
+
+GROUPERS: dict[str, Callable[[], Any]] = {
+    "task": lambda: CountingTask(columns=["task"]),
+    "length": lambda: CountingLength(num_groups=6),
+    "embedding": lambda: FakeEncoder(model="fake", num_groups=3),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured() -> None:
+    CountingTask.measured = CountingLength.measured = FakeEncoder.measured = 0
+
+
+def some_rows() -> Rows:
+    texts = ["sun", "cat", "moon", "sun", "dog", "cat"]
+    sizes = [2, 9, 3, 2, 8, 9]
+    return Rows(
+        Dataset.from_dict(
+            {
+                "text": texts,
+                "task": ["sky", "pets", None, "sky", "pets", "other"],
+                "input_ids": [[1] * size for size in sizes],
+                "labels": [[-100] + [1] * (size - 1) for size in sizes],
+            }
+        )
+    )
+
+
+def entry_of(cache_dir: Path) -> Path:
+    (entry,) = (path for path in cache_dir.iterdir() if path.is_dir())
+    return entry
+
+
+# --- found again --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", GROUPERS)
+def test_a_second_call_loads_and_measures_nothing(metric: str, tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level(logging.INFO, "commonit_trl")
+    make, told, found = GROUPERS[metric], [], []
+    for _ in range(3):
+        caplog.clear()
+        found.append(fit_assign_cached(make(), some_rows(), tmp_path))
+        told.append([record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING])
+        loaded = any("Loaded groups from" in record.getMessage() for record in caplog.records)
+        assert loaded == (len(found) > 1)
+    assert type(make()).measured == 1
+    expected = make().fit(some_rows())
+    for grouper, group_ids in found:
+        assert grouper.description() == expected.description()
+        np.testing.assert_array_equal(group_ids, expected.assign(some_rows()))
+        assert group_ids.dtype == np.int64
+        group_ids[0] = 0  # the caller's own
+    assert told[0] == told[1] == told[2] == expected.notices
+    assert metric == "embedding" or told[0]
+
+
+def test_an_entry_is_json_safetensors_and_a_lock(tmp_path: Path) -> None:
+    fit_assign_cached(GROUPERS["embedding"](), some_rows(), tmp_path)
+    entry = entry_of(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {entry.name, f"{entry.name}.lock"}
+    files = {"groups.json", "groups.safetensors", "assignment.safetensors", "checksums.json"}
+    assert {file.name for file in entry.iterdir()} == files
+
+
+def test_the_default_directory_is_in_the_datasets_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "commonit"
+    fit_assign_cached(GROUPERS["task"](), some_rows())
+    assert entry_of(tmp_path / "commonit").is_dir()
+
+
+def test_a_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fit_assign_cached(GROUPERS["task"](), some_rows(), "~/groups")
+    assert entry_of(tmp_path / "groups").is_dir()
+
+
+# --- the fingerprint ----------------------------------------------------------------------------------------
+
+
+def print_of(grouper: Grouper, dataset: Dataset) -> str:
+    return fingerprint(grouper, grouper.read(Rows(dataset)))
+
+
+def test_the_fingerprint_follows_what_the_metric_reads_and_nothing_else() -> None:
+    dataset = some_rows().dataset
+    unread = dataset.remove_columns("text").add_column("more", list("abcdef"))
+    for make in (GROUPERS["task"], GROUPERS["length"]):
+        first = print_of(make(), dataset)
+        assert first == print_of(make(), unread)
+        assert first != print_of(make(), dataset.select([1, 0, 2, 3, 4, 5])), (
+            "the order of rows decides the ids"
+        )
+        assert first != print_of(make(), dataset.select(range(5)))
+    same = dataset.select([5, 4, 3, 2, 1, 0]).select([5, 4, 3, 2, 1, 0])
+    assert print_of(GROUPERS["task"](), same) == print_of(GROUPERS["task"](), dataset)
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (["ab", "c"], ["a", "bc"]),
+        (["a", ""], ["a"]),
+        (["a", None], ["a", ""]),
+        (["1:a"], ["a"]),
+        (["a", "b"], ["a", "b", None]),
+        (["ü"], ["u"]),
+    ],
+)
+def test_texts_that_differ_have_different_fingerprints(one: list[Any], other: list[Any]) -> None:
+    grouper = TaskGrouper(columns=["task"])
+    assert fingerprint(grouper, one) != fingerprint(grouper, other)
+    assert fingerprint(grouper, one) == fingerprint(TaskGrouper(columns=["task"]), list(one))
+
+
+def test_labels_of_different_types_that_read_the_same_are_the_same_groups() -> None:
+    as_int, as_text = (Dataset.from_dict({"task": values}) for values in ([1, 2], ["1", "2"]))
+    grouper = TaskGrouper(columns=["task"])
+    assert print_of(grouper, as_int) == print_of(grouper, as_text)
+
+
+def test_every_option_changes_the_fingerprint(tmp_path: Path) -> None:
+    for other in ("a", "b"):
+        (tmp_path / f"{other}.jsonl").write_text(json.dumps({"task": "t", "subject": "s", "text": other}))
+    reference = {"reference": str(tmp_path / "a.jsonl")}
+    variants = [
+        *(TaskGrouper(columns=columns) for columns in (["a"], ["b"], ["a", "b"])),
+        TaskGrouper(columns=["a"], min_size=2),
+        *(LengthGrouper(**options) for options in ({}, {"of": "total"}, {"num_groups": 3}, {"min_size": 2})),
+        LengthGrouper(edges=[3]),
+        *(EmbeddingGrouper(model=model) for model in ("org/x", "org/y")),
+        EmbeddingGrouper(model="org/x", text="both"),
+        EmbeddingGrouper(model="org/x", num_groups=3),
+        EmbeddingGrouper(model="org/x", seed=1),
+        EmbeddingGrouper(model="org/x", **reference),
+        EmbeddingGrouper(model="org/x", reference=str(tmp_path / "b.jsonl")),
+        EmbeddingGrouper(model="org/x", reference_task_column="subject", **reference),
+    ]
+    values = ["x"]
+    prints = [fingerprint(grouper, values) for grouper in variants]
+    assert len(set(prints)) == len(variants)
+    assert prints == [fingerprint(grouper, values) for grouper in variants]
+
+
+def test_the_fingerprint_follows_the_references_content(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    prints = []
+    for text in ("one", "two", "one"):
+        path.write_text(json.dumps({"task": "t", "text": text}))
+        os.utime(path, (len(prints), len(prints)))  # datasets tells files by their time
+        prints.append(fingerprint(EmbeddingGrouper(model="org/x", reference=str(path)), ["x"]))
+    assert prints[0] == prints[2] != prints[1]
+
+
+def test_the_fingerprint_follows_a_local_models_files(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    (model / "1_Pooling").mkdir(parents=True)
+    (model / "1_Pooling" / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"0")
+    prints = [fingerprint(EmbeddingGrouper(model=str(model)), ["x"]) for _ in range(2)]
+    (model / "model.safetensors").write_bytes(b"12")
+    prints.append(fingerprint(EmbeddingGrouper(model=str(model)), ["x"]))
+    os.utime(model / "1_Pooling" / "config.json", (1, 1))
+    prints.append(fingerprint(EmbeddingGrouper(model=str(model)), ["x"]))
+    assert prints[0] == prints[1] and len(set(prints)) == 3
+
+
+@pytest.mark.parametrize("file", ["modules.json", "config.json"])
+def test_the_fingerprint_follows_a_hub_models_revision(file: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    prints = []
+    for revision in ("a" * 40, "b" * 40, "a" * 40):
+        snapshot = repository / "snapshots" / revision
+        snapshot.mkdir(parents=True, exist_ok=True)
+        (snapshot / file).write_text("[]")
+        (repository / "refs" / "main").write_text(revision)
+        prints.append(fingerprint(EmbeddingGrouper(model="org/name"), ["x"]))
+    assert prints[0] == prints[2] != prints[1]
+
+
+# --- races --------------------------------------------------------------------------------------------------
+
+
+class SlowTask(TaskGrouper):
+    """Writes down that it measures, and takes its time."""
+
+    def measure(self, values: Any) -> Any:
+        with open(os.environ["MEASURED"], "a") as stream:
+            stream.write(f"{os.getpid()}\n")
+        time.sleep(float(os.environ["SECONDS_TO_MEASURE"]))
+        return values
+
+
+def race(cache_dir: str, result: str) -> None:
+    grouper, group_ids = fit_assign_cached(SlowTask(columns=["task"]), some_rows(), cache_dir)
+    Path(f"{result}.{os.getpid()}").write_text(json.dumps([grouper.description(), group_ids.tolist()]))
+
+
+def test_processes_that_race_compute_once_and_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEASURED", str(tmp_path / "measured"))
+    monkeypatch.setenv("SECONDS_TO_MEASURE", "1")
+    spawn = multiprocessing.get_context("spawn")
+    processes = [
+        spawn.Process(target=race, args=(str(tmp_path / "cache"), str(tmp_path / "of"))) for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len((tmp_path / "measured").read_text().splitlines()) == 1
+    results = {file.read_text() for file in tmp_path.glob("of.*")}
+    assert len(results) == 1 and len(list(tmp_path.glob("of.*"))) == 3
+    entry_of(tmp_path / "cache")
+
+
+def test_a_killed_process_leaves_the_others_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEASURED", str(tmp_path / "measured"))
+    monkeypatch.setenv("SECONDS_TO_MEASURE", "300")
+    process = multiprocessing.get_context("spawn").Process(target=race, args=(str(tmp_path / "cache"), ""))
+    process.start()
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "measured").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    monkeypatch.setenv("SECONDS_TO_MEASURE", "0")
+    fit_assign_cached(SlowTask(columns=["task"]), some_rows(), tmp_path / "cache")
+    assert len((tmp_path / "measured").read_text().splitlines()) == 2
+    entry_of(tmp_path / "cache")
+
+
+def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit_assign_cached(GROUPERS["task"](), some_rows(), tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    fit_assign_cached(GROUPERS["task"](), some_rows(), tmp_path)
+    assert CountingTask.measured == 2
+
+
+# --- damage -------------------------------------------------------------------------------------------------
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def garble(file: Path) -> None:
+    file.write_bytes(b"\x00garbage\xff" * 10)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "file", ["groups.json", "groups.safetensors", "assignment.safetensors", "checksums.json"]
+)
+@pytest.mark.parametrize(
+    "damage", [truncate, garble, flip, Path.unlink, Path.mkdir], ids=lambda damage: damage.__name__
+)
+def test_a_damaged_entry_is_told_and_computed_again(
+    file: str, damage: Any, tmp_path: Path, caplog: Any
+) -> None:
+    make = GROUPERS["embedding"]
+    _, group_ids = fit_assign_cached(make(), some_rows(), tmp_path)
+    entry = entry_of(tmp_path)
+    if damage is Path.mkdir:
+        (entry / file).unlink()
+    damage(entry / file)
+    _, again = fit_assign_cached(make(), some_rows(), tmp_path)
+    assert FakeEncoder.measured == 2
+    np.testing.assert_array_equal(again, group_ids)
+    (record,) = caplog.records
+    assert str(entry) in record.getMessage() and "are computed again" in record.getMessage()
+    caplog.clear()
+    fit_assign_cached(make(), some_rows(), tmp_path)
+    assert FakeEncoder.measured == 2 and not caplog.records
+
+
+def test_an_entry_of_another_number_of_rows_is_not_used(tmp_path: Path, caplog: Any) -> None:
+    class Blind(CountingTask):
+        def identity(self) -> dict[str, Any]:
+            return {}
+
+    values = ["a", "b"]
+    for rows in ([0, 1], [0]):
+        dataset = Dataset.from_dict({"task": values}).select(rows)
+        grouper = Blind(columns=["task"])
+        grouper.read = lambda rows: values[: len(rows)]  # type: ignore[method-assign]
+        fit_assign_cached(grouper, Rows(dataset), tmp_path)
+        shutil.move(entry_of(tmp_path), tmp_path / fingerprint(grouper, values[:1]))
+    assert "2 assignments for 1 rows" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["groups.json", "groups.safetensors"])
+@pytest.mark.parametrize("damage", [truncate, garble, Path.unlink], ids=lambda damage: damage.__name__)
+def test_a_damaged_saved_grouper_is_an_error_with_its_path(file: str, damage: Any, tmp_path: Path) -> None:
+    GROUPERS["embedding"]().fit(some_rows()).save(tmp_path)
+    damage(tmp_path / file)
+    with pytest.raises(ValueError) as caught:
+        load_grouper(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / file} is not a readable set of groups (")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"format": None},
+        {"metric": "colour"},
+        {"metric": ["length"]},
+        {"options": {"sides": 4}},
+        {"options": None},
+        {"names": ["only one"]},
+        {"names": None},
+        {"fitted": {}},
+        {"fitted": {"edges": ["a", "b"]}},
+        {"fitted": None},
+    ],
+)
+def test_a_saved_grouper_of_another_format_is_an_error_with_its_path(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    LengthGrouper(edges=[3, 8]).fit(some_rows()).save(tmp_path)
+    saved = json.loads((tmp_path / "groups.json").read_text())
+    (tmp_path / "groups.json").write_text(json.dumps(saved | change))
+    with pytest.raises(ValueError, match=r"groups\.json is not a readable set of groups \("):
+        load_grouper(tmp_path)
+    for name in saved:
+        (tmp_path / "groups.json").write_text(json.dumps({key: saved[key] for key in saved if key != name}))
+        with pytest.raises(ValueError, match=f"KeyError: '{name}'"):
+            load_grouper(tmp_path)
+    (tmp_path / "groups.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"groups\.json is not a readable set of groups \("):
+        load_grouper(tmp_path)
+
+
+def test_a_directory_without_groups_is_an_error_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"nowhere/groups\.json is not a readable set of groups \(FileNotFoundError"
+    ):
+        load_grouper(tmp_path / "nowhere")
+
+
+def test_saving_over_another_grouper_leaves_nothing_of_it(tmp_path: Path) -> None:
+    GROUPERS["embedding"]().fit(some_rows()).save(tmp_path)
+    grouper = LengthGrouper().fit(some_rows())
+    grouper.save(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["groups.json"]
+    assert load_grouper(tmp_path).description() == grouper.description()
+
+
+# --- a directory that can't be used -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["a file", "under a file", "a link to nothing", "the lock", "the entry"])
+def test_a_directory_that_cannot_be_used_is_refused_in_one_line(where: str, tmp_path: Path) -> None:
+    cache_dir = tmp_path / "cache"
+    if where in ("a file", "under a file"):
+        cache_dir.write_text("in the way")
+        cache_dir = cache_dir / "below" if where == "under a file" else cache_dir
+    elif where == "a link to nothing":
+        cache_dir.symlink_to("/proc/nothing/here")
+    else:
+        fit_assign_cached(GROUPERS["task"](), some_rows(), cache_dir)
+        entry = entry_of(cache_dir)
+        shutil.rmtree(entry)
+        if where == "the entry":
+            entry.write_text("in the way")
+        else:
+            Path(f"{entry}.lock").unlink(missing_ok=True)
+            Path(f"{entry}.lock").mkdir()
+    with pytest.raises(ValueError) as caught:
+        fit_assign_cached(GROUPERS["task"](), some_rows(), cache_dir)
+    assert str(caught.value).startswith(f"commonit_cache_dir={str(cache_dir)!r} cannot be used (")
+    assert str(caught.value).endswith("name a directory that this user may write.")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_told_as_the_cache_s_and_an_error_of_the_metric_is_not(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Grouper, "save", fail)
+        with pytest.raises(ValueError, match=r"commonit_cache_dir=.*No space left on device"):
+            fit_assign_cached(GROUPERS["task"](), some_rows(), tmp_path)
+    monkeypatch.setattr(CountingTask, "measure", fail)
+    with pytest.raises(OSError, match="No space left"):
+        fit_assign_cached(GROUPERS["task"](), some_rows(), tmp_path)

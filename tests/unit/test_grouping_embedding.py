@@ -1,0 +1,448 @@
+"""`EmbeddingGrouper`: the nearest centroid, of reference tasks or of k-means.
+
+1. A row is in the group whose centroid is nearest by cosine, as an independent computation finds.
+2. The same rows, options and seed give the same groups; equal texts are encoded once.
+3. Groups under the minimum size dissolve into the nearest of those that are left.
+4. A model or reference that can't be used is an error of one line with the option's name.
+5. A saved grouper assigns as the fitted one, and holds no pickle.
+
+The real MiniLM is used where the encoder matters; elsewhere a static model whose words are the axes of the
+space.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import sklearn.cluster
+from datasets import Dataset
+from safetensors.numpy import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from commonit_trl.config import CommonITArguments
+from commonit_trl.grouping import EmbeddingGrouper, build_grouper, load_grouper
+from commonit_trl.text import Rows
+
+WORDS = ["sun", "moon", "star", "cat", "dog", "bird"]
+SKY, PETS = ["sun moon", "moon star", "sun star", "star"], ["cat dog", "dog bird", "cat bird", "dog"]
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def save_static(directory: Path, weights: Any) -> str:
+    """A sentence-transformers model that embeds a text as the mean of its words' rows in `weights`."""
+    vocabulary = {word: number for number, word in enumerate(["[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    module = StaticEmbedding(tokenizer, embedding_weights=np.asarray(weights, dtype=np.float32))
+    SentenceTransformer(modules=[module], device="cpu").save(str(directory))
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def static(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_static(tmp_path_factory.mktemp("static"), np.eye(1 + len(WORDS)))
+
+
+def rows_of(texts: list[str | None]) -> Rows:
+    return Rows(Dataset.from_dict({"prompt": texts, "completion": ["answer"] * len(texts)}))
+
+
+def write_reference(path: Path, tasks: dict[str, list[str]], column: str = "task") -> str:
+    lines = [{column: task, "text": text} for task, texts in tasks.items() for text in texts]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def by_group(grouper: EmbeddingGrouper, texts: list[str]) -> set[frozenset[str]]:
+    group_ids = grouper.assign(rows_of(texts))
+    return {frozenset(text for text, group in zip(texts, group_ids) if group == one) for one in group_ids}
+
+
+# --- the nearest centroid -----------------------------------------------------------------------------------
+
+REFERENCE = {
+    "astronomy": [
+        "How far away is the moon?",
+        "Which planet is the largest in the solar system?",
+        "What is a comet?",
+    ],
+    "cooking": ["How long do I boil an egg?", "Which spices go into a curry?"],
+    "law": [
+        "What is a contract?",
+        "Who decides an appeal?",
+        "Explain the term negligence.",
+        "What does a judge do?",
+    ],
+}
+QUESTIONS = [
+    "How hot is the surface of the sun?",
+    "Give me a recipe for bread.",
+    "Can a tenant end a lease early?",
+    "Describe the rings of Saturn.",
+    "What can I cook with rice and beans?",
+    "Is a verbal agreement binding?",
+    "Write a poem.",
+]
+
+
+def test_a_row_joins_the_nearest_reference_task(minilm: str, tmp_path: Path) -> None:
+    reference = write_reference(tmp_path / "reference.jsonl", REFERENCE)
+    grouper = EmbeddingGrouper(model=minilm, reference=reference)
+    group_ids = grouper.fit(rows_of(QUESTIONS)).assign(rows_of(QUESTIONS))
+
+    model = SentenceTransformer(minilm, device="cpu")  # independently: means, then the angle, in float64
+
+    def embed(texts: list[str]) -> Any:
+        vectors = np.stack([model.encode(text) for text in texts]).astype(np.float64)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    names = sorted(REFERENCE)
+    centroids = np.stack([embed(REFERENCE[name]).mean(axis=0) for name in names])
+    cosines = embed(QUESTIONS) @ centroids.T / np.linalg.norm(centroids, axis=1)
+    assert grouper.names == names
+    assert group_ids.tolist() == cosines.argmax(axis=1).tolist()
+    assert [names[group] for group in group_ids[:3]] == ["astronomy", "cooking", "law"]
+    np.testing.assert_allclose(
+        grouper.centroids, centroids / np.linalg.norm(centroids, axis=1, keepdims=True), atol=1e-5
+    )
+
+
+def test_the_centroid_is_the_mean_of_directions_and_the_row_s_length_does_not_matter(tmp_path: Path) -> None:
+    weights = np.eye(7)
+    weights[1] *= 100  # a long vector for "sun" must not pull its task's centroid
+    model = save_static(tmp_path / "model", weights)
+    reference = write_reference(tmp_path / "r.jsonl", {"a": ["sun", "moon"], "b": ["cat"]})
+    grouper = EmbeddingGrouper(model=model, reference=reference).fit(rows_of(["sun"]))
+    half = 0.5**0.5
+    np.testing.assert_allclose(grouper.centroids[0][1:3], [half, half], atol=1e-6)
+    assert grouper.assign(rows_of(["moon", "sun", "cat"])).tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("text, expected", [("prompt", [0, 0]), ("response", [1, 0]), ("both", [1, 0])])
+def test_the_text_that_is_encoded_is_the_one_asked_for(
+    text: str, expected: list[int], static: str, tmp_path: Path
+) -> None:
+    reference = write_reference(tmp_path / "r.jsonl", {"a": ["sun"], "b": ["cat"]})
+    rows = Rows(Dataset.from_dict({"prompt": ["sun", "sun"], "completion": ["cat cat", "moon"]}))
+    grouper = EmbeddingGrouper(model=static, text=text, reference=reference).fit(rows)
+    # "sun" counts for 1 and "cat" for 2 where both are read; a response of "moon" is as far from either.
+    assert grouper.assign(rows).tolist() == expected
+
+
+def test_reference_tasks_without_rows_stay_for_rows_to_come(static: str, tmp_path: Path) -> None:
+    reference = write_reference(tmp_path / "r.jsonl", {"a": ["sun"], "b": ["cat"]})
+    grouper = EmbeddingGrouper(model=static, reference=reference).fit(rows_of(["sun moon"]))
+    assert grouper.names == ["a", "b"]
+    assert grouper.assign(rows_of(["cat", "moon sun"])).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_a_reference_is_read_from_any_of_the_file_formats(suffix: str, static: str, tmp_path: Path) -> None:
+    table = Dataset.from_dict({"text": ["sun", "moon", "cat"], "subject": [1, 1, 2]})
+    path = str(tmp_path / f"reference.{suffix}")
+    {"csv": table.to_csv, "parquet": table.to_parquet}.get(suffix, table.to_json)(path)
+    grouper = EmbeddingGrouper(model=static, reference=path, reference_task_column="subject")
+    assert grouper.fit(rows_of(["sun"])).names == ["1", "2"]
+    assert grouper.assign(rows_of(["cat", "moon"])).tolist() == [1, 0]
+
+
+# --- k-means ------------------------------------------------------------------------------------------------
+
+
+def test_k_means_finds_the_groups_that_are_there_and_finds_them_again(static: str) -> None:
+    groupers = [
+        EmbeddingGrouper(model=static, num_groups=2, seed=5).fit(rows_of(SKY + PETS)) for _ in range(2)
+    ]
+    assert by_group(groupers[0], SKY + PETS) == {frozenset(SKY), frozenset(PETS)}
+    assert groupers[0].names == ["cluster 0", "cluster 1"]
+    np.testing.assert_array_equal(groupers[0].centroids, groupers[1].centroids)
+
+
+def test_k_means_of_real_embeddings_is_the_same_twice_and_follows_the_seed(minilm: str) -> None:
+    features = EmbeddingGrouper(model=minilm).measure(
+        QUESTIONS + [text for texts in REFERENCE.values() for text in texts]
+    )
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
+    found = []
+    for seed in (0, 0, 1, 2, 3):
+        grouper = EmbeddingGrouper(model=minilm, num_groups=4, seed=seed)
+        grouper.fit_features(features)
+        found.append(grouper.assign_features(features).tolist())
+    assert found[0] == found[1]
+    assert any(other != found[0] for other in found[2:])
+
+
+def test_many_rows_are_clustered_in_mini_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    blob = rng.integers(0, 5, size=50_000)
+    features = np.eye(8)[blob] + rng.normal(scale=0.02, size=(50_000, 8))
+    features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
+    grouper = EmbeddingGrouper(model="not loaded", num_groups=5)
+    monkeypatch.setattr(sklearn.cluster, "KMeans", None)
+    grouper.fit_features(features)
+    group_ids = grouper.assign_features(features)
+    pairs = set(zip(blob.tolist(), group_ids.tolist()))
+    assert len(pairs) == len({group for _, group in pairs}) == 5
+    with pytest.raises(TypeError):  # one row fewer takes the way that is switched off here
+        grouper.fit_features(features[1:])
+
+
+def test_fewer_different_rows_than_clusters_is_told(static: str, caplog: Any) -> None:
+    texts = ["sun"] * 5 + ["cat"] * 5 + ["cat cat"]
+    grouper = EmbeddingGrouper(model=static, num_groups=8).fit(rows_of(texts))
+    assert "commonit_num_groups=8: only 2 rows differ" in caplog.text
+    assert by_group(grouper, texts) == {frozenset(["sun"]), frozenset(["cat", "cat cat"])}
+    assert len(grouper.names) == 2
+
+
+def test_default_number_of_clusters_and_their_names() -> None:
+    features = np.eye(40, dtype=np.float32)
+    grouper = EmbeddingGrouper(model="not loaded")
+    grouper.fit_features(features)
+    assert grouper.names == [f"cluster {number:02d}" for number in range(32)]
+
+
+# --- the minimum size ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("min_size", [1, 5, 40, 101])
+def test_small_groups_dissolve_one_by_one_into_the_nearest(seed: int, min_size: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(seed)
+    features, centroids = (rng.normal(size=(size, 4)).astype(np.float32) for size in (100, 12))
+    names = [f"task {number:02d}" for number in range(12)]
+    grouper = EmbeddingGrouper(model="not loaded", reference="not read", min_size=min_size)
+    grouper._reference_centroids = lambda: (names, centroids)  # type: ignore[method-assign]
+    grouper.fit_features(features)
+
+    kept = list(range(12))
+    while len(kept) > 1:
+        nearest = [max(kept, key=lambda one: features[row] @ centroids[one]) for row in range(100)]
+        sizes = [nearest.count(one) for one in kept]
+        if min(sizes) >= min_size:
+            break
+        if min_size == 1:
+            break  # empty reference tasks stay
+        del kept[sizes.index(min(sizes))]
+    assert grouper.names == [names[one] for one in kept]
+    expected = [max(kept, key=lambda one: features[row] @ centroids[one]) for row in range(100)]
+    assert [grouper.names[group] for group in grouper.assign_features(features)] == [
+        names[one] for one in expected
+    ]
+    assert len(kept) == 1 or min_size == 1 or min(expected.count(one) for one in kept) >= min_size
+
+
+# --- encoding -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The texts of each call of the real `SentenceTransformer.encode`."""
+    calls: list[list[str]] = []
+    encode = SentenceTransformer.encode
+
+    def record(self: Any, texts: list[str], *args: Any, **kwargs: Any) -> Any:
+        calls.append(list(texts))
+        return encode(self, texts, *args, **kwargs)
+
+    monkeypatch.setattr(SentenceTransformer, "encode", record)
+    return calls
+
+
+def test_equal_texts_are_encoded_once(static: str, encoded: list[list[str]]) -> None:
+    texts = ["sun", "cat", "sun", "sun", "moon", "cat"]
+    features = EmbeddingGrouper(model=static).measure(texts)
+    assert [sorted(call) for call in encoded] == [["cat", "moon", "sun"]]
+    np.testing.assert_array_equal(features, np.eye(7)[[1, 4, 1, 1, 2, 4]])
+
+
+def test_fit_assign_encodes_once(static: str, encoded: list[list[str]]) -> None:
+    grouper = EmbeddingGrouper(model=static, num_groups=2)
+    assert len(set(grouper.fit_assign(["sun", "cat"]))) == 2
+    assert len(encoded) == 1
+
+
+def test_rows_without_text_are_in_some_group(static: str, minilm: str) -> None:
+    texts = ["sun", "", None, "cat"]
+    for model in (static, minilm):
+        grouper = EmbeddingGrouper(model=model, num_groups=2).fit(rows_of(texts))
+        group_ids = grouper.assign(rows_of(texts))
+        assert set(group_ids) <= {0, 1} and group_ids[1] == group_ids[2]
+    assert grouper.assign(rows_of([])).tolist() == []
+
+
+def test_progress_is_shown(static: str, capfd: pytest.CaptureFixture) -> None:
+    EmbeddingGrouper(model=static).measure(["sun", "cat"])
+    assert "Batches" in capfd.readouterr().err
+
+
+# --- errors -------------------------------------------------------------------------------------------------
+
+
+def refusal(grouper: EmbeddingGrouper, texts: list[str] = ["sun", "cat"]) -> str:  # noqa: B006
+    with pytest.raises(ValueError) as caught:
+        grouper.fit(rows_of(texts))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_model_that_gives_nan_is_refused(tmp_path: Path) -> None:
+    weights = np.eye(7)
+    weights[4] = np.nan
+    model = save_static(tmp_path / "model", weights)
+    message = refusal(EmbeddingGrouper(model=model), ["sun", "cat", "cat", "dog"])
+    assert message.startswith(
+        f"commonit_embedding_model={model!r} gives NaN or infinite embeddings for 1 of 3 texts"
+    )
+    assert "'cat'" in message and "use another model" in message
+
+
+def test_a_reference_that_gives_infinity_is_refused(tmp_path: Path) -> None:
+    weights = np.eye(7)
+    weights[1] = np.inf
+    reference = write_reference(tmp_path / "r.jsonl", {"a": ["sun"], "b": ["cat"]})
+    grouper = EmbeddingGrouper(model=save_static(tmp_path / "model", weights), reference=reference)
+    assert "NaN or infinite embeddings for 1 of 2 texts, first for 'sun'" in refusal(grouper, ["cat"])
+
+
+@pytest.mark.parametrize(
+    "broken", ["no/such-model", "not a name!", "empty directory", "file", "truncated weights"]
+)
+def test_a_model_that_cannot_be_loaded_is_refused(broken: str, static: str, tmp_path: Path) -> None:
+    model = broken if broken in ("no/such-model", "not a name!") else str(tmp_path / "model")
+    if broken == "empty directory":
+        Path(model).mkdir()
+    elif broken == "file":
+        Path(model).write_text("weights")
+    elif broken == "truncated weights":
+        shutil.copytree(static, model)
+        (Path(model) / "model.safetensors").write_bytes(b"\x00" * 20)
+    grouper = EmbeddingGrouper(model=model)
+    grouper.identity()  # the loader says what is wrong, not the fingerprint
+    message = refusal(grouper)
+    assert message.startswith(f"commonit_embedding_model={model!r} cannot be loaded (")
+    assert message.endswith("give the name or local path of a sentence-transformers model.")
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (
+            None,
+            "cannot be loaded (FileNotFoundError: no such file): give a hub name, or a .jsonl, .parquet or "
+            ".csv file that has rows.",
+        ),
+        ("", "): give a hub name, or a .jsonl, .parquet or .csv file that has rows."),
+        ("no json", "cannot be loaded ("),
+        ('{"task": "a"}', "No text found in the rows"),
+        ('{"subject": "a", "text": "x"}', "commonit_reference_task_column='task' is not a column of"),
+        (
+            '{"task": "a", "text": "x"}\n{"task": null, "text": "x"}',
+            "1 of 2 rows have no 'task': label or remove",
+        ),
+    ],
+)
+def test_a_reference_that_cannot_be_used_is_refused(
+    content: Any, says: str, static: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "reference.jsonl"
+    if content is not None:
+        path.write_text(content)
+    message = refusal(EmbeddingGrouper(model=static, reference=str(path)))
+    assert f"commonit_reference_dataset={str(path)!r}" in message and says in message
+    if "is not a column" in says:
+        assert message.endswith("which has: subject, text.")
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_reference_without_rows_is_refused(folder: bool, static: str, tmp_path: Path) -> None:
+    path = tmp_path / "reference" / "train.parquet"
+    Dataset.from_dict({"task": ["a"], "text": ["b"]}).select([]).to_parquet(path)
+    message = refusal(EmbeddingGrouper(model=static, reference=str(path.parent if folder else path)))
+    assert "cannot be loaded (" in message and message.endswith("that has rows.")
+
+
+def test_a_reference_that_the_hub_does_not_have_is_refused(static: str) -> None:
+    message = refusal(EmbeddingGrouper(model=static, reference="nobody/nothing"))
+    assert message.startswith("commonit_reference_dataset='nobody/nothing' cannot be loaded (")
+
+
+# --- saved --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_groups": 2}, {"num_groups": 4, "min_size": 2}, {"reference": True}]
+)
+def test_a_saved_grouper_assigns_as_the_fitted_one(
+    options: dict[str, Any], static: str, tmp_path: Path
+) -> None:
+    if "reference" in options:
+        options = {
+            "reference": write_reference(tmp_path / "r.jsonl", {"a": ["sun"], "b": ["cat"], "c": ["dog"]})
+        }
+    grouper = EmbeddingGrouper(model=static, **options).fit(rows_of(SKY + PETS))
+    grouper.save(tmp_path / "saved")
+    assert sorted(file.name for file in (tmp_path / "saved").iterdir()) == [
+        "groups.json",
+        "groups.safetensors",
+    ]
+    json.loads((tmp_path / "saved" / "groups.json").read_text())
+    np.testing.assert_array_equal(
+        load_file(tmp_path / "saved" / "groups.safetensors")["centroids"], grouper.centroids
+    )
+    (tmp_path / "r.jsonl").unlink(missing_ok=True)  # the reference is not needed again
+    loaded = load_grouper(tmp_path / "saved")
+    assert type(loaded) is EmbeddingGrouper and loaded.description() == grouper.description()
+    new = [*SKY, *PETS, "bird", "", "unknown words"]
+    assert loaded.assign(rows_of(new)).tolist() == grouper.assign(rows_of(new)).tolist()
+
+
+def test_build_grouper_takes_the_options(static: str) -> None:
+    options = CommonITArguments(
+        commonit_metric="embedding",
+        commonit_embedding_model=static,
+        commonit_embedding_text="both",
+        commonit_reference_dataset="r.csv",
+        commonit_reference_task_column="subject",
+        commonit_min_group_size=7,
+    )
+    assert build_grouper(options, ["text"], seed=3).options == {
+        "model": static,
+        "text": "both",
+        "num_groups": 32,
+        "reference": "r.csv",
+        "reference_task_column": "subject",
+        "seed": 3,
+        "min_size": 7,
+    }
+    options = CommonITArguments(commonit_metric="embedding", commonit_num_groups=4)
+    assert build_grouper(options, ["text"]).options["num_groups"] == 4
+    assert build_grouper(options, ["text"]).options["model"] == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+# --- the real data ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real_data
+def test_the_papers_reference_tasks_attract_their_own_questions(
+    minilm: str, real_data: Path, tmp_path: Path
+) -> None:
+    lines = (real_data / "mmlu_dev.jsonl").read_text().splitlines()[:30]  # 6 of the 57 tasks, for time
+    reference = tmp_path / "reference.jsonl"
+    reference.write_text("\n".join(lines))
+    rows = Rows(Dataset.from_list([json.loads(line) for line in lines]))
+    grouper = EmbeddingGrouper(model=minilm, reference=str(reference))
+    group_ids = grouper.fit(rows).assign(rows)
+    assert len(grouper.names) == 6
+    own = np.mean([grouper.names[group] == task for group, task in zip(group_ids, rows.labels(["task"]))])
+    assert own > 0.8  # by chance 1 of 6

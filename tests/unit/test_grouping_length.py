@@ -1,0 +1,189 @@
+"""`LengthGrouper`: bins of token counts.
+
+1. A row is in the bin that its length is in; bins are ranges in ascending order.
+2. Quantile bins are as even as whole lengths allow: no edge could be nearer to its quantile.
+3. With a minimum size, the smallest bin joins its smaller neighbour until all bins are large enough.
+4. A saved grouper assigns as the fitted one.
+"""
+
+import logging
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from commonit_trl.config import CommonITArguments
+from commonit_trl.grouping import LengthGrouper, build_grouper, load_grouper
+from commonit_trl.text import Rows
+
+LENGTHS = st.lists(st.integers(0, 30), min_size=1, max_size=60)
+
+
+def rows_of(response_lengths: Any, prompt_length: int = 2) -> Rows:
+    ids = [[1] * (prompt_length + length) for length in response_lengths]
+    labels = [[-100] * prompt_length + [1] * length for length in response_lengths]
+    return Rows(Dataset.from_dict({"input_ids": ids, "labels": labels}))
+
+
+def bins_of(grouper: LengthGrouper, lengths: Any) -> list[list[int]]:
+    """The sorted lengths in each bin."""
+    group_ids = grouper.assign_features(np.asarray(lengths))
+    return [sorted(np.asarray(lengths)[group_ids == group].tolist()) for group in range(len(grouper.names))]
+
+
+def fitted(lengths: Any, **options: Any) -> LengthGrouper:
+    grouper = LengthGrouper(**options)
+    grouper.fit_features(np.asarray(lengths, dtype=np.int64))
+    return grouper
+
+
+# --- which length -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "of, measured", [("response", [0, 3, 9]), ("prompt", [2, 2, 2]), ("total", [2, 5, 11])]
+)
+def test_the_length_is_that_of_the_response_prompt_or_whole(of: str, measured: list[int]) -> None:
+    assert LengthGrouper(of=of).read(rows_of([0, 3, 9])).tolist() == measured
+
+
+def test_the_paper_s_length_is_the_default_and_says_so_in_the_names() -> None:
+    grouper = LengthGrouper(edges=[4, 8]).fit(rows_of([0, 3, 4, 7, 8, 99]))
+    assert grouper.names == ["response under 4", "response 4-7", "response 8 and more"]
+    assert grouper.assign(rows_of([0, 3, 4, 7, 8, 99])).tolist() == [0, 0, 1, 1, 2, 2]
+    # Rows of one response length are one group, however their totals differ.
+    assert len(LengthGrouper().fit(rows_of([5] * 4, prompt_length=1)).names) == 1
+    assert LengthGrouper(of="total").fit(rows_of([5])).names == ["total of any length"]
+
+
+# --- bins ---------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, edges=st.lists(st.integers(1, 30), min_size=1, unique=True).map(sorted))
+def test_a_row_is_in_the_bin_that_its_length_is_in(lengths: list[int], edges: list[int]) -> None:
+    grouper = fitted(lengths, edges=edges)
+    assert grouper.assign_features(np.asarray(lengths)).tolist() == [
+        sum(length >= edge for edge in edges) for length in lengths
+    ]
+    assert len(grouper.names) == len(set(grouper.names)) == len(edges) + 1
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, asked=st.integers(1, 12))
+def test_no_edge_could_be_nearer_to_its_quantile(lengths: list[int], asked: int) -> None:
+    bins = bins_of(fitted(lengths, num_groups=asked), lengths)
+    assert [*chain(*bins)] == sorted(lengths) and all(bins)
+    values = sorted(set(lengths))
+    possible = [
+        sum(length < value for length in lengths) for value in values[1:]
+    ]  # rows below each possible edge
+    chosen = set(np.cumsum([len(members) for members in bins])[:-1].tolist())
+    assert chosen <= set(possible)
+    if possible:
+        targets = [len(lengths) * number / asked for number in range(1, asked)]
+        distances = [min(abs(below - target) for below in possible) for target in targets]
+        for target, distance in zip(targets, distances, strict=True):
+            assert min(abs(below - target) for below in chosen) == pytest.approx(distance)
+        for below in chosen:
+            assert any(
+                abs(below - target) == pytest.approx(near)
+                for target, near in zip(targets, distances, strict=True)
+            )
+
+
+def test_quantile_bins_are_even() -> None:
+    lengths = np.random.default_rng(0).gamma(2.0, 150.0, size=20_000).astype(np.int64)
+    for asked in (2, 8, 20):
+        sizes = [len(members) for members in bins_of(fitted(lengths, num_groups=asked), lengths)]
+        assert len(sizes) == asked
+        assert max(sizes) - min(sizes) < 2 * np.bincount(lengths).max()
+
+
+def test_rows_of_two_lengths_are_two_bins_however_uneven() -> None:
+    assert [
+        len(members) for members in bins_of(fitted([1] * 51 + [2] * 49, num_groups=2), [1] * 51 + [2] * 49)
+    ] == [51, 49]
+    assert [len(members) for members in bins_of(fitted([1] * 9 + [2], num_groups=2), [1] * 9 + [2])] == [9, 1]
+
+
+def test_equal_edges_collapse_with_a_notice(caplog: Any) -> None:
+    grouper = LengthGrouper(num_groups=8).fit(rows_of([3] * 50 + [4] * 50))
+    assert grouper.names == ["response under 4", "response 4 and more"]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "commonit_num_groups=8" in record.getMessage() and "collapse to 2 groups" in record.getMessage()
+    caplog.clear()
+    LengthGrouper(num_groups=2).fit(rows_of([3] * 50 + [4] * 50))
+    assert not caplog.records
+
+
+@settings(deadline=None)
+@given(
+    lengths=LENGTHS,
+    edges=st.lists(st.integers(1, 30), min_size=1, unique=True).map(sorted),
+    least=st.integers(1, 40),
+)
+def test_small_bins_join_their_smaller_neighbour(lengths: list[int], edges: list[int], least: int) -> None:
+    bins: list[list[int]] = [[] for _ in range(len(edges) + 1)]
+    for length in lengths:
+        bins[sum(length >= edge for edge in edges)].append(length)
+    while len(bins) > 1 and any(0 < len(members) < least for members in bins):
+        small = min(
+            (number for number, members in enumerate(bins) if members), key=lambda number: len(bins[number])
+        )
+        left, right = bins[small - 1 : small], bins[small + 1 : small + 2]
+        if left and (not right or len(left[0]) <= len(right[0])):
+            bins[small - 1 : small + 1] = [left[0] + bins[small]]
+        else:
+            bins[small : small + 2] = [bins[small] + right[0]]
+    found = bins_of(fitted(lengths, edges=edges, min_size=least), lengths)
+    assert found == [sorted(members) for members in bins]
+    assert len(found) == 1 or all(len(members) >= least for members in found if members)
+
+
+def test_rows_without_tokens_are_the_shortest() -> None:
+    rows = Rows(Dataset.from_dict({"input_ids": [[], None, [1] * 9], "labels": [[], None, [1] * 9]}))
+    assert LengthGrouper(num_groups=2).fit(rows).assign(rows).tolist() == [0, 0, 1]
+    nothing = rows_of([])
+    assert LengthGrouper(edges=[4], min_size=2).fit(nothing).assign(nothing).tolist() == []
+
+
+def test_other_rows_than_the_fitted_ones_go_by_the_same_edges() -> None:
+    grouper = LengthGrouper(num_groups=2).fit(rows_of([1, 2, 3, 4]))
+    assert grouper.assign(rows_of([0, 2, 3, 1000])).tolist() == [0, 0, 1, 1]
+
+
+# --- saved --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"edges": [3, 20]}, {"num_groups": 3, "min_size": 40}, {"of": "total"}]
+)
+def test_a_saved_grouper_assigns_as_the_fitted_one(options: dict[str, Any], tmp_path: Path) -> None:
+    lengths = np.random.default_rng(1).integers(0, 40, size=100)
+    grouper = LengthGrouper(**options).fit(rows_of(lengths))
+    grouper.save(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["groups.json"]
+    loaded = load_grouper(tmp_path)
+    assert type(loaded) is LengthGrouper and loaded.description() == grouper.description()
+    assert loaded.assign(rows_of(range(60))).tolist() == grouper.assign(rows_of(range(60))).tolist()
+
+
+def test_build_grouper_takes_the_options() -> None:
+    default = build_grouper(CommonITArguments(commonit_metric="length"), ["input_ids"])
+    expected = {"metric": "length", "of": "response", "num_groups": 8, "edges": None, "min_size": 1}
+    assert default.identity() == expected
+    options = CommonITArguments(
+        commonit_metric="length",
+        commonit_length_edges=[64],
+        commonit_length_of="total",
+        commonit_min_group_size=2,
+    )
+    expected |= {"of": "total", "edges": [64], "min_size": 2}
+    assert build_grouper(options, ["input_ids"]).identity() == expected

@@ -1,0 +1,202 @@
+"""`TaskGrouper`: rows with the same label are a group, whatever the label's type.
+
+1. Rows share a group exactly if their labels are equal; a missing label is a label of its own, told once.
+2. Tasks under the minimum size merge into `other`, and then so do tasks that `fit` did not see.
+3. A saved grouper assigns as the fitted one.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from commonit_trl.config import CommonITArguments
+from commonit_trl.grouping import TaskGrouper, build_grouper, load_grouper, resolve_task_columns
+from commonit_trl.text import Rows
+
+
+def fit(labels: list[Any], feature: Any = None, **options: Any) -> tuple[TaskGrouper, list[str]]:
+    """The grouper fitted to one column of labels, and the name of each row's group."""
+    features = None if feature is None else Features({"task": feature})
+    rows = Rows(Dataset.from_dict({"task": labels}, features=features))
+    grouper = TaskGrouper(columns=["task"], **options).fit(rows)
+    return grouper, [grouper.names[group] for group in grouper.assign(rows)]
+
+
+@pytest.mark.parametrize(
+    "labels, feature, names",
+    [
+        (["b", "a", "b"], None, ["b", "a", "b"]),
+        (["b", "a", "b"], Value("large_string"), ["b", "a", "b"]),
+        ([2, 10, 2], None, ["2", "10", "2"]),
+        ([0.5, 1.0, -1e-9], None, ["0.5", "1.0", "-1e-09"]),
+        ([True, False, True], None, ["True", "False", "True"]),
+        ([1, 0, 1], ClassLabel(names=["neg", "pos"]), ["pos", "neg", "pos"]),
+        (["ü", "日本", " padded "], None, ["ü", "日本", "padded"]),
+        (["other", "x", "other"], None, ["other", "x", "other"]),
+    ],
+)
+def test_the_group_is_the_labels_text(labels: list[Any], feature: Any, names: list[str]) -> None:
+    grouper, found = fit(labels, feature)
+    assert found == names
+    assert grouper.names == sorted(set(names))
+
+
+@pytest.mark.parametrize(
+    "labels, feature",
+    [
+        (["a", None, "b", ""], None),
+        (["a", "  ", "b", "\n"], None),
+        ([1, None, 2, None], None),
+        ([0.5, float("nan"), 1.5, None], None),
+        ([0, -1, 1, None], ClassLabel(names=["a", "b"])),
+        (["a", None, "b", "(no label)"], None),
+    ],
+)
+def test_a_missing_label_is_a_group_of_its_own_that_is_told(labels: Any, feature: Any, caplog: Any) -> None:
+    _, found = fit(labels, feature)
+    assert found[1] == found[3] == "(no label)"
+    assert len({found[0], found[1], found[2]}) == 3
+    (record,) = caplog.records
+    missing = 1 if "(no label)" in labels else 2
+    assert record.levelno == logging.WARNING
+    assert f"commonit_task_column=task: {missing} of 4 rows have no label" in record.getMessage()
+    assert "'(no label)'" in record.getMessage()
+
+
+def test_a_column_with_no_label_at_all_is_one_group() -> None:
+    assert fit([None, None])[1] == ["(no label)"] * 2
+    assert fit(["", " "])[1] == ["(no label)"] * 2
+
+
+def test_complete_labels_say_nothing(caplog: Any) -> None:
+    grouper, _ = fit(["a", "b"])
+    assert not caplog.records and not grouper.notices
+
+
+def test_several_columns_are_joined_and_missing_where_one_is() -> None:
+    rows = Rows(Dataset.from_dict({"set": ["x", "x", "y", None], "kind": [1, 2, 1, 1], "text": ["t"] * 4}))
+    grouper = TaskGrouper(columns=["set", "kind"]).fit(rows)
+    assert [grouper.names[group] for group in grouper.assign(rows)] == [
+        "x / 1",
+        "x / 2",
+        "y / 1",
+        "(no label)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "feature, value",
+    [
+        (List(Value("string")), ["a"]),
+        (LargeList(Value("int64")), [1]),
+        ({"name": Value("string")}, {"name": "a"}),
+    ],
+)
+def test_lists_and_mappings_are_refused(feature: Any, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"commonit_task_column='task' holds .*: name a column of text"):
+        fit([value], feature)
+
+
+def test_a_column_that_is_not_there_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"commonit_task_column='task' is not a column .* has: kind, text\."):
+        TaskGrouper(columns=["task"]).fit(Rows(Dataset.from_dict({"kind": ["a"], "text": ["t"]})))
+
+
+@settings(deadline=None)
+@given(
+    labels=st.lists(
+        st.one_of(st.none(), st.sampled_from(["a", "b", "c", "other", "(no label)", " "])), min_size=1
+    ),
+    min_size=st.integers(1, 6),
+)
+def test_groups_are_those_of_a_count_by_hand(labels: list[str | None], min_size: int) -> None:
+    grouper, found = fit(labels, Value("string"), min_size=min_size)
+    clean = ["(no label)" if label is None or not label.strip() else label for label in labels]
+    expected = [label if clean.count(label) >= min_size else "other" for label in clean]
+    assert found == expected
+    assert sorted(grouper.names) == sorted(set(expected))
+
+
+def test_small_tasks_merge_into_other_and_so_do_unseen_ones(caplog: Any) -> None:
+    grouper, found = fit(["a", "a", "b", "c", None], min_size=2)
+    assert found == ["a", "a", "other", "other", "other"]
+    assert "1 of 5 rows have no label; they are in the group 'other'" in caplog.text
+    rows = Rows(Dataset.from_dict({"task": ["a", "b", "unseen", None]}))
+    assert [grouper.names[group] for group in grouper.assign(rows)] == ["a", "other", "other", "other"]
+
+
+def test_an_unseen_task_has_no_group_without_merging() -> None:
+    rows = Rows(Dataset.from_dict({"task": ["a", "unseen", None]}))
+    assert fit(["a", "b"])[0].assign(rows).tolist() == [0, -1, -1]
+    assert fit(["a", "other"])[0].assign(rows).tolist() == [0, -1, -1]
+    assert fit(["a", "a", "b", "b"], min_size=2)[0].assign(rows).tolist() == [0, -1, -1]
+
+
+def test_rows_of_a_shuffled_dataset_keep_their_labels() -> None:
+    dataset = Dataset.from_dict({"task": [f"t{row % 7}" for row in range(100)], "row": range(100)}).shuffle(
+        seed=1
+    )
+    grouper = TaskGrouper(columns=["task"])
+    group_ids = grouper.fit(Rows(dataset)).assign(Rows(dataset))
+    assert [grouper.names[group] for group in group_ids] == [f"t{row % 7}" for row in dataset["row"]]
+
+
+def test_very_many_tasks() -> None:
+    labels = [f"task {row}" for row in range(200_000)]
+    grouper, _ = fit(labels)
+    assert len(grouper.names) == 200_000
+    rows = Rows(Dataset.from_dict({"task": labels[::-1]}))
+    assert len(np.unique(grouper.assign(rows))) == 200_000
+
+
+@pytest.mark.parametrize("min_size", [1, 2])
+def test_a_saved_grouper_assigns_as_the_fitted_one(min_size: int, tmp_path: Path, caplog: Any) -> None:
+    grouper, _ = fit(["ü", "ü", "b", None, "7"], min_size=min_size)
+    grouper.save(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["groups.json"]
+    caplog.clear()
+    loaded = load_grouper(tmp_path)
+    assert not caplog.records
+    assert type(loaded) is TaskGrouper and loaded.description() == grouper.description()
+    rows = Rows(Dataset.from_dict({"task": ["7", "ü", "unseen", None, "b"]}))
+    assert loaded.assign(rows).tolist() == grouper.assign(rows).tolist()
+
+
+# --- which column -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "columns, found",
+    [
+        (["text", "dataset", "task"], ["task"]),
+        (["source", "category"], ["category"]),
+        (["dataset"], ["dataset"]),
+    ],
+)
+def test_the_label_column_is_found(columns: list[str], found: list[str]) -> None:
+    assert resolve_task_columns(CommonITArguments(commonit_metric="task"), columns) == found
+
+
+def test_a_column_that_is_not_found_is_an_error_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match=r"none of the columns task, .*has: text, kind. Name one") as caught:
+        resolve_task_columns(CommonITArguments(commonit_metric="task"), ["text", "kind"])
+    assert "\n" not in str(caught.value)
+    options = CommonITArguments(commonit_metric="task", commonit_task_column=["text", "knd"])
+    with pytest.raises(ValueError, match=r"commonit_task_column='knd' .*did you mean 'kind'"):
+        resolve_task_columns(options, ["text", "kind"])
+
+
+def test_build_grouper_takes_the_options() -> None:
+    options = CommonITArguments(
+        commonit_metric="task", commonit_task_column=["a", "b"], commonit_min_group_size=3
+    )
+    grouper = build_grouper(options, ["a", "b", "c"])
+    assert grouper.identity() == {"metric": "task", "columns": ["a", "b"], "min_size": 3}
+    json.dumps(grouper.identity())

@@ -1,0 +1,132 @@
+"""The batch sampler and its dataloader: honest lengths, all ranks together the whole plan, epochs, pickling,
+workers."""
+
+import functools
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from commonit_trl import CommonITBatchSampler
+from commonit_trl.plan import plan_epoch
+from commonit_trl.sampler import CommonITDataLoader
+
+GROUP_IDS = np.repeat([0, 1, 2, 3], [13, 7, 2, 31])
+LENGTHS = np.random.default_rng(0).integers(1, 90, len(GROUP_IDS))
+GEOMETRIES = [(1, 1), (1, 3), (2, 1), (4, 2)]
+
+
+def plan_of(epoch, **arguments):
+    return plan_epoch(GROUP_IDS, LENGTHS, micro_batch_size=2, seed=5, epoch=epoch, **arguments)
+
+
+def samplers(world_size, accumulation, **options):
+    plan = functools.partial(plan_of, world_size=world_size, accumulation_steps=accumulation, **options)
+    return [CommonITBatchSampler(plan, rank) for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("remainder", ["keep", "drop", "pad"])
+@pytest.mark.parametrize("purity", ["step", "global", "micro"])
+@pytest.mark.parametrize(("world_size", "accumulation"), GEOMETRIES)
+def test_length_is_what_each_rank_yields(world_size, accumulation, purity, remainder):
+    """I5: `len()` is the number of batches yielded, on every rank and in every epoch, before and after
+    iterating."""
+    ranks = samplers(world_size, accumulation, purity=purity, remainder=remainder)
+    lengths = set()
+    for epoch in (0, 1, 2, 0):
+        for sampler in ranks:
+            sampler.set_epoch(epoch)
+            before = len(sampler)
+            assert len(list(sampler)) == before == len(sampler)
+            lengths.add(before)
+    assert len(lengths) == 1
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), GEOMETRIES)
+def test_ranks_together_cover_the_plan(world_size, accumulation):
+    """I2, I3: the ranks yield the plan's micro-batches, each exactly one of them a micro-step, and all
+    rows."""
+    ranks = samplers(world_size, accumulation)
+    for epoch in (0, 1):
+        for sampler in ranks:
+            sampler.set_epoch(epoch)
+        plan = plan_of(epoch, world_size=world_size, accumulation_steps=accumulation)
+        yielded = [batch for micro_step in zip(*ranks, strict=True) for batch in micro_step]
+        planned = [
+            plan.micro_batch(micro_step, rank).tolist()
+            for micro_step in range(plan.num_micro_steps)
+            for rank in range(world_size)
+        ]
+        assert yielded == planned
+        assert set(Counter(row for batch in yielded for row in batch)) == set(range(len(GROUP_IDS)))
+
+
+def test_epochs():
+    """I4: iterating again repeats the epoch, `set_epoch` changes it, and going back brings the first one
+    again."""
+    (sampler,) = samplers(1, 2)
+    first = list(sampler)
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert second != first
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+
+
+def test_iterations_do_not_disturb_each_other():
+    """The Trainer's prefetching and a skip wrapper may hold two iterators of one sampler."""
+    (sampler,) = samplers(1, 2)
+    whole = list(sampler)
+    ahead, behind = iter(sampler), iter(sampler)
+    assert [next(ahead) for _ in range(5)] == whole[:5]
+    assert list(behind) == whole
+    assert list(ahead) == whole[5:]
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_pickled(epoch):
+    """A copy from a pickle goes on in the same epoch, and into later ones."""
+    sampler = samplers(2, 2)[1]
+    sampler.set_epoch(epoch)
+    copy = pickle.loads(pickle.dumps(sampler))
+    assert list(copy) == list(sampler) and len(copy) == len(sampler)
+    for one in (copy, sampler):
+        one.set_epoch(5)
+    assert list(copy) == list(sampler)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_workers": 2},
+        {"num_workers": 1, "persistent_workers": True},
+        {"num_workers": 1, "multiprocessing_context": "spawn"},
+    ],
+    ids=str,
+)
+def test_loader(options):
+    """I4: batches of the loader are the sampler's, in its order, with any workers, epoch after epoch."""
+    (sampler,) = samplers(1, 3)
+    loader = CommonITDataLoader(range(len(GROUP_IDS)), sampler, collate_fn=list, **options)
+    assert len(loader) == len(sampler)
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        assert list(loader) == list(plan_of(epoch, world_size=1, accumulation_steps=3).batches(0))
+
+
+def test_loader_pickled():
+    (sampler,) = samplers(1, 3)
+    loader = CommonITDataLoader(range(len(GROUP_IDS)), sampler, collate_fn=list)
+    loader.set_epoch(1)
+    assert list(pickle.loads(pickle.dumps(loader))) == list(loader)
+
+
+def test_plain_dataloader_takes_the_sampler():
+    """The sampler is public: any DataLoader takes it as `batch_sampler`."""
+    (sampler,) = samplers(1, 1)
+    loader = DataLoader(range(len(GROUP_IDS)), batch_sampler=sampler, collate_fn=list)
+    assert list(loader) == list(sampler)
