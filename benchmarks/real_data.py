@@ -15,19 +15,21 @@ input and output in each line. Cost: COST; nothing is downloaded.
 import argparse
 import ctypes
 import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -292,17 +294,11 @@ def reuse_freed_memory() -> None:
 def machine() -> str:
     """CPU model, cores and versions in words."""
     info = Path("/proc/cpuinfo")
-    models_named = [
-        line.split(":", 1)[1].strip()
-        for line in (info.read_text(encoding="utf-8").splitlines() if info.exists() else ())
-        if line.startswith("model name")
-    ]
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl")
-    )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = models_named[0] if models_named else platform.processor() or platform.machine()
-    return f"{cores} cores of an {cpu} CPU, no GPU; Python {platform.python_version()}, {versions}"
+    named = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    cpu = named[1] if named else platform.machine()
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores of an {cpu} CPU, no GPU"
+    packages = [f"{name} {version(name)}" for name in ("torch", "transformers", "trl")]
+    return f"{cores}; Python {platform.python_version()}, {', '.join(packages)}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -44,9 +44,15 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"commonit-trl {__version__}")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher's; LOCAL_RANK says the same
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=f"{' or '.join(COMMANDS)}; see below")
-    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTIONS", help="see commonit COMMAND --help")
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # the deepspeed launcher's; LOCAL_RANK says the same
+    parser.add_argument(
+        "command", choices=COMMANDS, metavar="COMMAND", help=f"{' or '.join(COMMANDS)}; see below"
+    )
+    parser.add_argument(
+        "options", nargs=argparse.REMAINDER, metavar="OPTIONS", help="see commonit COMMAND --help"
+    )
     try:
         given = _parse(parser, argv)
         with _messages():
@@ -62,7 +68,9 @@ def _sft(argv: list[str]) -> int:
         script_args, training_args, model_args, mixture = _parse_sft(argv)
     with user_errors():
         trainer = _make_trainer(script_args, training_args, model_args, mixture)
-    with user_errors(when=lambda: trainer.state.max_steps == 0):  # the steps are counted last before the first one
+    with user_errors(
+        when=lambda: trainer.state.max_steps == 0
+    ):  # the steps are counted last before the first one
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
@@ -126,7 +134,9 @@ def _parse_sft(argv: list[str]) -> tuple[Any, Any, Any, Any]:
         allow_abbrev=False,
     )
     config_parser.error = parser.error = _raise_value_error  # type: ignore[method-assign]
-    known = [option.name for dataclass in parser.dataclass_types for option in fields(dataclass) if option.init]
+    known = [
+        option.name for dataclass in parser.dataclass_types for option in fields(dataclass) if option.init
+    ]
 
     given, flags = config_parser.parse_known_args(argv)
     _, unknown = parser.parse_known_args(flags)
@@ -166,23 +176,31 @@ def _check_names(names: Iterable[str], known: list[str]) -> None:
 
 
 def _make_trainer(script_args: Any, training_args: Any, model_args: Any, mixture: Any) -> Any:
+    from transformers import AutoConfig
     from trl import get_peft_config, get_quantization_config
 
     from commonit_trl.sft import load_splits
     from commonit_trl.trainer import CommonITSFTTrainer
 
-    if model_args.model_name_or_path is None:
+    model = model_args.model_name_or_path
+    if model is None:
         raise ValueError("model_name_or_path is not set: give a hub name or a directory.")
+    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    try:  # before the data are loaded; the error of a model out of reach does not say which
+        AutoConfig.from_pretrained(model, **source)
+    except OSError as error:
+        raise ValueError(
+            f"model_name_or_path={model!r} is not found: give a hub name or a directory. {error}"
+        ) from error
     training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
+        **source,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
     train_dataset, eval_dataset = load_splits(script_args, mixture, training_args)
     return CommonITSFTTrainer(
-        model=model_args.model_name_or_path,
+        model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

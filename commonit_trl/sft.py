@@ -46,7 +46,9 @@ def load_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple[Any
             "beforehand: set it to False, or commonit_metric to 'none'."
         )
     if mixture.datasets:
-        entries_are_tasks = training_args.commonit_metric == "task" and training_args.commonit_task_column is None
+        entries_are_tasks = (
+            training_args.commonit_metric == "task" and training_args.commonit_task_column is None
+        )
         splits = load_mixture(mixture, ENTRY_COLUMN if entries_are_tasks else None, training_args.seed)
         if entries_are_tasks:
             training_args.commonit_task_column = [ENTRY_COLUMN]
@@ -69,7 +71,9 @@ def load_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple[Any
 
 def _split(splits: Any, name: str, reader: str, way_out: str) -> Any:
     if name not in splits:
-        raise ValueError(f"{reader} needs the split {name!r}, and the data has: {', '.join(splits)}. Set {way_out}.")
+        raise ValueError(
+            f"{reader} needs the split {name!r}, and the data has: {', '.join(splits)}. Set {way_out}."
+        )
     return splits[name]
 
 
@@ -82,7 +86,9 @@ def load(option: str, path: str, **options: Any) -> Any:
         if not Path(path).is_file():
             raise FileNotFoundError("no such file")
         return load_dataset(file_format, **options | {"data_files": path})
-    except Exception as error:  # whatever datasets, the hub or a parser raises: the user needs the option's name
+    except (
+        Exception
+    ) as error:  # whatever datasets, the hub or a parser raises: the user needs the option's name
         reason = error.__cause__ or error
         raise ValueError(
             f"{option}={path!r} cannot be loaded ({type(reason).__name__}: {reason}): give a hub name, a directory or a "
@@ -103,7 +109,9 @@ def load_mixture(mixture: Any, entry_column: str | None, seed: int) -> DatasetDi
         logger.info("commonit_metric='task': the tasks are the entries of datasets: %s.", ", ".join(labels))
     for entry, label in zip(mixture.datasets, labels, strict=True):
         options = {"name": entry.name, "data_dir": entry.data_dir, "data_files": entry.data_files}
-        part = load("datasets: path", entry.path, **options, split=entry.split or "train", streaming=mixture.streaming)
+        part = load(
+            "datasets: path", entry.path, **options, split=entry.split or "train", streaming=mixture.streaming
+        )
         if entry.columns is not None:
             part = part.select_columns(entry.columns)
         if entry_column is not None:
@@ -115,7 +123,9 @@ def load_mixture(mixture: Any, entry_column: str | None, seed: int) -> DatasetDi
         parts = _take_fractions(parts, [entry.fraction for entry in mixture.datasets], mixture.streaming)
     joined = concatenate_datasets(parts)
     if mixture.test_split_size is not None and mixture.streaming:
-        raise ValueError(f"test_split_size={mixture.test_split_size} does not go with streaming=True: remove one.")
+        raise ValueError(
+            f"test_split_size={mixture.test_split_size} does not go with streaming=True: remove one."
+        )
     if mixture.test_split_size is not None:
         return joined.train_test_split(test_size=mixture.test_split_size, seed=seed)
     return (IterableDatasetDict if mixture.streaming else DatasetDict)({"train": joined})
@@ -137,7 +147,10 @@ def _take_fractions(parts: list[Dataset], fractions: list[float | None], streami
 def entry_labels(entries: Sequence[Any]) -> list[str]:
     """A name for each entry of a mixture: short where that tells it from the others, else its path, else numbered."""
     short = [_short_label(entry) for entry in entries]
-    labels = [_source(entry) if short.count(label) > 1 else label for entry, label in zip(entries, short, strict=True)]
+    labels = [
+        _source(entry) if short.count(label) > 1 else label
+        for entry, label in zip(entries, short, strict=True)
+    ]
     seen: Counter[str] = Counter()
     for place, label in enumerate(labels):
         seen[label] += 1

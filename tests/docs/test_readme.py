@@ -70,6 +70,7 @@ def workplace(bf16, tmp_path, monkeypatch):
     tiny_model().save_pretrained(tmp_path / MODEL)
     tiny_tokenizer().save_pretrained(tmp_path / MODEL)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path
 
 
@@ -83,8 +84,8 @@ def test_every_block_says_its_language():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_python_blocks_run(document, workplace):
-    code = [text for name, text in BLOCK.findall(read(document)) if name == "python"]
-    (workplace / "blocks.py").write_text("\n".join(code), encoding="utf-8")
+    code = "\n".join(text for name, text in BLOCK.findall(read(document)) if name == "python")
+    (workplace / "blocks.py").write_text(code, encoding="utf-8")
     runpy.run_path("blocks.py")
 
 
@@ -195,7 +196,7 @@ def test_files_in_backticks_exist(document):
 def test_the_options_table_is_the_config():
     rows = [["option", "default", "meaning"], ["---", "---", "---"]]
     for name, option in OPTIONS.items():
-        default = "–" if option.default is None else f"`{str(option.default).lower()}`"
+        default = "–" if option.default is None else f"`{json.dumps(option.default)}`".replace('"', "")
         rows.append([f"`{name}`", default, option.metadata["help"]])
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     shown = OPTIONS_TABLE.search(read(ROOT / "README.md"))[0]

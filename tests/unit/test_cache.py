@@ -3,8 +3,8 @@
 1. A second call loads and measures nothing; it tells the same notices.
 2. The fingerprint follows all that decides the groups, and nothing else.
 3. Processes that race for an entry compute it once and agree; one that is killed leaves the others free.
-4. A damaged entry is noticed, told and computed again; so is a damaged saved grouper, which is an error with
-its path. 5. A directory that can't be used is an error of one line with the option's name.
+4. A damaged entry is noticed, told and computed again; a damaged saved grouper is an error with its path.
+5. A directory that can't be used is an error of one line with the option's name.
 """
 
 import json

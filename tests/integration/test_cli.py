@@ -1,0 +1,469 @@
+"""`commonit sft` trains what its YAML files and flags say, and what a user gets wrong ends as one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset, IterableDataset
+from safetensors.torch import load_file
+from toys import tiny_model, tiny_tokenizer
+
+from commonit_trl import CommonITSFTTrainer, __version__, cli, sft
+from commonit_trl.config import CommonITArguments
+
+EXAMPLES = Path(__file__).parents[2] / "example_configs"
+TASKS = ("add", "sort", "spell")
+
+
+def rows_of(task, count, text="Do it"):
+    return [{"prompt": f"{text} {task} {n}:", "completion": f" {task} " * (n % 7 + 1)} for n in range(count)]
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    directory = str(tmp_path_factory.mktemp("model"))
+    tiny_model().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    """Relative paths, outputs and caches are the test's own; one thread, as the models are tiny."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def train_file(tmp_path):
+    """24 rows of three tasks."""
+    rows = [{**row, "task": task} for task in TASKS for row in rows_of(task, 8)]
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    return "data/train.jsonl"
+
+
+@pytest.fixture
+def flags(model, train_file):
+    """What makes any configuration a run of two steps on a CPU."""
+    return {
+        "model_name_or_path": model,
+        "dataset_name": train_file,
+        "output_dir": "out",
+        "use_cpu": True,
+        "bf16": False,
+        "dtype": "float32",
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+
+
+def as_argv(options):
+    """`--name value ...`; a list gives several values, None leaves the option out."""
+    argv = []
+    for name, value in options.items():
+        if value is not None:
+            argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return argv
+
+
+def run(options, *argv):
+    return cli.main(["sft", *argv, *as_argv(options)])
+
+
+def config_file(path, **options):
+    path.write_text(yaml.safe_dump(options), encoding="utf-8")
+    return str(path)
+
+
+def groups_of(directory="out"):
+    return json.loads((Path(directory) / "commonit" / "groups.json").read_text(encoding="utf-8"))
+
+
+def log_of(directory):
+    return json.loads((Path(directory) / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+
+def weights_of(directory):
+    return load_file(Path(directory) / "model.safetensors")
+
+
+# --- what trains --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("example", ["length", "task", "embedding"])
+def test_the_examples_train(example, flags, minilm, tmp_path, capfd):
+    if example == "embedding":
+        reference = [{**row, "task": task} for task in TASKS for row in rows_of(task, 3, text="Please")]
+        flags["commonit_reference_dataset"] = write_jsonl(tmp_path / "reference.jsonl", reference)
+        flags["commonit_embedding_model"] = minilm
+    if example == "task":
+        flags |= {"commonit_task_column": "task", "commonit_min_group_size": 2}
+
+    assert run(flags, "--config", str(EXAMPLES / "trl" / f"{example}.yaml")) == 0
+
+    groups = groups_of()
+    assert groups["metric"] == example
+    assert example == "length" or groups["names"] == list(TASKS)
+    assert weights_of("out")
+    assert capfd.readouterr().err.count(f"commonit_metric={example}: {len(groups['names'])} groups") == 1
+
+
+@pytest.mark.parametrize("example", ["length", "task", "embedding", "mixture"])
+def test_the_examples_follow_the_papers_recipe(example, flags):
+    recipe = {name: flags[name] for name in ("use_cpu", "bf16")}
+    _, training, model, mixture = cli._parse_sft(
+        ["--config", str(EXAMPLES / "trl" / f"{example}.yaml"), *as_argv(recipe)]
+    )
+    assert (training.learning_rate, training.lr_scheduler_type, training.warmup_steps) == (
+        5e-6,
+        "linear",
+        0.03,
+    )
+    assert (training.num_train_epochs, training.max_length) == (3, 2048)
+    assert (
+        model.model_name_or_path and model.dtype == "float32"
+    )  # bf16: true computes in bfloat16 on these weights
+    assert len(mixture.datasets) == (3 if example == "mixture" else 0)
+
+
+def test_none_trains_exactly_as_trl_does(flags):
+    from trl.scripts import sft as trl_sft
+
+    assert run({**flags, "commonit_metric": "none"}) == 0
+    parser = trl_sft.make_parser()
+    trl_sft.main(
+        *parser.parse_args_and_config(as_argv({**flags, "output_dir": "theirs", "dataset_name": "data"}))
+    )
+
+    ours, theirs = weights_of("out"), weights_of("theirs")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not Path("out/commonit").exists()
+
+
+def test_lora_trains_an_adapter(flags):
+    assert run({**flags, "commonit_metric": "task", "use_peft": True, "lora_r": 2}) == 0
+    assert Path("out/adapter_model.safetensors").exists()
+    assert groups_of()["names"] == list(TASKS)
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(flags):
+    flags |= {"commonit_metric": "task", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    assert run(flags) == 0
+    straight = weights_of("out")
+    Path("out/model.safetensors").unlink()
+    assert run({**flags, "resume_from_checkpoint": "out/checkpoint-2"}) == 0
+    resumed = weights_of("out")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_an_error_in_training_keeps_its_traceback(flags, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("not the user's")
+
+    monkeypatch.setattr(CommonITSFTTrainer, "training_step", fail)
+    with pytest.raises(ValueError, match="not the user's"):
+        run({**flags, "commonit_metric": "task"})
+
+
+# --- mixtures -----------------------------------------------------------------------------------------------
+
+
+def test_the_entries_of_a_mixture_are_its_tasks(flags, tmp_path):
+    """Whatever columns they have; the example's own entries are overridden by local files."""
+    write_jsonl(tmp_path / "maths.jsonl", [{**row, "task": "own"} for row in rows_of("add", 12)])
+    write_jsonl(tmp_path / "a" / "part.jsonl", [{**row, "dataset": 1} for row in rows_of("sort", 8)])
+    Dataset.from_list(rows_of("spell", 8)).to_parquet(tmp_path / "b" / "part.parquet")
+    files = ["maths.jsonl", "a/part.jsonl", "b/part.parquet"]
+    flags |= {"dataset_name": None, "datasets": files, "eval_strategy": "steps", "eval_steps": 1}
+    flags |= {"test_split_size": 0.25, "save_strategy": "steps", "save_steps": 2}
+
+    assert run(flags, "--config", str(EXAMPLES / "trl" / "mixture.yaml")) == 0
+
+    names = ["a/part.jsonl", "b/part.parquet", "maths"]
+    assert groups_of()["names"] == names
+    logged = {key for entry in log_of("out/checkpoint-2") for key in entry}
+    assert {f"eval_loss_{name}" for name in names} <= logged
+
+
+def splits_of(*argv, **options):
+    script, training, _, mixture = cli._parse_sft(
+        [*argv, *as_argv({"use_cpu": True, "bf16": False, **options})]
+    )
+    return *sft.load_splits(script, mixture, training), training
+
+
+def test_a_mixture_takes_columns_splits_and_fractions(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{**row, "more": 1} for row in rows_of("add", 20)])
+    write_jsonl(tmp_path / "b.jsonl", rows_of("sort", 20))
+    keep = ["prompt", "completion"]
+    entries = [
+        {"path": "a.jsonl", "columns": keep, "fraction": 0.75, "split": None},
+        {"path": "json", "name": "words", "data_files": "b.jsonl", "split": "train[:10]", "fraction": 0.25},
+    ]
+    config = config_file(tmp_path / "c.yaml", datasets=entries, commonit_metric="task")
+    train, evaluation, training = splits_of("--config", config)
+    assert training.commonit_task_column == ["dataset"] and evaluation is None
+    assert train.column_names == [*keep, "dataset"]
+    assert (
+        train["dataset"][:] == ["a"] * 20 + ["words"] * 7
+    )  # 27 is the most that 20 rows are three quarters of
+
+
+def test_a_mixture_keeps_to_the_column_that_is_asked_for(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{**row, "kind": "x"} for row in rows_of("add", 4)])
+    train, _, training = splits_of(
+        "--datasets", "a.jsonl", commonit_metric="task", commonit_task_column="kind"
+    )
+    assert training.commonit_task_column == ["kind"]
+    assert "dataset" not in train.column_names
+    train, _, training = splits_of("--datasets", "a.jsonl", commonit_metric="length")
+    assert training.commonit_task_column is None
+    assert "dataset" not in train.column_names
+
+
+def test_a_mixture_is_split_in_the_same_way_each_time(tmp_path):
+    """So that ranks, and a resumed run, train on the same rows; another seed splits in another way."""
+    write_jsonl(tmp_path / "a.jsonl", rows_of("add", 40))
+    options = {"commonit_metric": "task", "test_split_size": 0.5, "eval_strategy": "epoch"}
+    (train, evaluation, _), (again, _, _), (other, _, _) = (
+        splits_of("--datasets", "a.jsonl", seed=seed, **options) for seed in (1, 1, 2)
+    )
+    assert train["prompt"][:] == again["prompt"][:] != other["prompt"][:]
+    assert not set(train["prompt"]) & set(evaluation["prompt"])
+
+
+@pytest.mark.parametrize(
+    ("entries", "labels"),
+    [
+        ([{"path": "data/maths.jsonl"}, {"path": "org/code-v1.5"}], ["maths", "code-v1.5"]),
+        (
+            [{"path": "org/all", "name": "maths"}, {"path": "org/all", "name": "code"}],
+            ["all/maths", "all/code"],
+        ),
+        ([{"path": "a/x.csv"}, {"path": "b/x.csv"}, {"path": "c.csv"}], ["a/x.csv", "b/x.csv", "c"]),
+        ([{"path": "x.csv"}, {"path": "x.csv", "split": "train[:5]"}], ["x.csv", "x.csv (2)"]),
+        ([{"path": "json", "data_files": ["a.json", "b.json"]}, {"path": "a.csv", "name": "b"}], ["a", "b"]),
+    ],
+)
+def test_entry_labels(entries, labels):
+    from trl.scripts.utils import DatasetConfig
+
+    assert sft.entry_labels([DatasetConfig(**entry) for entry in entries]) == labels
+
+
+# --- data and options ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv"])
+def test_local_files(suffix, tmp_path):
+    rows = Dataset.from_list(rows_of("add", 3))
+    write = {"parquet": rows.to_parquet, "csv": rows.to_csv}.get(suffix, rows.to_json)
+    write(tmp_path / f"rows.{suffix}")
+    train, _, _ = splits_of(dataset_name=f"rows.{suffix}", commonit_metric="length")
+    assert train.to_list() == rows.to_list()
+
+
+def test_a_local_directory_with_splits(tmp_path):
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows_of("add", 3))
+    write_jsonl(tmp_path / "data" / "validation.jsonl", rows_of("add", 2))
+    options = {"eval_strategy": "epoch", "dataset_test_split": "validation"}
+    train, evaluation, _ = splits_of(dataset_name="data", commonit_metric="length", **options)
+    assert (len(train), len(evaluation)) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    "source", [{"dataset_name": "a.jsonl", "dataset_streaming": True}, {"streaming": True}]
+)
+def test_without_a_metric_data_may_stream(source, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", rows_of("add", 3))
+    argv = [] if "dataset_name" in source else ["--datasets", "a.jsonl"]
+    train, _, _ = splits_of(*argv, commonit_metric="none", **source)
+    assert isinstance(train, IterableDataset)
+    assert len(list(train)) == 3
+
+
+def test_flags_override_the_file_in_both_spellings(tmp_path):
+    config = config_file(
+        tmp_path / "c.yaml", commonit_metric="length", commonit_num_groups=8, learning_rate=0.5, max_steps=3
+    )
+    argv = [f"--config={config}", "--commonit-num-groups", "2", "--max_steps=7", "--use_cpu", "--bf16", "no"]
+    _, training, _, _ = cli._parse_sft(argv)
+    assert (training.commonit_num_groups, training.max_steps, training.learning_rate) == (2, 7, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("metric", "option", "flag", "value"),
+    [
+        ("task", "commonit_weights", '{"add": 1, "sort": 2}', {"add": 1, "sort": 2}),
+        ("task", "commonit_task_column", ["a", "b"], ["a", "b"]),
+        ("task", "commonit_balance_lengths", "false", False),
+        ("length", "commonit_length_edges", [8, 16], [8, 16]),
+    ],
+)
+def test_values_from_flags_and_from_yaml_are_the_same(metric, option, flag, value, tmp_path):
+    config = config_file(tmp_path / "c.yaml", **{option: value}, commonit_metric=metric, env={"FROM_YAML": 1})
+    shared = ["--use_cpu", "--bf16", "no"]
+    _, from_flags, _, _ = cli._parse_sft([*as_argv({"commonit_metric": metric, option: flag}), *shared])
+    _, from_yaml, _, _ = cli._parse_sft(["--config", config, *shared])
+    assert getattr(from_flags, option) == getattr(from_yaml, option) == value
+
+
+def test_the_options_of_trl_and_commonit_are_listed(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["sft", "--help"])
+    listed = capsys.readouterr().out
+    assert all(f"--{name} " in listed for name in CommonITArguments.__dataclass_fields__)
+    assert "--learning_rate " in listed and "--model_name_or_path " in listed
+
+
+# --- what is wrong ------------------------------------------------------------------------------------------
+
+WRONG_FLAGS = {
+    # name: (changes to the flags, what the line says)
+    "metric": ({"commonit_metric": "lenght"}, ["commonit_metric='lenght'", "did you mean 'length'"]),
+    "no metric": ({"commonit_metric": None}, ["commonit_metric is not set", "'none'"]),
+    "misspelt": ({"commonit_metrc": "task"}, ["commonit_metrc", "did you mean commonit_metric?"]),
+    "misspelt, dashes": (
+        {"commonit-num-group": 3},
+        ["commonit_num_group", "did you mean commonit_num_groups?"],
+    ),
+    "abbreviated": ({"commonit_min": 3}, ["commonit_min:", "did you mean commonit_m"]),
+    "of trl, misspelt": ({"learning_rte": 1}, ["learning_rte", "did you mean learning_rate?"]),
+    "of trl, wrong type": ({"max_steps": "many"}, ["--max_steps", "'many'"]),
+    "of trl, refused": ({"warmup_steps": -1}, ["warmup_steps"]),
+    "unread": ({"commonit_num_groups": 4}, ["commonit_num_groups=4", "remove it"]),
+    "type": ({"commonit_min_group_size": "x"}, ["commonit_min_group_size", "'x'"]),
+    "task column": ({"commonit_task_column": "kind"}, ["'kind'", "prompt, completion, task"]),
+    "no model": ({"model_name_or_path": None}, ["model_name_or_path is not set"]),
+    "model": ({"model_name_or_path": "no/where"}, ["model_name_or_path='no/where'", "give a hub name"]),
+    "no dataset": ({"dataset_name": None}, ["dataset_name", "datasets"]),
+    "dataset": ({"dataset_name": "no/where"}, ["dataset_name='no/where'", "give a hub name"]),
+    "dataset file": ({"dataset_name": "gone.jsonl"}, ["dataset_name='gone.jsonl'", "no such file"]),
+    "dataset not JSON": ({"dataset_name": "bad.jsonl"}, ["dataset_name='bad.jsonl'", "JSON parse error"]),
+    "two datasets": ({"datasets": ["data/train.jsonl"]}, ["dataset_name=", "1 entries in datasets"]),
+    "mixture": ({"dataset_name": None, "datasets": ["gone.csv"]}, ["datasets", "'gone.csv'", "no such file"]),
+    "train split": ({"dataset_train_split": "all"}, ["'all'", "has: train", "dataset_train_split"]),
+    "test split": ({"eval_strategy": "epoch"}, ["eval_strategy='epoch'", "'test'", "has: train"]),
+    "streaming": ({"dataset_streaming": True}, ["dataset_streaming=True", "'none'"]),
+    "too few rows": ({"gradient_accumulation_steps": 25}, ["24 samples", "25", "less gradient accumulation"]),
+    "cache": ({"commonit_cache_dir": "bad.jsonl"}, ["commonit_cache_dir='bad.jsonl'", "name a directory"]),
+    "order": ({"train_sampling_strategy": "group_by_length"}, ["train_sampling_strategy", "'random'"]),
+    "encoder": (
+        {"commonit_metric": "embedding", "commonit_embedding_model": "no/where"},
+        ["commonit_embedding_model='no/where'", "sentence-transformers"],
+    ),
+    "reference": (
+        {"commonit_metric": "embedding", "commonit_reference_dataset": "unlabelled.jsonl"},
+        ["commonit_reference_task_column='task'", "unlabelled.jsonl", "prompt, completion"],
+    ),
+    "checkpoint": ({"resume_from_checkpoint": "gone"}, ["checkpoint at gone"]),
+}
+WRONG_CONFIGS = {
+    # name: (the file, what the line says)
+    "misspelt": ("commonit_metrc: task", ["commonit_metrc", "did you mean commonit_metric?"]),
+    "dashes": ("commonit-metric: task", ["commonit-metric", "did you mean commonit_metric?"]),
+    "of trl, misspelt": ("learning_rte: 1", ["learning_rte", "did you mean learning_rate?"]),
+    "of trl, wrong type": ("logging_steps: many", ["--logging_steps", "'many'"]),
+    "empty": ("", ["c.yaml", "no options"]),
+    "list": ("- commonit_metric: task", ["c.yaml", "no options"]),
+    "not YAML": ("commonit_metric: [task", ["c.yaml", "not YAML"]),
+    "env": ("env: 3", ["env"]),
+    "entry key": ("datasets: [{path: a.csv, splt: train}]", ["splt", "did you mean split?"]),
+    "entry without path": ("datasets: [a.csv]", ["'a.csv'", "- path:"]),
+    "fractions": (
+        "datasets: [{path: data/train.jsonl, fraction: 1}, {path: data/train.jsonl}]",
+        ["[1, None]"],
+    ),
+}
+
+
+def check_one_line(code, errors, fragments):
+    lines = [line for line in errors.splitlines() if line.startswith("commonit: error: ")]
+    assert code == 2
+    assert len(lines) == 1, errors
+    assert "Traceback" not in errors
+    for fragment in fragments:
+        assert fragment in lines[0]
+    assert not list(Path("out").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", WRONG_FLAGS)
+def test_wrong_flags_end_as_one_line(name, flags, minilm, tmp_path, capfd):
+    changes, fragments = WRONG_FLAGS[name]
+    (tmp_path / "bad.jsonl").write_text("not JSON", encoding="utf-8")
+    write_jsonl(tmp_path / "unlabelled.jsonl", rows_of("add", 3))
+    if "commonit_reference_dataset" in changes:
+        flags["commonit_embedding_model"] = minilm
+    code = run({**flags, "commonit_metric": "task", **changes})
+    check_one_line(code, capfd.readouterr().err, fragments)
+
+
+@pytest.mark.parametrize("name", WRONG_CONFIGS)
+def test_wrong_configs_end_as_one_line(name, flags, tmp_path, capfd):
+    text, fragments = WRONG_CONFIGS[name]
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    if "datasets" in text:
+        flags["dataset_name"] = None
+    code = run({**flags, "commonit_metric": "task"}, "--config", "c.yaml")
+    check_one_line(code, capfd.readouterr().err, fragments)
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        ([], ["COMMAND"]),
+        (["stf"], ["'stf'", "'sft'"]),
+        (["sft", "--config"], ["--config", "expected one argument"]),
+        (["sft", "--config", "gone.yaml"], ["No such file", "gone.yaml"]),
+        (["sft", "train.jsonl"], ["'train.jsonl'"]),
+        (["demo", "--stpes", "3"], ["--stpes"]),
+    ],
+)
+def test_a_wrong_command_line_ends_as_one_line(argv, fragments, capfd):
+    code = cli.main(argv)
+    check_one_line(code, capfd.readouterr().err, fragments)
+
+
+# --- the process --------------------------------------------------------------------------------------------
+
+
+def python(*argv):
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=60)
+
+
+def test_the_process_returns_the_exit_code():
+    version = python("-m", "commonit_trl", "--version")
+    assert (version.returncode, version.stdout) == (0, f"commonit-trl {__version__}\n")
+    wrong = python("-m", "commonit_trl", "stf")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("commonit: error: ") and wrong.stderr.count("\n") == 1
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print({'torch', 'trl', 'transformers', 'datasets'} & set(sys.modules)))\n"
+        "from commonit_trl.cli import main\n"
+        "main(['--help'])"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0
+    assert "commonit sft" in done.stdout and done.stdout.endswith("set()\n")

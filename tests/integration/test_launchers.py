@@ -1,0 +1,139 @@
+"""The launch lines that the example configurations open with train the plan, on two CPU ranks.
+
+Each rank's model records the rows that it sees. The DeepSpeed lines must make a real engine of their stage; for one on CPU
+ranks, see `cli_worker.py`.
+"""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from toys import id_rows, recorded, tiny_model, tiny_tokenizer
+
+from commonit_trl import plan_epoch
+
+EXAMPLES = Path(__file__).parents[2] / "example_configs"
+SIZES = [5, 6, 13]
+FLAGS = {
+    "commonit_metric": "task",
+    "bf16": False,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "seed": 7,
+}
+ON_TWO_RANKS = {
+    "torchrun": "--nproc_per_node 2 --master_port",
+    "accelerate launch": "--num_processes 2 --main_process_port",
+    "deepspeed": "--num_gpus 2 --master_port",
+}
+
+
+def launch_line(example, launcher):
+    """The command with which the first lines of `example` say to launch it."""
+    text = (EXAMPLES / example).read_text(encoding="utf-8")
+    lines = [json.loads(text)["launch"]] if example.endswith(".json") else text.splitlines()
+    return next(line.strip("# ") for line in lines if line.strip("# ").startswith(launcher))
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(line, launcher, flags, environment):
+    """Run `line` from the repository's root, with a recorder around `commonit_trl` and `flags` at the end."""
+    assert " commonit_trl sft " in line
+    line = line.replace("--nproc_per_node 4 ", "").replace(" commonit_trl ", " cli_worker ")
+    line = line.replace(launcher, f"{launcher} {ON_TWO_RANKS[launcher]} {free_port()}", 1)
+    program, *arguments = shlex.split(line)
+    command = [str(Path(sys.executable).with_name(program)), *arguments]
+    command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    launched = subprocess.Popen(
+        command,
+        cwd=EXAMPLES.parent,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, _ = launched.communicate(timeout=240)
+    finally:
+        if launched.poll() is None:
+            os.killpg(launched.pid, signal.SIGKILL)  # the ranks too
+    assert launched.returncode == 0, said[-4000:]
+
+
+@pytest.mark.parametrize(
+    ("example", "launcher", "stage"),
+    [
+        ("trl/task.yaml", "torchrun", None),
+        ("accelerate/ddp.yaml", "accelerate launch", None),
+        ("accelerate/zero2.yaml", "accelerate launch", 2),
+        ("deepspeed/zero2.json", "deepspeed", 2),
+        ("deepspeed/zero3.json", "deepspeed", 3),
+    ],
+)
+def test_two_ranks_train_the_plan(example, launcher, stage, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = id_rows(SIZES)
+    rows.to_json(tmp_path / "rows.jsonl")
+    flags = {
+        "model_name_or_path": tmp_path / "model",
+        "dataset_name": tmp_path / "rows.jsonl",
+        "output_dir": tmp_path / "out",
+        **FLAGS,
+    }
+    environment = {
+        "COMMONIT_RECORD": str(tmp_path / "seen"),
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if stage is None:
+        flags["use_cpu"] = True
+    else:
+        flags["accelerator_config"] = '{"use_configured_state": true}'
+        environment["DS_ACCELERATOR"] = "cpu"
+    line = launch_line(example, launcher).replace("trl/length.yaml", "trl/task.yaml")
+    launch(
+        line, launcher, flags | {"commonit_task_column": "task", "commonit_min_group_size": 1}, environment
+    )
+
+    engine = json.loads((tmp_path / "seen.json").read_text(encoding="utf-8"))
+    assert engine == {"name": "DeepSpeedEngine" if stage else "DistributedDataParallel", "stage": stage}
+    run = json.loads((tmp_path / "out" / "commonit" / "run.json").read_text(encoding="utf-8"))
+    assert run["world size"] == 2
+
+    plan = plan_epoch(
+        [int(task[1:]) for task in rows["task"]],
+        [len(tokens) for tokens in rows["input_ids"]],
+        micro_batch_size=2,
+        world_size=2,
+        accumulation_steps=2,
+        seed=7,
+    )
+    steps = recorded(tmp_path / "seen", world_size=2)
+    assert len(steps) == plan.num_steps == 4
+    for rank in range(2):
+        assert [batch for step in range(4) for batch in steps[step][rank]] == list(plan.batches(rank))
+    times = Counter(row for step in steps.values() for rank in step for batch in rank for row in batch)
+    assert times == Counter(range(sum(SIZES)))
+    for step in steps.values():
+        assert len({rows["task"][row] for rank in step for batch in rank for row in batch}) == 1
