@@ -1,7 +1,7 @@
-"""The command line: `commonit sft` trains as `trl sft` does, in group-pure batches; `commonit demo` shows the method.
+"""The command line: `commonit sft` trains as `trl sft` does, in group-pure batches; `commonit demo` shows it.
 
-Parses and calls, no logic. What a user can put right (options, files, settings that do not go together) ends as one line
-on stderr and exit code 2. Other exceptions, and any once training has begun, keep their traceback.
+Parses and calls, no logic. What a user can put right (options, files, settings that do not go together) ends
+as one line on stderr and exit code 2. Other exceptions, and any once training has begun, keep their traceback.
 """
 
 import argparse
@@ -24,10 +24,11 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def user_errors(*also: type[Exception], when: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """In here, ValueError, OSError (a missing file, a hub out of reach) and `also` are the user's, as long as `when`."""
+    """In here, ValueError, OSError (a file or hub out of reach) and `also` are user errors, while `when`."""
+    kinds: tuple[type[Exception], ...] = (ValueError, OSError, *also)
     try:
         yield
-    except (ValueError, OSError, *also) as error:
+    except kinds as error:
         if not when():
             raise
         raise UserError(" ".join(str(error).split())) from error
@@ -44,15 +45,10 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"commonit-trl {__version__}")
-    parser.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # the deepspeed launcher's; LOCAL_RANK says the same
-    parser.add_argument(
-        "command", choices=COMMANDS, metavar="COMMAND", help=f"{' or '.join(COMMANDS)}; see below"
-    )
-    parser.add_argument(
-        "options", nargs=argparse.REMAINDER, metavar="OPTIONS", help="see commonit COMMAND --help"
-    )
+    # The deepspeed launcher gives this before the command; the environment says the same.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=" or ".join(COMMANDS))
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTIONS", help="see commonit COMMAND --help")
     try:
         given = _parse(parser, argv)
         with _messages():
@@ -68,9 +64,7 @@ def _sft(argv: list[str]) -> int:
         script_args, training_args, model_args, mixture = _parse_sft(argv)
     with user_errors():
         trainer = _make_trainer(script_args, training_args, model_args, mixture)
-    with user_errors(
-        when=lambda: trainer.state.max_steps == 0
-    ):  # the steps are counted last before the first one
+    with user_errors(when=lambda: trainer.state.max_steps == 0):  # the steps are counted as training begins
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
@@ -100,7 +94,7 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
 
 
 def _raise_value_error(message: str) -> NoReturn:
-    """In the place of `ArgumentParser.error`, which prints the usage as well, and for TRL's options that is pages."""
+    """In the place of `ArgumentParser.error`, which prints the usage too: pages, with TRL's options."""
     raise ValueError(message)
 
 
@@ -117,26 +111,25 @@ def _messages() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _parse_sft(argv: list[str]) -> tuple[Any, Any, Any, Any]:
-    """What TRL's parser makes of the options; unlike in `trl sft`, an option that it does not know is an error."""
+def _parse_sft(argv: list[str]) -> Any:
+    """TRL's script, training, model and mixture arguments; unlike in `trl sft`, unknown ones are errors."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
     from trl.scripts.utils import DatasetConfig
 
     from commonit_trl.trainer import CommonITSFTConfig
 
+    kinds: Any = (ScriptArguments, CommonITSFTConfig, ModelConfig, DatasetMixtureConfig)
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     parser = TrlParser(
-        (ScriptArguments, CommonITSFTConfig, ModelConfig, DatasetMixtureConfig),
+        kinds,
         prog="commonit sft",
         usage="commonit sft [--config FILE.yaml] [--OPTION VALUE ...]",
         description="Options may stand in the YAML file too; the command line overrides it.",
         allow_abbrev=False,
     )
     config_parser.error = parser.error = _raise_value_error  # type: ignore[method-assign]
-    known = [
-        option.name for dataclass in parser.dataclass_types for option in fields(dataclass) if option.init
-    ]
+    known = [option.name for kind in kinds for option in fields(kind) if option.init]
 
     given, flags = config_parser.parse_known_args(argv)
     _, unknown = parser.parse_known_args(flags)
@@ -186,7 +179,7 @@ def _make_trainer(script_args: Any, training_args: Any, model_args: Any, mixture
     if model is None:
         raise ValueError("model_name_or_path is not set: give a hub name or a directory.")
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    try:  # before the data are loaded; the error of a model out of reach does not say which
+    try:  # before the data are loaded; and the error for a hub out of reach does not name the model
         AutoConfig.from_pretrained(model, **source)
     except OSError as error:
         raise ValueError(

@@ -56,10 +56,7 @@ class CommonITArguments:
 
     commonit_metric: str | None = field(
         default=None,
-        metadata={
-            "help": "Required. How to group the data: 'task', 'length', 'embedding' or 'none' (plain "
-            "batches)."
-        },
+        metadata={"help": "Required. How to group the data: 'task', 'length', 'embedding' or 'none' (plain batches)."},
     )
     commonit_task_column: list[str] | None = field(
         default=None,
@@ -77,9 +74,7 @@ class CommonITArguments:
     )
     commonit_length_of: str = field(
         default="response",
-        metadata={
-            "help": "Metric 'length': tokens of the 'response', 'prompt' or 'total', after truncation."
-        },
+        metadata={"help": "Metric 'length': tokens of the 'response', 'prompt' or 'total', after truncation."},
     )
     commonit_length_edges: list[int] | None = field(
         default=None,
@@ -181,8 +176,7 @@ def check_choice(option: str, value: Any, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise ValueError(
-            f"{option}={value!r} is not one of {', '.join(choices)}: "
-            f"did you mean {nearest(str(value), choices)!r}?"
+            f"{option}={value!r} is not one of {', '.join(choices)}: did you mean {nearest(str(value), choices)!r}?"
         )
 
 
@@ -235,8 +229,7 @@ def _check_combinations(options: CommonITArguments) -> None:
     if edges is not None:
         if not edges or edges[0] < 1 or any(low >= high for low, high in pairwise(edges)):
             raise ValueError(
-                f"commonit_length_edges={edges} must be one or more ascending token counts above 0, e.g. "
-                "[64, 256]."
+                f"commonit_length_edges={edges} must be one or more ascending token counts above 0, e.g. [64, 256]."
             )
         if options.commonit_num_groups is not None:
             raise ValueError(
@@ -251,10 +244,7 @@ def _check_combinations(options: CommonITArguments) -> None:
             f"{options.commonit_reference_dataset!r}, whose tasks are the groups: remove one."
         )
     column = options.commonit_reference_task_column
-    if (
-        options.commonit_reference_dataset is None
-        and column != OPTIONS["commonit_reference_task_column"].default
-    ):
+    if options.commonit_reference_dataset is None and column != OPTIONS["commonit_reference_task_column"].default:
         raise ValueError(
             f"commonit_reference_task_column={column!r} has no use without commonit_reference_dataset: set "
             "that too, or remove it."
@@ -264,17 +254,13 @@ def _check_combinations(options: CommonITArguments) -> None:
     check_weights(options.commonit_weights)
 
 
-def check_weights(weights: Mapping[str, Any] | str) -> None:
+def check_weights(weights: Mapping[Any, Any] | str) -> None:
     """Check `commonit_weights`: a known name, or a mapping to numbers >= 0 that are not all 0."""
     if isinstance(weights, str):
         check_choice("commonit_weights", weights, WEIGHT_NAMES)
         return
     for group, weight in weights.items():
         if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-            raise ValueError(
-                f"commonit_weights: the weight {weight!r} of group {group!r} must be a number >= 0."
-            )
+            raise ValueError(f"commonit_weights: the weight {weight!r} of group {group!r} must be a number >= 0.")
     if not any(weights.values()):
-        raise ValueError(
-            f"commonit_weights={weights!r} gives no group a weight above 0: nothing would be trained."
-        )
+        raise ValueError(f"commonit_weights={weights!r} gives no group a weight above 0: nothing would be trained.")

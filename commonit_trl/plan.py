@@ -1,16 +1,16 @@
 """The epoch plan: which samples make up which micro-batch, for every rank and step of an epoch. Numpy only.
 
 Steps: (1) decide how many samples each group gives to the epoch; (2) cut each group's count into *units*, the largest
-runs of micro-batches that hold one group: an optimizer step (purity `step`), a micro-step of all ranks (`global`) or one
-micro-batch (`micro`); (3) shuffle the samples inside each group and the units across groups; (4) cut each unit into its
-micro-batches, by token length where lengths are given. Everything follows from the arguments, so ranks that call
+runs of micro-batches that hold one group: an optimizer step (purity `step`), a micro-step of all ranks (`global`) or
+one micro-batch (`micro`); (3) shuffle the samples inside each group and the units across groups; (4) cut each unit into
+its micro-batches, by token length where lengths are given. Everything follows from the arguments, so ranks that call
 `plan_epoch` with the same arguments need no communication to agree.
 
 Source: CommonIT (arXiv 2410.03077), section 3: batches of one group each, in random order. The even cut of a group's
 remainder, accumulation-wide purity and the arrangement by length are this project's.
 
-Cost, N samples of S a step: one permutation and one stable argsort of N (a radix sort below 32,768 groups), a few gathers
-of N; with lengths, about 25 passes over N more. 8 to 16 bytes a sample stay in memory.
+Cost, N samples: one permutation and one stable argsort of N (a radix sort below 32,768 groups), a few gathers of N;
+with lengths, about 25 passes over N more. The plan holds 16 bytes a sample, and 16 a micro-batch.
 """
 
 import hashlib
@@ -125,7 +125,7 @@ class EpochPlan:
         """A hash of every micro-batch of the epoch: equal digests mean equal plans."""
         content = hashlib.blake2b(digest_size=16)
         for array in (self.indices, self.offsets, self.micro_batch_groups):
-            content.update(np.ascontiguousarray(array, dtype="<i8"))
+            content.update(np.ascontiguousarray(array, dtype="<i8").data)
         return content.hexdigest()
 
 
@@ -217,7 +217,9 @@ def plan_epoch(
         token_lengths = np.asarray(lengths)
         if token_lengths.shape != ids.shape:
             raise ValueError(f"lengths has shape {token_lengths.shape}, group_ids {ids.shape}: give one for each row.")
-        indices, block_sizes = _arrange_units(indices, token_lengths[indices], unit_sizes, micro_steps_per_unit, world_size)
+        indices, block_sizes = _arrange_units(
+            indices, token_lengths[indices], unit_sizes, micro_steps_per_unit, world_size
+        )
 
     offsets = np.concatenate([[0], np.cumsum(block_sizes.ravel())])
     micro_batch_groups = np.repeat(unit_groups, micro_batches_per_unit).reshape(-1, world_size)
@@ -255,9 +257,9 @@ def _check_arguments(
         raise ValueError(f"group_ids must be one-dimensional integers >= 0, not {ids.dtype} of shape {ids.shape}.")
     if len(ids) < world_size * accumulation_steps:
         raise ValueError(
-            f"The dataset has {len(ids)} samples, fewer than the {world_size * accumulation_steps} micro-batches of one "
-            f"step (world_size={world_size} x accumulation_steps={accumulation_steps}): use fewer ranks, less gradient "
-            "accumulation or more data."
+            f"The dataset has {len(ids)} samples, fewer than the {world_size * accumulation_steps} micro-batches of "
+            f"one step (world_size={world_size} x accumulation_steps={accumulation_steps}): use fewer ranks, less "
+            "gradient accumulation or more data."
         )
 
 
@@ -384,7 +386,11 @@ def _fill_blocks(
     use_all: bool = False,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Fill blocks up to `limit` (units,) from the longest sample down; `use_all` opens new blocks early where a unit
-    would otherwise end with fewer than `blocks`. Returns (units, width) the block of each sample and (units,) how many."""
+    would otherwise end with fewer than `blocks`.
+
+    Returns:
+        (units, width) block of each sample (empty without `use_all`), and (units,) number of blocks.
+    """
     block = np.zeros(len(lengths), dtype=np.int64)
     longest = lengths[:, 0].copy()
     count = np.zeros(len(lengths), dtype=np.int64)

@@ -17,20 +17,20 @@ class CommonITBatchSampler(BatchSampler):
     samples that the plan holds, and no other.
 
     Args:
-        plan: a function from the epoch's number to its plan; the same on every rank.
+        plan: a function from `epoch=` to the plan of that epoch; the same on every rank.
         rank: data-parallel rank.
     """
 
-    def __init__(self, plan: Callable[[int], EpochPlan], rank: int = 0) -> None:
+    def __init__(self, plan: Callable[..., EpochPlan], rank: int = 0) -> None:
         self.plan = plan
         self.rank = rank
-        self.current = plan(0)
+        self.current = plan(epoch=0)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Take the next iteration's micro-batches from the plan of `epoch`."""
         if epoch != self.epoch:
-            self.epoch, self.current = epoch, self.plan(epoch)
+            self.epoch, self.current = epoch, self.plan(epoch=epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
         return self.current.batches(self.rank)
@@ -42,8 +42,9 @@ class CommonITBatchSampler(BatchSampler):
 class CommonITDataLoader(DataLoader):
     """A dataloader over a `CommonITBatchSampler`, with the `set_epoch` that `transformers.Trainer` calls each epoch.
 
-    The seeds of its workers come from a generator of its own. A plain DataLoader draws them from torch's global one, less
-    often when workers persist, so that a resumed run would go on with other dropout masks than the run it continues.
+    The seeds of its workers come from a generator of its own. A plain DataLoader draws them from torch's global one,
+    less often when workers persist, so that a resumed run would go on with other dropout masks than the run it
+    continues.
     """
 
     def __init__(self, dataset: Any, batch_sampler: CommonITBatchSampler, **options: Any) -> None:

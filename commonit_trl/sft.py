@@ -1,10 +1,10 @@
-"""The rows that `commonit sft` trains and evaluates on: what TRL's dataset options name, from the hub or local files.
+"""The rows that `commonit sft` trains and evaluates on: what TRL's dataset options name, or local files.
 
-`dataset_name`, and the `path` of a mixture's entry, may be a hub name, a directory, or a JSON Lines, JSON, Parquet or CSV
-file. Of a mixture (TRL's `datasets:`), the entries are the tasks when `commonit_metric` is `task` and no
-`commonit_task_column` is named: a column `dataset` then tells them apart, in the place of one that rows may have, and
-columns such as `task` that only some entries have do not matter. Unlike in TRL, a mixture's train-test split follows
-`seed`, so that all ranks and a resumed run make the same one.
+`dataset_name`, and the `path` of a mixture's entry, may be a hub name, a directory, or a JSON Lines, JSON,
+Parquet or CSV file. In a mixture (TRL's `datasets:`) the entries are the tasks, when `commonit_metric` is
+`task` and no `commonit_task_column` is named: a column `dataset`, which replaces one that rows may have, tells
+them apart, and a column such as `task` that only some entries have does not matter. Unlike in TRL, a mixture's
+train-test split follows `seed`, so that all ranks, and a resumed run, make the same one.
 """
 
 import logging
@@ -32,48 +32,41 @@ def load_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple[Any
         training_args: a `CommonITSFTConfig`.
 
     Raises:
-        ValueError: on data that is missing or unreadable, in one line that names the option.
+        ValueError: on data that is missing or unreadable, naming the option.
     """
-    if bool(mixture.datasets) == bool(script_args.dataset_name):
+    name, metric = script_args.dataset_name, training_args.commonit_metric
+    if bool(mixture.datasets) == bool(name):
         raise ValueError(
-            f"dataset_name={script_args.dataset_name!r} and {len(mixture.datasets)} entries in datasets: give one of the "
-            "two, a name or file, or the entries of a mixture."
+            f"dataset_name={name!r} and {len(mixture.datasets)} entries in datasets: give one of the two, a "
+            "name or file, or the entries of a mixture."
         )
-    streaming = "streaming" if mixture.datasets else "dataset_streaming"
-    if training_args.commonit_on and (mixture.streaming or script_args.dataset_streaming):
+    streaming = mixture.streaming or script_args.dataset_streaming
+    if streaming and training_args.commonit_on:
         raise ValueError(
-            f"{streaming}=True does not go with commonit_metric={training_args.commonit_metric!r}, which needs every row "
-            "beforehand: set it to False, or commonit_metric to 'none'."
+            f"{'streaming' if mixture.streaming else 'dataset_streaming'}=True does not go with "
+            f"commonit_metric={metric!r}, which needs every row beforehand: set it to False, or "
+            "commonit_metric to 'none'."
         )
     if mixture.datasets:
-        entries_are_tasks = (
-            training_args.commonit_metric == "task" and training_args.commonit_task_column is None
-        )
-        splits = load_mixture(mixture, ENTRY_COLUMN if entries_are_tasks else None, training_args.seed)
+        entries_are_tasks = metric == "task" and training_args.commonit_task_column is None
         if entries_are_tasks:
             training_args.commonit_task_column = [ENTRY_COLUMN]
-        train_split, test_split = "train", "test"
+        splits = load_mixture(mixture, ENTRY_COLUMN if entries_are_tasks else None, training_args.seed)
+        train_split, test_split, test_option = "train", "test", "test_split_size"
     else:
-        splits = load(
-            "dataset_name",
-            script_args.dataset_name,
-            name=script_args.dataset_config,
-            streaming=script_args.dataset_streaming,
-        )
+        splits = load("dataset_name", name, name=script_args.dataset_config, streaming=streaming)
         train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
+        test_option = "dataset_test_split"
     train = _split(splits, train_split, "Training", "dataset_train_split")
     if training_args.eval_strategy == "no":
         return train, None
     evaluation = f"eval_strategy={training_args.eval_strategy.value!r}"
-    way_out = "test_split_size" if mixture.datasets else "dataset_test_split"
-    return train, _split(splits, test_split, evaluation, f"{way_out}, or eval_strategy='no'")
+    return train, _split(splits, test_split, evaluation, f"{test_option}, or eval_strategy='no'")
 
 
 def _split(splits: Any, name: str, reader: str, way_out: str) -> Any:
     if name not in splits:
-        raise ValueError(
-            f"{reader} needs the split {name!r}, and the data has: {', '.join(splits)}. Set {way_out}."
-        )
+        raise ValueError(f"{reader} needs the split {name!r}, and the data has: {', '.join(splits)}. Set {way_out}.")
     return splits[name]
 
 
@@ -86,13 +79,11 @@ def load(option: str, path: str, **options: Any) -> Any:
         if not Path(path).is_file():
             raise FileNotFoundError("no such file")
         return load_dataset(file_format, **options | {"data_files": path})
-    except (
-        Exception
-    ) as error:  # whatever datasets, the hub or a parser raises: the user needs the option's name
+    except Exception as error:  # whatever datasets, the hub or a parser raises: the user needs the option
         reason = error.__cause__ or error
         raise ValueError(
-            f"{option}={path!r} cannot be loaded ({type(reason).__name__}: {reason}): give a hub name, a directory or a "
-            f"file ({', '.join(FILE_FORMATS)})."
+            f"{option}={path!r} cannot be loaded ({type(reason).__name__}: {reason}): give a hub name, a "
+            f"directory or a file ({', '.join(FILE_FORMATS)})."
         ) from error
 
 
@@ -101,16 +92,25 @@ def load_mixture(mixture: Any, entry_column: str | None, seed: int) -> DatasetDi
 
     Args:
         mixture: the `DatasetMixtureConfig`.
-        entry_column: name of a column to add, which tells from which entry a row is; None to add none.
+        entry_column: a column to add, with the name of each row's entry; None to add none.
         seed: of the train-test split.
     """
-    parts, labels = [], entry_labels(mixture.datasets)
+    entries, streaming, test_size = mixture.datasets, mixture.streaming, mixture.test_split_size
+    if streaming and test_size is not None:
+        raise ValueError(f"test_split_size={test_size} does not go with streaming=True: remove one.")
+    labels = entry_labels(entries)
     if entry_column is not None:
         logger.info("commonit_metric='task': the tasks are the entries of datasets: %s.", ", ".join(labels))
-    for entry, label in zip(mixture.datasets, labels, strict=True):
-        options = {"name": entry.name, "data_dir": entry.data_dir, "data_files": entry.data_files}
+    parts = []
+    for entry, label in zip(entries, labels, strict=True):
         part = load(
-            "datasets: path", entry.path, **options, split=entry.split or "train", streaming=mixture.streaming
+            "datasets: path",
+            entry.path,
+            name=entry.name,
+            data_dir=entry.data_dir,
+            data_files=entry.data_files,
+            split=entry.split or "train",
+            streaming=streaming,
         )
         if entry.columns is not None:
             part = part.select_columns(entry.columns)
@@ -119,25 +119,21 @@ def load_mixture(mixture: Any, entry_column: str | None, seed: int) -> DatasetDi
                 part = part.remove_columns(entry_column)
             part = part.add_column(entry_column, [label] * len(part))
         parts.append(part)
-    if any(entry.fraction is not None for entry in mixture.datasets):
-        parts = _take_fractions(parts, [entry.fraction for entry in mixture.datasets], mixture.streaming)
+    if any(entry.fraction is not None for entry in entries):
+        parts = _take_fractions(parts, [entry.fraction for entry in entries], streaming)
     joined = concatenate_datasets(parts)
-    if mixture.test_split_size is not None and mixture.streaming:
-        raise ValueError(
-            f"test_split_size={mixture.test_split_size} does not go with streaming=True: remove one."
-        )
-    if mixture.test_split_size is not None:
-        return joined.train_test_split(test_size=mixture.test_split_size, seed=seed)
-    return (IterableDatasetDict if mixture.streaming else DatasetDict)({"train": joined})
+    if test_size is not None:
+        return joined.train_test_split(test_size=test_size, seed=seed)
+    return (IterableDatasetDict if streaming else DatasetDict)({"train": joined})
 
 
 def _take_fractions(parts: list[Dataset], fractions: list[float | None], streaming: bool) -> list[Dataset]:
-    """The first rows of each part, in these proportions and as many as do without repeating any."""
+    """The first rows of each part, in these proportions and as many as there are without repeating any."""
     given = [fraction for fraction in fractions if fraction is not None and fraction >= 0]
     if len(given) < len(parts) or not any(given) or streaming:
         raise ValueError(
-            f"datasets: the fractions {fractions} must be numbers >= 0, given to every entry or to none, and not with "
-            "streaming."
+            f"datasets: the fractions {fractions} must be numbers >= 0, for every entry or for none, and "
+            "without streaming."
         )
     shares = [fraction / sum(given) for fraction in given]
     total = min(len(part) / share for part, share in zip(parts, shares, strict=True) if share > 0)
@@ -145,12 +141,9 @@ def _take_fractions(parts: list[Dataset], fractions: list[float | None], streami
 
 
 def entry_labels(entries: Sequence[Any]) -> list[str]:
-    """A name for each entry of a mixture: short where that tells it from the others, else its path, else numbered."""
+    """A name for each entry of a mixture: a short one; where two share it, the path; then a number."""
     short = [_short_label(entry) for entry in entries]
-    labels = [
-        _source(entry) if short.count(label) > 1 else label
-        for entry, label in zip(entries, short, strict=True)
-    ]
+    labels = [_source(entry) if short.count(label) > 1 else label for entry, label in zip(entries, short, strict=True)]
     seen: Counter[str] = Counter()
     for place, label in enumerate(labels):
         seen[label] += 1

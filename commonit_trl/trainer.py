@@ -1,11 +1,11 @@
 """CommonIT in a trainer: `CommonITMixin` for any `transformers.Trainer`, `CommonITSFTTrainer` for TRL.
 
-At construction the options are checked, then the groups are fitted to the prepared training rows. `get_train_dataloader`
-takes the parent's dataloader apart and puts it together again around a `CommonITBatchSampler`. With
-`commonit_metric="none"` every method is the parent's.
+At construction the options are checked, then the groups are fitted to the prepared training rows.
+`get_train_dataloader` takes the parent's dataloader apart and puts it together again around a `CommonITBatchSampler`.
+With `commonit_metric="none"` every method is the parent's.
 
-Why the loader is not given to `accelerator.prepare`: the sampler knows its rank, and accelerate would shard it once more
-(see the traps in `accelerate/data_loader.py`: `BatchSamplerShard` drops rounds that end in a short batch). `Trainer` moves
+Why the loader is not given to `accelerator.prepare`: the sampler knows its rank, and accelerate would shard it once
+more (`BatchSamplerShard` in `accelerate/data_loader.py`, which drops rounds that end in a short batch). `Trainer` moves
 the batches to the device itself.
 """
 
@@ -16,17 +16,18 @@ import hashlib
 import inspect
 import json
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
@@ -41,8 +42,13 @@ logger = logging.getLogger(__name__)
 COMMONIT_DIR = "commonit"
 RUN_FILE = "run.json"
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Mixed  # what the mixin is mixed into
+else:
+    _Mixed = object
 
-class CommonITMixin:
+
+class CommonITMixin(_Mixed):
     """Group-pure batches for a `transformers.Trainer` subclass: `class MyTrainer(CommonITMixin, Trainer)`.
 
     Its `args` must be a `TrainingArguments` that also derives from `CommonITArguments`, its `train_dataset` a
@@ -57,12 +63,16 @@ class CommonITMixin:
             where they can be told from the arguments; in `train`, on a checkpoint of a different run.
     """
 
+    args: Any
+    train_dataset: Any
+    eval_dataset: Any
     commonit_grouper: Grouper | None = None
     commonit_group_ids: NDArray[np.int64] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
-        options, dataset = given.get("args"), given.get("train_dataset")
+        options: Any = given.get("args")
+        dataset: Any = given.get("train_dataset")
         if not isinstance(options, CommonITArguments):
             raise ValueError(
                 f"args is {type(options).__name__}, which has no commonit_* options: give a CommonITSFTConfig, or a "
@@ -70,11 +80,13 @@ class CommonITMixin:
             )
         self._commonit_on = options.commonit_on and dataset is not None
         if self._commonit_on:
-            _check_settings(options)  # type: ignore[arg-type]
+            _check_settings(options)
             _check_dataset(dataset)
             build_grouper(options, dataset.column_names)  # a missing task column is seen here, before the model
         self._commonit_evaluated: tuple[Any, Any] = (None, None)  # an evaluation dataloader and its rows
-        self._commonit_eval_groups: dict[int, tuple[Dataset, NDArray[np.int64] | None]] = {}
+        self._commonit_eval_groups: weakref.WeakKeyDictionary[Dataset, NDArray[np.int64] | None] = (
+            weakref.WeakKeyDictionary()
+        )
         super().__init__(*args, **kwargs)
         if self._commonit_on:
             self._commonit_set_up()
@@ -121,7 +133,7 @@ class CommonITMixin:
                 "was grouped: give the dataset at construction and do not replace it."
             )
         return functools.partial(
-            _plan_of_epoch,
+            plan_epoch,
             group_ids=self.commonit_group_ids,
             lengths=self._commonit_lengths,
             micro_batch_size=self._train_batch_size,
@@ -141,11 +153,11 @@ class CommonITMixin:
         """
         if not self._commonit_on:
             raise ValueError("commonit_metric='none' (or a trainer without train_dataset) has no plan.")
-        return self._commonit_plan_of()(epoch)
+        return self._commonit_plan_of()(epoch=epoch)
 
     def get_train_dataloader(self) -> Any:
         """The parent's dataloader, over this rank's micro-batches of the plan."""
-        loader = super().get_train_dataloader()  # type: ignore[misc]
+        loader = super().get_train_dataloader()
         if not self._commonit_on:
             return loader
         return CommonITDataLoader(
@@ -187,7 +199,7 @@ class CommonITMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as the parent does, and the groups beside it in `commonit/`."""
-        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        super().save_model(output_dir, _internal_call)
         if self._commonit_on and self.args.should_save:
             assert self.commonit_grouper is not None
             directory = Path(output_dir or self.args.output_dir) / COMMONIT_DIR
@@ -201,7 +213,7 @@ class CommonITMixin:
         )
         if checkpoint:
             self._commonit_check_checkpoint(Path(checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _commonit_check_checkpoint(self, checkpoint: Path) -> None:
         saved_path = checkpoint / COMMONIT_DIR / RUN_FILE
@@ -210,8 +222,8 @@ class CommonITMixin:
                 return
             was, now = ("without", "with") if self._commonit_on else ("with", "without")
             raise ValueError(
-                f"resume_from_checkpoint={str(checkpoint)!r} was written {was} CommonIT and this run trains {now} it, in "
-                "another order: resume with the checkpoint's commonit_metric, or start a new run."
+                f"resume_from_checkpoint={str(checkpoint)!r} was written {was} CommonIT and this run trains {now} it, "
+                "in another order: resume with the checkpoint's commonit_metric, or start a new run."
             )
         try:
             saved = json.loads(saved_path.read_text(encoding="utf-8"))
@@ -224,18 +236,20 @@ class CommonITMixin:
                 if name not in skipped and saved[name] != current[name]
             ]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{saved_path} is damaged ({type(error).__name__}: {error}): use another checkpoint.") from error
+            raise ValueError(
+                f"{saved_path} is damaged ({type(error).__name__}: {error}): use another checkpoint."
+            ) from error
         if differences:
             raise ValueError(
-                f"resume_from_checkpoint={str(checkpoint)!r} is of another run; these differ: {'; '.join(differences)}. "
-                "Resume with the same settings and data, or start a new run."
+                f"resume_from_checkpoint={str(checkpoint)!r} is of another run; these differ: {'; '.join(differences)}."
+                " Resume with the same settings and data, or start a new run."
             )
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> Any:
         """The parent's; remembers which rows are evaluated, for the loss of each group."""
-        loader = super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+        loader = super().get_eval_dataloader(eval_dataset)
         if self._commonit_on:
             rows = self.eval_dataset if eval_dataset is None else eval_dataset
             self._commonit_evaluated = loader, self.eval_dataset[rows] if isinstance(rows, str) else rows
@@ -251,7 +265,7 @@ class CommonITMixin:
     ) -> EvalLoopOutput:
         """The parent's loop, then one more pass, group by group, for `<prefix>_loss_<group>`; the rest is unchanged."""
         (loader, dataset), self._commonit_evaluated = self._commonit_evaluated, (None, None)
-        loop = super().evaluation_loop  # type: ignore[misc]
+        loop: Any = super().evaluation_loop
         output = loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         group_ids = self._commonit_assign_eval(dataset) if dataset is not None and loader is dataloader else None
         if group_ids is not None:
@@ -275,20 +289,20 @@ class CommonITMixin:
 
     def _commonit_assign_eval(self, dataset: Any) -> NDArray[np.int64] | None:
         """(rows,) groups of an evaluation set, None (and a word why) where they cannot be told."""
-        if id(dataset) not in self._commonit_eval_groups:
-            group_ids = None
-            if not isinstance(dataset, Dataset):
-                logger.info("No loss per group: the evaluation set is a %s.", type(dataset).__name__)
-            elif self._commonit_is_packed(dataset):
-                logger.info("No loss per group: the evaluation set is packed; set eval_packing=False to get it.")
-            else:
-                assert self.commonit_grouper is not None
-                try:
-                    group_ids = self.commonit_grouper.assign(self._commonit_rows(dataset))
-                except ValueError as error:
-                    logger.warning("No loss per group on the evaluation set: %s", error)
-            self._commonit_eval_groups[id(dataset)] = (dataset, group_ids)  # the reference keeps the id taken
-        return self._commonit_eval_groups[id(dataset)][1]
+        if not isinstance(dataset, Dataset):
+            logger.info("No loss per group: the evaluation set is a %s.", type(dataset).__name__)
+            return None
+        if self._commonit_is_packed(dataset):
+            logger.info("No loss per group: the evaluation set is packed; set eval_packing=False to get it.")
+            return None
+        if dataset not in self._commonit_eval_groups:
+            assert self.commonit_grouper is not None
+            try:
+                self._commonit_eval_groups[dataset] = self.commonit_grouper.assign(self._commonit_rows(dataset))
+            except ValueError as error:
+                logger.warning("No loss per group on the evaluation set: %s", error)
+                self._commonit_eval_groups[dataset] = None  # so that this is said once
+        return self._commonit_eval_groups[dataset]
 
 
 class _EpochOnResume(TrainerCallback):
@@ -321,7 +335,7 @@ class CommonITSFTTrainer(CommonITMixin, SFTTrainer):
 
     # `_prepare_dataset` is TRL's own name: packing happens in it, after which no row can be told from another, so it is
     # the only place to group before packing. tests/unit/test_platform.py fails when TRL changes its signature.
-    def _prepare_dataset(  # type: ignore[override]
+    def _prepare_dataset(
         self,
         dataset: Any,
         processing_class: Any,
@@ -349,6 +363,7 @@ class CommonITSFTTrainer(CommonITMixin, SFTTrainer):
 
     def _commonit_pack(self, prepared: Dataset, group_ids: NDArray[np.int64], args: Any) -> Dataset:
         """Pack each group alone, and set `commonit_group_ids` to the group of each pack."""
+        assert self.commonit_grouper is not None
         rows = prepared.select_columns(["input_ids", "labels"])
         groups, packs = np.unique(group_ids), []
         with PartialState().main_process_first():  # as TRL does: the other ranks read what the first one cached
@@ -371,7 +386,7 @@ class CommonITSFTTrainer(CommonITMixin, SFTTrainer):
 
 
 @contextlib.contextmanager
-def _no_persistent_workers(args: TrainingArguments) -> Any:
+def _no_persistent_workers(args: Any) -> Any:
     """Dataloaders made inside end their workers with each iteration; accelerate keeps such loaders alive."""
     persistent, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
     try:
@@ -416,10 +431,6 @@ def _fit_assign(options: Any, rows: Rows) -> tuple[Grouper, NDArray[np.int64]]:
     return fit_assign_cached(grouper, rows, options.commonit_cache_dir)
 
 
-def _plan_of_epoch(epoch: int, **arguments: Any) -> EpochPlan:
-    return plan_epoch(epoch=epoch, **arguments)
-
-
 def _data_seed(args: Any) -> int:
     return args.seed if args.data_seed is None else args.data_seed
 
@@ -428,7 +439,7 @@ def _digest(content: Any) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def _check_settings(args: TrainingArguments) -> None:
+def _check_settings(args: Any) -> None:
     """Refuse the trainer settings that would undo group-pure batches."""
     accelerator_config = args.accelerator_config
     refused = {
@@ -459,11 +470,9 @@ def _check_settings(args: TrainingArguments) -> None:
         ),
         "average_tokens_across_devices": (
             args.average_tokens_across_devices,
-            not args.average_tokens_across_devices
-            and args.world_size > 1
-            and args.commonit_balance_lengths,  # type: ignore[attr-defined]
-            "each rank's tokens would weigh differently and the arrangement by length would change the gradient; set it "
-            "to True, or commonit_balance_lengths to False",
+            not args.average_tokens_across_devices and args.world_size > 1 and args.commonit_balance_lengths,
+            "each rank's tokens would weigh differently and the arrangement by length would change the gradient; set "
+            "it to True, or commonit_balance_lengths to False",
         ),
     }
     for name, (value, conflicts, way_out) in refused.items():

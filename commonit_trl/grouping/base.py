@@ -142,7 +142,6 @@ def load_grouper(directory: str | Path) -> Grouper:
         grouper.restore(saved["fitted"], arrays)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(
-            f"{path} is not a readable set of groups ({type(error).__name__}: {error}): fit and save them "
-            "again."
+            f"{path} is not a readable set of groups ({type(error).__name__}: {error}): fit and save them again."
         ) from error
     return grouper

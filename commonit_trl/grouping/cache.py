@@ -109,9 +109,7 @@ def _load_entry(entry: Path, num_rows: int) -> tuple[Grouper, NDArray[np.int64]]
         group_ids = load_file(entry / _ASSIGNMENT_FILE)["group_ids"]
         if len(group_ids) != num_rows:
             raise ValueError(f"{len(group_ids)} assignments for {num_rows} rows")
-    except (
-        Exception
-    ) as error:  # a damaged file fails in the parser's own way; any failure means: build it again
+    except Exception as error:  # a damaged file fails in the parser's own way; any failure means: build it again
         logger.warning(
             "The cached groups in %s are damaged (%s: %s) and are computed again.",
             entry,

@@ -98,9 +98,7 @@ class EmbeddingGrouper(Grouper):
     def restore(self, numbers: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         self.centroids = arrays["centroids"]
         if self.centroids.ndim != 2 or len(self.centroids) != len(self.names):
-            raise ValueError(
-                f"centroids of shape {self.centroids.shape} do not make {len(self.names)} groups"
-            )
+            raise ValueError(f"centroids of shape {self.centroids.shape} do not make {len(self.names)} groups")
 
     def _cluster(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         from sklearn.cluster import KMeans, MiniBatchKMeans
@@ -158,9 +156,7 @@ def load_reference(name: str) -> Dataset:
             return load_dataset(file_format, data_files=name, split="train")
         splits = load_dataset(name)
         return splits["train"] if "train" in splits else splits[next(iter(splits))]
-    except (
-        Exception
-    ) as error:  # whatever datasets, the hub or a parser raises: the user needs the option's name
+    except Exception as error:  # datasets, the hub or a parser: the user needs the option's name
         raise ValueError(
             f"commonit_reference_dataset={name!r} cannot be loaded ({_one_line(error)}): give a hub name, or "
             "a .jsonl, .parquet or .csv file that has rows."
@@ -239,10 +235,7 @@ def _model_identity(name: str) -> list[Any]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    for file_name in (
-        "modules.json",
-        "config.json",
-    ):  # every sentence-transformers or plain model has one of them
+    for file_name in ("modules.json", "config.json"):  # of a sentence-transformers model, of a plain one
         try:
             return [Path(hf_hub_download(name, file_name)).parent.name]  # snapshots/<revision>/<file>
         except (OSError, ValueError, EntryNotFoundError):  # loading the model will say what is wrong

@@ -78,9 +78,7 @@ def _quantile_edges(lengths: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
     return values[1:][np.unique(nearest)]
 
 
-def _merge_small_bins(
-    lengths: NDArray[np.int64], edges: NDArray[np.int64], min_size: int
-) -> NDArray[np.int64]:
+def _merge_small_bins(lengths: NDArray[np.int64], edges: NDArray[np.int64], min_size: int) -> NDArray[np.int64]:
     """Remove edges until every bin that has rows has `min_size` of them (or one bin is left)."""
     counts = np.bincount(np.searchsorted(edges, lengths, side="right"), minlength=len(edges) + 1).tolist()
     kept = edges.tolist()

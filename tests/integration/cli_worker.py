@@ -3,9 +3,9 @@
     torchrun --nproc_per_node 2 -m cli_worker sft ...          accelerate launch ... -m cli_worker sft ...
     deepspeed --num_gpus 2 --module cli_worker sft ...
 
-`COMMONIT_RECORD` names the file: `<file>.rank<r>` gets the rows (see `toys.Recorder`), `<file>.json` what the model was
-wrapped in, with its ZeRO stage. `DS_ACCELERATOR=cpu` is for a real DeepSpeed engine on CPU ranks; the options must then
-have `accelerator_config: {use_configured_state: true}` and no `use_cpu`.
+`COMMONIT_RECORD` names the file: `<file>.rank<r>` gets the rows (see `toys.Recorder`), `<file>.json` what the
+model was wrapped in, with its ZeRO stage. `DS_ACCELERATOR=cpu` is for a real DeepSpeed engine on CPU ranks; the
+options must then have `accelerator_config: {use_configured_state: true}` and no `use_cpu`.
 """
 
 import json
@@ -20,14 +20,12 @@ if os.environ.get("DS_ACCELERATOR") == "cpu":
     import deepspeed
     from accelerate import PartialState
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-        False  # gloo does; this is compiled first, a minute
-    )
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does; this is compiled first, a minute
     PartialState(backend="gloo")
 
-from toys import Recorder  # noqa: E402
+from toys import Recorder
 
-from commonit_trl import CommonITSFTTrainer  # noqa: E402
+from commonit_trl import CommonITSFTTrainer
 
 RECORD = os.environ["COMMONIT_RECORD"]
 

@@ -138,9 +138,7 @@ def test_the_examples_follow_the_papers_recipe(example, flags):
         0.03,
     )
     assert (training.num_train_epochs, training.max_length) == (3, 2048)
-    assert (
-        model.model_name_or_path and model.dtype == "float32"
-    )  # bf16: true computes in bfloat16 on these weights
+    assert model.model_name_or_path and model.dtype == "float32"  # bf16: true computes in bfloat16 on these weights
     assert len(mixture.datasets) == (3 if example == "mixture" else 0)
 
 
@@ -149,9 +147,7 @@ def test_none_trains_exactly_as_trl_does(flags):
 
     assert run({**flags, "commonit_metric": "none"}) == 0
     parser = trl_sft.make_parser()
-    trl_sft.main(
-        *parser.parse_args_and_config(as_argv({**flags, "output_dir": "theirs", "dataset_name": "data"}))
-    )
+    trl_sft.main(*parser.parse_args_and_config(as_argv({**flags, "output_dir": "theirs", "dataset_name": "data"})))
 
     ours, theirs = weights_of("out"), weights_of("theirs")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -204,9 +200,7 @@ def test_the_entries_of_a_mixture_are_its_tasks(flags, tmp_path):
 
 
 def splits_of(*argv, **options):
-    script, training, _, mixture = cli._parse_sft(
-        [*argv, *as_argv({"use_cpu": True, "bf16": False, **options})]
-    )
+    script, training, _, mixture = cli._parse_sft([*argv, *as_argv({"use_cpu": True, "bf16": False, **options})])
     return *sft.load_splits(script, mixture, training), training
 
 
@@ -222,16 +216,12 @@ def test_a_mixture_takes_columns_splits_and_fractions(tmp_path):
     train, evaluation, training = splits_of("--config", config)
     assert training.commonit_task_column == ["dataset"] and evaluation is None
     assert train.column_names == [*keep, "dataset"]
-    assert (
-        train["dataset"][:] == ["a"] * 20 + ["words"] * 7
-    )  # 27 is the most that 20 rows are three quarters of
+    assert train["dataset"][:] == ["a"] * 20 + ["words"] * 7  # 27 is the most that 20 rows are three quarters of
 
 
 def test_a_mixture_keeps_to_the_column_that_is_asked_for(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{**row, "kind": "x"} for row in rows_of("add", 4)])
-    train, _, training = splits_of(
-        "--datasets", "a.jsonl", commonit_metric="task", commonit_task_column="kind"
-    )
+    train, _, training = splits_of("--datasets", "a.jsonl", commonit_metric="task", commonit_task_column="kind")
     assert training.commonit_task_column == ["kind"]
     assert "dataset" not in train.column_names
     train, _, training = splits_of("--datasets", "a.jsonl", commonit_metric="length")
@@ -289,9 +279,7 @@ def test_a_local_directory_with_splits(tmp_path):
     assert (len(train), len(evaluation)) == (3, 2)
 
 
-@pytest.mark.parametrize(
-    "source", [{"dataset_name": "a.jsonl", "dataset_streaming": True}, {"streaming": True}]
-)
+@pytest.mark.parametrize("source", [{"dataset_name": "a.jsonl", "dataset_streaming": True}, {"streaming": True}])
 def test_without_a_metric_data_may_stream(source, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", rows_of("add", 3))
     argv = [] if "dataset_name" in source else ["--datasets", "a.jsonl"]

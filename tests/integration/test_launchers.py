@@ -1,7 +1,7 @@
 """The launch lines that the example configurations open with train the plan, on two CPU ranks.
 
-Each rank's model records the rows that it sees. The DeepSpeed lines must make a real engine of their stage; for one on CPU
-ranks, see `cli_worker.py`.
+Each rank's model records the rows that it sees. The DeepSpeed lines must make a real engine of their stage; for
+one on CPU ranks, see `cli_worker.py`.
 """
 
 import json
@@ -112,9 +112,7 @@ def test_two_ranks_train_the_plan(example, launcher, stage, tmp_path):
         flags["accelerator_config"] = '{"use_configured_state": true}'
         environment["DS_ACCELERATOR"] = "cpu"
     line = launch_line(example, launcher).replace("trl/length.yaml", "trl/task.yaml")
-    launch(
-        line, launcher, flags | {"commonit_task_column": "task", "commonit_min_group_size": 1}, environment
-    )
+    launch(line, launcher, flags | {"commonit_task_column": "task", "commonit_min_group_size": 1}, environment)
 
     engine = json.loads((tmp_path / "seen.json").read_text(encoding="utf-8"))
     assert engine == {"name": "DeepSpeedEngine" if stage else "DistributedDataParallel", "stage": stage}

@@ -130,9 +130,7 @@ def test_an_entry_is_json_safetensors_and_a_lock(tmp_path: Path) -> None:
     assert {file.name for file in entry.iterdir()} == files
 
 
-def test_the_default_directory_is_in_the_datasets_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_default_directory_is_in_the_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
     assert default_cache_dir() == tmp_path / "commonit"
     fit_assign_cached(GROUPERS["task"](), some_rows())
@@ -158,9 +156,7 @@ def test_the_fingerprint_follows_what_the_metric_reads_and_nothing_else() -> Non
     for make in (GROUPERS["task"], GROUPERS["length"]):
         first = print_of(make(), dataset)
         assert first == print_of(make(), unread)
-        assert first != print_of(make(), dataset.select([1, 0, 2, 3, 4, 5])), (
-            "the order of rows decides the ids"
-        )
+        assert first != print_of(make(), dataset.select([1, 0, 2, 3, 4, 5])), "the order of rows decides the ids"
         assert first != print_of(make(), dataset.select(range(5)))
     same = dataset.select([5, 4, 3, 2, 1, 0]).select([5, 4, 3, 2, 1, 0])
     assert print_of(GROUPERS["task"](), same) == print_of(GROUPERS["task"](), dataset)
@@ -272,9 +268,7 @@ def test_processes_that_race_compute_once_and_agree(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("MEASURED", str(tmp_path / "measured"))
     monkeypatch.setenv("SECONDS_TO_MEASURE", "1")
     spawn = multiprocessing.get_context("spawn")
-    processes = [
-        spawn.Process(target=race, args=(str(tmp_path / "cache"), str(tmp_path / "of"))) for _ in range(3)
-    ]
+    processes = [spawn.Process(target=race, args=(str(tmp_path / "cache"), str(tmp_path / "of"))) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
@@ -332,15 +326,11 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "file", ["groups.json", "groups.safetensors", "assignment.safetensors", "checksums.json"]
-)
+@pytest.mark.parametrize("file", ["groups.json", "groups.safetensors", "assignment.safetensors", "checksums.json"])
 @pytest.mark.parametrize(
     "damage", [truncate, garble, flip, Path.unlink, Path.mkdir], ids=lambda damage: damage.__name__
 )
-def test_a_damaged_entry_is_told_and_computed_again(
-    file: str, damage: Any, tmp_path: Path, caplog: Any
-) -> None:
+def test_a_damaged_entry_is_told_and_computed_again(file: str, damage: Any, tmp_path: Path, caplog: Any) -> None:
     make = GROUPERS["embedding"]
     _, group_ids = fit_assign_cached(make(), some_rows(), tmp_path)
     entry = entry_of(tmp_path)
@@ -399,9 +389,7 @@ def test_a_damaged_saved_grouper_is_an_error_with_its_path(file: str, damage: An
         {"fitted": None},
     ],
 )
-def test_a_saved_grouper_of_another_format_is_an_error_with_its_path(
-    change: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_saved_grouper_of_another_format_is_an_error_with_its_path(change: dict[str, Any], tmp_path: Path) -> None:
     LengthGrouper(edges=[3, 8]).fit(some_rows()).save(tmp_path)
     saved = json.loads((tmp_path / "groups.json").read_text())
     (tmp_path / "groups.json").write_text(json.dumps(saved | change))
@@ -417,9 +405,7 @@ def test_a_saved_grouper_of_another_format_is_an_error_with_its_path(
 
 
 def test_a_directory_without_groups_is_an_error_with_its_path(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"nowhere/groups\.json is not a readable set of groups \(FileNotFoundError"
-    ):
+    with pytest.raises(ValueError, match=r"nowhere/groups\.json is not a readable set of groups \(FileNotFoundError"):
         load_grouper(tmp_path / "nowhere")
 
 
@@ -458,9 +444,7 @@ def test_a_directory_that_cannot_be_used_is_refused_in_one_line(where: str, tmp_
     assert "\n" not in str(caught.value)
 
 
-def test_a_full_disk_is_told_as_the_cache_s_and_an_error_of_the_metric_is_not(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_a_full_disk_is_told_as_the_cache_s_and_an_error_of_the_metric_is_not(tmp_path: Path, monkeypatch: Any) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 

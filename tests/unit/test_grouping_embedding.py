@@ -160,9 +160,7 @@ def test_a_reference_is_read_from_any_of_the_file_formats(suffix: str, static: s
 
 
 def test_k_means_finds_the_groups_that_are_there_and_finds_them_again(static: str) -> None:
-    groupers = [
-        EmbeddingGrouper(model=static, num_groups=2, seed=5).fit(rows_of(SKY + PETS)) for _ in range(2)
-    ]
+    groupers = [EmbeddingGrouper(model=static, num_groups=2, seed=5).fit(rows_of(SKY + PETS)) for _ in range(2)]
     assert by_group(groupers[0], SKY + PETS) == {frozenset(SKY), frozenset(PETS)}
     assert groupers[0].names == ["cluster 0", "cluster 1"]
     np.testing.assert_array_equal(groupers[0].centroids, groupers[1].centroids)
@@ -236,9 +234,7 @@ def test_small_groups_dissolve_one_by_one_into_the_nearest(seed: int, min_size: 
         del kept[sizes.index(min(sizes))]
     assert grouper.names == [names[one] for one in kept]
     expected = [max(kept, key=lambda one: features[row] @ centroids[one]) for row in range(100)]
-    assert [grouper.names[group] for group in grouper.assign_features(features)] == [
-        names[one] for one in expected
-    ]
+    assert [grouper.names[group] for group in grouper.assign_features(features)] == [names[one] for one in expected]
     assert len(kept) == 1 or min_size == 1 or min(expected.count(one) for one in kept) >= min_size
 
 
@@ -301,9 +297,7 @@ def test_a_model_that_gives_nan_is_refused(tmp_path: Path) -> None:
     weights[4] = np.nan
     model = save_static(tmp_path / "model", weights)
     message = refusal(EmbeddingGrouper(model=model), ["sun", "cat", "cat", "dog"])
-    assert message.startswith(
-        f"commonit_embedding_model={model!r} gives NaN or infinite embeddings for 1 of 3 texts"
-    )
+    assert message.startswith(f"commonit_embedding_model={model!r} gives NaN or infinite embeddings for 1 of 3 texts")
     assert "'cat'" in message and "use another model" in message
 
 
@@ -315,9 +309,7 @@ def test_a_reference_that_gives_infinity_is_refused(tmp_path: Path) -> None:
     assert "NaN or infinite embeddings for 1 of 2 texts, first for 'sun'" in refusal(grouper, ["cat"])
 
 
-@pytest.mark.parametrize(
-    "broken", ["no/such-model", "not a name!", "empty directory", "file", "truncated weights"]
-)
+@pytest.mark.parametrize("broken", ["no/such-model", "not a name!", "empty directory", "file", "truncated weights"])
 def test_a_model_that_cannot_be_loaded_is_refused(broken: str, static: str, tmp_path: Path) -> None:
     model = broken if broken in ("no/such-model", "not a name!") else str(tmp_path / "model")
     if broken == "empty directory":
@@ -352,9 +344,7 @@ def test_a_model_that_cannot_be_loaded_is_refused(broken: str, static: str, tmp_
         ),
     ],
 )
-def test_a_reference_that_cannot_be_used_is_refused(
-    content: Any, says: str, static: str, tmp_path: Path
-) -> None:
+def test_a_reference_that_cannot_be_used_is_refused(content: Any, says: str, static: str, tmp_path: Path) -> None:
     path = tmp_path / "reference.jsonl"
     if content is not None:
         path.write_text(content)
@@ -380,16 +370,10 @@ def test_a_reference_that_the_hub_does_not_have_is_refused(static: str) -> None:
 # --- saved --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options", [{"num_groups": 2}, {"num_groups": 4, "min_size": 2}, {"reference": True}]
-)
-def test_a_saved_grouper_assigns_as_the_fitted_one(
-    options: dict[str, Any], static: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("options", [{"num_groups": 2}, {"num_groups": 4, "min_size": 2}, {"reference": True}])
+def test_a_saved_grouper_assigns_as_the_fitted_one(options: dict[str, Any], static: str, tmp_path: Path) -> None:
     if "reference" in options:
-        options = {
-            "reference": write_reference(tmp_path / "r.jsonl", {"a": ["sun"], "b": ["cat"], "c": ["dog"]})
-        }
+        options = {"reference": write_reference(tmp_path / "r.jsonl", {"a": ["sun"], "b": ["cat"], "c": ["dog"]})}
     grouper = EmbeddingGrouper(model=static, **options).fit(rows_of(SKY + PETS))
     grouper.save(tmp_path / "saved")
     assert sorted(file.name for file in (tmp_path / "saved").iterdir()) == [
@@ -397,9 +381,7 @@ def test_a_saved_grouper_assigns_as_the_fitted_one(
         "groups.safetensors",
     ]
     json.loads((tmp_path / "saved" / "groups.json").read_text())
-    np.testing.assert_array_equal(
-        load_file(tmp_path / "saved" / "groups.safetensors")["centroids"], grouper.centroids
-    )
+    np.testing.assert_array_equal(load_file(tmp_path / "saved" / "groups.safetensors")["centroids"], grouper.centroids)
     (tmp_path / "r.jsonl").unlink(missing_ok=True)  # the reference is not needed again
     loaded = load_grouper(tmp_path / "saved")
     assert type(loaded) is EmbeddingGrouper and loaded.description() == grouper.description()
@@ -434,9 +416,7 @@ def test_build_grouper_takes_the_options(static: str) -> None:
 
 
 @pytest.mark.real_data
-def test_the_papers_reference_tasks_attract_their_own_questions(
-    minilm: str, real_data: Path, tmp_path: Path
-) -> None:
+def test_the_papers_reference_tasks_attract_their_own_questions(minilm: str, real_data: Path, tmp_path: Path) -> None:
     lines = (real_data / "mmlu_dev.jsonl").read_text().splitlines()[:30]  # 6 of the 57 tasks, for time
     reference = tmp_path / "reference.jsonl"
     reference.write_text("\n".join(lines))

@@ -45,9 +45,7 @@ def fitted(lengths: Any, **options: Any) -> LengthGrouper:
 # --- which length -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "of, measured", [("response", [0, 3, 9]), ("prompt", [2, 2, 2]), ("total", [2, 5, 11])]
-)
+@pytest.mark.parametrize("of, measured", [("response", [0, 3, 9]), ("prompt", [2, 2, 2]), ("total", [2, 5, 11])])
 def test_the_length_is_that_of_the_response_prompt_or_whole(of: str, measured: list[int]) -> None:
     assert LengthGrouper(of=of).read(rows_of([0, 3, 9])).tolist() == measured
 
@@ -80,9 +78,7 @@ def test_no_edge_could_be_nearer_to_its_quantile(lengths: list[int], asked: int)
     bins = bins_of(fitted(lengths, num_groups=asked), lengths)
     assert [*chain(*bins)] == sorted(lengths) and all(bins)
     values = sorted(set(lengths))
-    possible = [
-        sum(length < value for length in lengths) for value in values[1:]
-    ]  # rows below each possible edge
+    possible = [sum(length < value for length in lengths) for value in values[1:]]  # rows below each possible edge
     chosen = set(np.cumsum([len(members) for members in bins])[:-1].tolist())
     assert chosen <= set(possible)
     if possible:
@@ -92,8 +88,7 @@ def test_no_edge_could_be_nearer_to_its_quantile(lengths: list[int], asked: int)
             assert min(abs(below - target) for below in chosen) == pytest.approx(distance)
         for below in chosen:
             assert any(
-                abs(below - target) == pytest.approx(near)
-                for target, near in zip(targets, distances, strict=True)
+                abs(below - target) == pytest.approx(near) for target, near in zip(targets, distances, strict=True)
             )
 
 
@@ -106,9 +101,10 @@ def test_quantile_bins_are_even() -> None:
 
 
 def test_rows_of_two_lengths_are_two_bins_however_uneven() -> None:
-    assert [
-        len(members) for members in bins_of(fitted([1] * 51 + [2] * 49, num_groups=2), [1] * 51 + [2] * 49)
-    ] == [51, 49]
+    assert [len(members) for members in bins_of(fitted([1] * 51 + [2] * 49, num_groups=2), [1] * 51 + [2] * 49)] == [
+        51,
+        49,
+    ]
     assert [len(members) for members in bins_of(fitted([1] * 9 + [2], num_groups=2), [1] * 9 + [2])] == [9, 1]
 
 
@@ -134,9 +130,7 @@ def test_small_bins_join_their_smaller_neighbour(lengths: list[int], edges: list
     for length in lengths:
         bins[sum(length >= edge for edge in edges)].append(length)
     while len(bins) > 1 and any(0 < len(members) < least for members in bins):
-        small = min(
-            (number for number, members in enumerate(bins) if members), key=lambda number: len(bins[number])
-        )
+        small = min((number for number, members in enumerate(bins) if members), key=lambda number: len(bins[number]))
         left, right = bins[small - 1 : small], bins[small + 1 : small + 2]
         if left and (not right or len(left[0]) <= len(right[0])):
             bins[small - 1 : small + 1] = [left[0] + bins[small]]
@@ -162,9 +156,7 @@ def test_other_rows_than_the_fitted_ones_go_by_the_same_edges() -> None:
 # --- saved --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"edges": [3, 20]}, {"num_groups": 3, "min_size": 40}, {"of": "total"}]
-)
+@pytest.mark.parametrize("options", [{}, {"edges": [3, 20]}, {"num_groups": 3, "min_size": 40}, {"of": "total"}])
 def test_a_saved_grouper_assigns_as_the_fitted_one(options: dict[str, Any], tmp_path: Path) -> None:
     lengths = np.random.default_rng(1).integers(0, 40, size=100)
     grouper = LengthGrouper(**options).fit(rows_of(lengths))

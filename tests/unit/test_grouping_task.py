@@ -111,9 +111,7 @@ def test_a_column_that_is_not_there_is_refused_by_name() -> None:
 
 @settings(deadline=None)
 @given(
-    labels=st.lists(
-        st.one_of(st.none(), st.sampled_from(["a", "b", "c", "other", "(no label)", " "])), min_size=1
-    ),
+    labels=st.lists(st.one_of(st.none(), st.sampled_from(["a", "b", "c", "other", "(no label)", " "])), min_size=1),
     min_size=st.integers(1, 6),
 )
 def test_groups_are_those_of_a_count_by_hand(labels: list[str | None], min_size: int) -> None:
@@ -140,9 +138,7 @@ def test_an_unseen_task_has_no_group_without_merging() -> None:
 
 
 def test_rows_of_a_shuffled_dataset_keep_their_labels() -> None:
-    dataset = Dataset.from_dict({"task": [f"t{row % 7}" for row in range(100)], "row": range(100)}).shuffle(
-        seed=1
-    )
+    dataset = Dataset.from_dict({"task": [f"t{row % 7}" for row in range(100)], "row": range(100)}).shuffle(seed=1)
     grouper = TaskGrouper(columns=["task"])
     group_ids = grouper.fit(Rows(dataset)).assign(Rows(dataset))
     assert [grouper.names[group] for group in group_ids] == [f"t{row % 7}" for row in dataset["row"]]
@@ -194,9 +190,7 @@ def test_a_column_that_is_not_found_is_an_error_with_the_way_out() -> None:
 
 
 def test_build_grouper_takes_the_options() -> None:
-    options = CommonITArguments(
-        commonit_metric="task", commonit_task_column=["a", "b"], commonit_min_group_size=3
-    )
+    options = CommonITArguments(commonit_metric="task", commonit_task_column=["a", "b"], commonit_min_group_size=3)
     grouper = build_grouper(options, ["a", "b", "c"])
     assert grouper.identity() == {"metric": "task", "columns": ["a", "b"], "min_size": 3}
     json.dumps(grouper.identity())

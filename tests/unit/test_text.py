@@ -146,9 +146,7 @@ def test_tokens_alone_are_decoded_and_the_masked_ones_are_the_prompt() -> None:
         texts(dataset)
 
 
-@pytest.mark.parametrize(
-    "columns", [["question", "answer"], ["prompt"], ["completion", "label"], ["instruction"]]
-)
+@pytest.mark.parametrize("columns", [["question", "answer"], ["prompt"], ["completion", "label"], ["instruction"]])
 def test_no_form_is_an_error_that_names_the_columns(columns: list[str]) -> None:
     with pytest.raises(ValueError, match=f"The dataset has: {', '.join(columns)}") as caught:
         Rows(Dataset.from_dict({column: ["x"] for column in columns})).texts()
@@ -181,9 +179,7 @@ def numbered(rows: int = 50) -> Dataset:
 
 @pytest.mark.parametrize("how", ["shuffle", "select", "repeat", "slice", "none"])
 @pytest.mark.parametrize("format", [None, "numpy", "torch", "arrow", "transform"])
-def test_rows_are_read_in_the_datasets_order_and_in_any_format(
-    how: str, format: str | None, monkeypatch: Any
-) -> None:
+def test_rows_are_read_in_the_datasets_order_and_in_any_format(how: str, format: str | None, monkeypatch: Any) -> None:
     monkeypatch.setattr("commonit_trl.text._ROWS_AT_ONCE", 7)
     dataset = {
         "shuffle": lambda dataset: dataset.shuffle(seed=3),
@@ -216,8 +212,7 @@ def masked_rows(draw: Any) -> tuple[list[list[int] | None], list[list[int] | Non
     sizes = draw(st.lists(st.one_of(st.none(), st.integers(0, 6)), min_size=1, max_size=12))
     ids = [None if size is None else list(range(size)) for size in sizes]
     masks = [
-        None if size is None else draw(st.lists(st.integers(0, 1), min_size=size, max_size=size))
-        for size in sizes
+        None if size is None else draw(st.lists(st.integers(0, 1), min_size=size, max_size=size)) for size in sizes
     ]
     return ids, masks
 
@@ -251,9 +246,7 @@ def test_token_counts_are_those_of_a_count_by_hand(
     def unmasked(row: list[int]) -> int:
         return sum(value != (-100 if column == "labels" else 0) for value in row)
 
-    before = (
-        data.draw(st.integers(1, 6)) if truncated else None
-    )  # the tokens were cut before, the mask was not
+    before = data.draw(st.integers(1, 6)) if truncated else None  # the tokens were cut before, the mask was not
     stored = [None if row is None else cut(row, before) for row in ids]
     dataset = Dataset.from_dict(
         {"input_ids": stored, column: masks},
@@ -272,9 +265,7 @@ def test_token_counts_are_those_of_a_count_by_hand(
 
 
 def test_token_counts_of_lists_of_fixed_size() -> None:
-    features = Features(
-        {"input_ids": List(Value("int32"), length=3), "labels": List(Value("int64"), length=3)}
-    )
+    features = Features({"input_ids": List(Value("int32"), length=3), "labels": List(Value("int64"), length=3)})
     rows = {"input_ids": [[1, 2, 3], [4, 5, 6]], "labels": [[-100, 2, 3], [-100, -100, 6]]}
     rows = Rows(Dataset.from_dict(rows, features=features).select([1, 0]))
     assert rows.token_counts("total").tolist() == [3, 3]
@@ -323,21 +314,15 @@ CONVERSATIONS = [
 ]
 
 
-def conversational(
-    limit: int | None = None, keep_end: bool = False, **columns: Any
-) -> tuple[Dataset, list[int]]:
+def conversational(limit: int | None = None, keep_end: bool = False, **columns: Any) -> tuple[Dataset, list[int]]:
     """Rows as TRL prepares them, trained on every token; and how many tokens the template marks in each."""
     tokenizer, ids, expected = tiny_tokenizer(), [], []
     part = slice(None) if limit is None else slice(-limit, None) if keep_end else slice(limit)
     for conversation in CONVERSATIONS:
-        tokens = tokenizer.apply_chat_template(
-            conversation, return_assistant_tokens_mask=True, return_dict=True
-        )
+        tokens = tokenizer.apply_chat_template(conversation, return_assistant_tokens_mask=True, return_dict=True)
         ids.append(tokens["input_ids"][part])
         expected.append(sum(tokens["assistant_masks"][part]))
-    return Dataset.from_dict(
-        {"messages": CONVERSATIONS, "input_ids": ids, "labels": ids, **columns}
-    ), expected
+    return Dataset.from_dict({"messages": CONVERSATIONS, "input_ids": ids, "labels": ids, **columns}), expected
 
 
 @pytest.mark.parametrize("limit", [None, 5, 12, 20, 25, 40, 60])
