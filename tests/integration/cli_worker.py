@@ -46,4 +46,9 @@ def recorded(train):
 
 if __name__ == "__main__":
     CommonITSFTTrainer.train = recorded(CommonITSFTTrainer.train)
-    runpy.run_module("commonit_trl", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("commonit_trl", run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended.code)  # torch's gloo threads outlive DDP, and now and then abort an interpreter that ends

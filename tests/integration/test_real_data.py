@@ -35,9 +35,7 @@ def by_task(dataset, tokenizer, epoch, **paths):
 
 def by_length(dataset, tokenizer, epoch, **paths):
     """Eight ranges of response lengths that do not overlap, with about as many rows each."""
-    tokens = np.array(
-        [len(ids) + 1 for ids in tokenizer(list(dataset["completion"]))["input_ids"]]
-    )  # and <eos>
+    tokens = np.array([len(ids) + 1 for ids in tokenizer(list(dataset["completion"]))["input_ids"]])  # and <eos>
     ranges = [tokens[epoch.groups == group] for group in range(8)]
     assert all(low.max() < high.min() for low, high in itertools.pairwise(ranges))
     assert all(abs(len(part) - ROWS / 8) < 0.1 * ROWS / 8 for part in ranges)
@@ -65,15 +63,11 @@ def by_nearest_reference_task(dataset, tokenizer, epoch, *, reference, encoder):
     ("metric", "expected_groups"),
     [("task", by_task), ("length", by_length), ("embedding", by_nearest_reference_task)],
 )
-def test_the_model_sees_pure_steps_and_every_row(
-    metric, expected_groups, prepared, real_data, minilm, tmp_path
-):
+def test_the_model_sees_pure_steps_and_every_row(metric, expected_groups, prepared, real_data, minilm, tmp_path):
     dataset, tokenizer = prepared
     reference = real_data / benchmark.REFERENCE
     options = {"commonit_embedding_model": str(minilm), "commonit_reference_dataset": str(reference)}
-    epoch = benchmark.train_epoch(
-        metric, dataset, tokenizer, tmp_path, **(options if metric == "embedding" else {})
-    )
+    epoch = benchmark.train_epoch(metric, dataset, tokenizer, tmp_path, **(options if metric == "embedding" else {}))
 
     groups = np.asarray(expected_groups(dataset, tokenizer, epoch, reference=reference, encoder=str(minilm)))
     assert np.array_equal(groups, epoch.groups)

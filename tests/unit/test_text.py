@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, LargeList, List, Value
+from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import tiny_model, tiny_tokenizer
@@ -341,6 +341,13 @@ def test_the_first_rows_may_have_no_turn_of_the_assistant() -> None:
     dataset, expected = conversational()
     rows = Rows(dataset.select([2, 2]), tiny_tokenizer())
     assert rows.token_counts("response").tolist() == [0, 0] == [expected[2]] * 2
+
+
+def test_many_conversations_each_have_their_own_truncation() -> None:
+    whole, cut = conversational(), conversational(5)
+    dataset = concatenate_datasets([part.select([0, 4] * 600) for part, _ in (cut, whole, cut)])
+    expected = [marked[row] for _, marked in (cut, whole, cut) for row in [0, 4] * 600]
+    assert Rows(dataset, tiny_tokenizer()).token_counts("response").tolist() == expected
 
 
 def test_sharegpt_turns_count_like_messages() -> None:
