@@ -43,15 +43,9 @@ Row = dict[str, str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options to `parser`."""
-    parser.add_argument(
-        "--output_dir", default="out/demo", help="for data, models and log (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max_steps", type=int, default=300, help="training steps per metric (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of data, weights and batches (default: %(default)s)"
-    )
+    parser.add_argument("--output_dir", default="out/demo", help="for data, models and log (default: %(default)s)")
+    parser.add_argument("--max_steps", type=int, default=300, help="training steps per metric (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of data, weights and batches (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -195,10 +189,7 @@ def generate_rows(seed: int) -> tuple[list[Row], list[Row]]:
         while len(answers) < count + HELD_OUT_ROWS:  # each family has several times as many questions
             question, answer = make(rng)
             answers[question] = answer
-        rows = [
-            {"task": family, "prompt": question, "completion": f" {answers[question]}"}
-            for question in answers
-        ]
+        rows = [{"task": family, "prompt": question, "completion": f" {answers[question]}"} for question in answers]
         train += rows[:count]
         held_out += rows[count:]
     return train, held_out
@@ -257,9 +248,7 @@ def _make_tokenizer(texts: list[str]) -> Any:
     tokenizer = Tokenizer(models.BPE())
     # Capital letters stand alone, so that a model can spell; numbers do not merge with what is around them.
     pieces = pre_tokenizers.Split(Regex(" ?[A-Z](?![a-z])| ?[0-9]+"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
@@ -340,13 +329,10 @@ def _train_all(
         TimeElapsedColumn(),
     )
     # `_chatter_to` has the other streams; rich's redirection would bring what they say to the screen.
-    progress = Progress(
-        *columns, console=console, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False
-    )
+    progress = Progress(*columns, console=console, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False)
     with progress:
         bars = {
-            metric: progress.add_task(metric, total=arguments.max_steps, loss="-", start=False)
-            for metric in METRICS
+            metric: progress.add_task(metric, total=arguments.max_steps, loss="-", start=False) for metric in METRICS
         }
         results = []
         for metric, bar in bars.items():
@@ -527,9 +513,7 @@ def _answer(directory: Path, questions: list[str]) -> list[str]:
     outputs = model.generate(**inputs, max_new_tokens=48, do_sample=False)
     answers = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     answers = [answer.strip() for answer in answers]
-    return [
-        answer if answer.isprintable() else repr(answer) for answer in answers
-    ]  # early on, any bytes may come
+    return [answer if answer.isprintable() else repr(answer) for answer in answers]  # early on, any bytes may come
 
 
 def _answer_table(questions: list[Row], answers: list[str]) -> Any:

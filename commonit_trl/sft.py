@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDatasetDict, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, IterableDatasetDict, concatenate_datasets
 
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+from commonit_trl.loading import FILE_FORMATS, load_rows
+
 ENTRY_COLUMN = "dataset"
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def load_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple[Any
         splits = load_mixture(mixture, ENTRY_COLUMN if entries_are_tasks else None, training_args.seed)
         train_split, test_split, test_option = "train", "test", "test_split_size"
     else:
-        splits = load("dataset_name", name, name=script_args.dataset_config, streaming=streaming)
+        splits = load_rows("dataset_name", name, name=script_args.dataset_config, streaming=streaming)
         train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
         test_option = "dataset_test_split"
     train = _split(splits, train_split, "Training", "dataset_train_split")
@@ -68,23 +69,6 @@ def _split(splits: Any, name: str, reader: str, way_out: str) -> Any:
     if name not in splits:
         raise ValueError(f"{reader} needs the split {name!r}, and the data has: {', '.join(splits)}. Set {way_out}.")
     return splits[name]
-
-
-def load(option: str, path: str, **options: Any) -> Any:
-    """`datasets.load_dataset`, also of a local file; a failure is a `ValueError` that names `option`."""
-    file_format = FILE_FORMATS.get(Path(path).suffix)
-    try:
-        if file_format is None:
-            return load_dataset(path, **options)
-        if not Path(path).is_file():
-            raise FileNotFoundError("no such file")
-        return load_dataset(file_format, **options | {"data_files": path})
-    except Exception as error:  # whatever datasets, the hub or a parser raises: the user needs the option
-        reason = error.__cause__ or error
-        raise ValueError(
-            f"{option}={path!r} cannot be loaded ({type(reason).__name__}: {reason}): give a hub name, a "
-            f"directory or a file ({', '.join(FILE_FORMATS)})."
-        ) from error
 
 
 def load_mixture(mixture: Any, entry_column: str | None, seed: int) -> DatasetDict | IterableDatasetDict:
@@ -103,7 +87,7 @@ def load_mixture(mixture: Any, entry_column: str | None, seed: int) -> DatasetDi
         logger.info("commonit_metric='task': the tasks are the entries of datasets: %s.", ", ".join(labels))
     parts = []
     for entry, label in zip(entries, labels, strict=True):
-        part = load(
+        part = load_rows(
             "datasets: path",
             entry.path,
             name=entry.name,

@@ -428,7 +428,10 @@ def _wrap(rows: pa.Table, max_length: int) -> pa.Table:
 
 def _fit_assign(options: Any, rows: Rows) -> tuple[Grouper, NDArray[np.int64]]:
     grouper = build_grouper(options, rows.columns, seed=_data_seed(options))
-    return fit_assign_cached(grouper, rows, options.commonit_cache_dir)
+    grouper, group_ids = fit_assign_cached(grouper, rows, options.commonit_cache_dir)
+    if PartialState().is_main_process:
+        grouper.log_notices()
+    return grouper, group_ids
 
 
 def _data_seed(args: Any) -> int:

@@ -42,7 +42,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 258, dropout: float = 0.0) -> Any:
     """A random two-layer float32 model of one of the paper's architectures: `llama`, `qwen2` or `bloom`."""
-    common = {"vocab_size": vocab_size, "hidden_size": 32, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    common = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
     layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
     config = {
         "llama": lambda: LlamaConfig(**common, **layers, attention_dropout=dropout),
@@ -82,7 +88,7 @@ def read_ids(inputs: dict[str, torch.Tensor]) -> list[int]:
 
 
 class Recorder(TrainerCallback):
-    """Writes what the model of this rank sees in training: a JSON line a micro-step, flushed, so that a kill loses none.
+    """Writes what the model of this rank sees in training: a JSON line a micro-step, so that a kill loses none.
 
     Each line is `{"step": optimizer step, "ids": row numbers}`.
     """

@@ -87,11 +87,10 @@ class Grouper(ABC):
         """Fit to what `read` returned and assign the same rows, measuring them once."""
         features = self.measure(values)
         self.fit_features(features)
-        self.log_notices()
         return self.assign_features(features)
 
     def log_notices(self) -> None:
-        """Tell the user what `fit` noticed; groups that come from the cache tell it again."""
+        """Tell the user what fitting noticed; loaded groups tell it again."""
         for notice in self.notices:
             logger.warning(notice)
 

@@ -48,7 +48,7 @@ def fit_assign_cached(
     """Fit `grouper` to `rows` and assign them, or load what an earlier call with the same inputs computed.
 
     Returns:
-        The fitted grouper and (rows,) group ids.
+        The fitted grouper, whose `notices` the caller may log, and (rows,) group ids.
 
     Raises:
         ValueError: when the cache directory cannot be written or read.
@@ -63,7 +63,6 @@ def fit_assign_cached(
         with _named_errors(cache_dir):
             cached = _load_entry(entry, len(rows))
         if cached is not None:
-            cached[0].log_notices()
             return cached
         group_ids = grouper.fit_assign(values)
         with _named_errors(cache_dir):

@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, load_dataset
 from numpy.typing import NDArray
 
 from commonit_trl.config import DEFAULT_NUM_GROUPS
 from commonit_trl.grouping.base import Grouper
+from commonit_trl.loading import load_rows
 from commonit_trl.text import Rows
 
 logger = logging.getLogger(__name__)
 
 _MINI_BATCH_FROM = 50_000
 _ROWS_AT_ONCE = 4_096
-_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 class EmbeddingGrouper(Grouper):
@@ -126,7 +125,8 @@ class EmbeddingGrouper(Grouper):
     def _read_reference(self) -> tuple[list[str], list[str]]:
         if self._reference is None:
             name, column = self.options["reference"], self.options["reference_task_column"]
-            rows = Rows(load_reference(name))
+            splits = load_rows("commonit_reference_dataset", name)
+            rows = Rows(splits["train"] if "train" in splits else splits[next(iter(splits))])
             if column not in rows.columns:
                 raise ValueError(
                     f"commonit_reference_task_column={column!r} is not a column of "
@@ -146,23 +146,6 @@ class EmbeddingGrouper(Grouper):
         return self._reference
 
 
-def load_reference(name: str) -> Dataset:
-    """A local JSON Lines, Parquet or CSV file, or the train (or only) split of a hub dataset."""
-    file_format = _FILE_FORMATS.get(Path(name).suffix)
-    try:
-        if file_format is not None:
-            if not Path(name).is_file():
-                raise FileNotFoundError("no such file")
-            return load_dataset(file_format, data_files=name, split="train")
-        splits = load_dataset(name)
-        return splits["train"] if "train" in splits else splits[next(iter(splits))]
-    except Exception as error:  # datasets, the hub or a parser: the user needs the option's name
-        raise ValueError(
-            f"commonit_reference_dataset={name!r} cannot be loaded ({_one_line(error)}): give a hub name, or "
-            "a .jsonl, .parquet or .csv file that has rows."
-        ) from error
-
-
 def encode(texts: list[str], model_name: str) -> NDArray[np.float32]:
     """(texts, dimensions) embeddings of length 1, each distinct text encoded once.
 
@@ -176,9 +159,10 @@ def encode(texts: list[str], model_name: str) -> NDArray[np.float32]:
     try:
         model = SentenceTransformer(model_name)
     except Exception as error:  # the hub, the disk or the model's own code: the user needs the option's name
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(
-            f"commonit_embedding_model={model_name!r} cannot be loaded ({_one_line(error)}): give the name "
-            "or local path of a sentence-transformers model."
+            f"commonit_embedding_model={model_name!r} cannot be loaded ({reason}): give the name or local path of a "
+            "sentence-transformers model."
         ) from error
     distinct = list(dict.fromkeys(texts))
     place = {text: number for number, text in enumerate(distinct)}
@@ -191,10 +175,6 @@ def encode(texts: list[str], model_name: str) -> NDArray[np.float32]:
             f"{len(distinct)} texts, first for {distinct[bad[0]][:60]!r}: use another model."
         )
     return _unit_length(embeddings)[[place[text] for text in texts]]
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _unit_length(vectors: NDArray[Any]) -> NDArray[np.float32]:

@@ -193,6 +193,12 @@ def test_files_in_backticks_exist(document):
         assert list(ROOT.glob(path.rstrip("/"))), path
 
 
+def test_the_rooms_are_the_modules():
+    rooms = re.findall(r"^ +(\w+\.py) ", read(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
+    modules = {file.name for file in (ROOT / "commonit_trl").rglob("*.py")} - {"__init__.py", "__main__.py"}
+    assert set(rooms) == modules | {"toys.py"}
+
+
 def test_the_options_table_is_the_config():
     rows = [["option", "default", "meaning"], ["---", "---", "---"]]
     for name, option in OPTIONS.items():

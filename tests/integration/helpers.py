@@ -45,9 +45,7 @@ def make_trainer(directory, rows, *, trainer_class=CommonITSFTTrainer, model="ll
     """
     options = {"output_dir": str(directory / "out"), **QUIET, **options}
     if trainer_class is SFTTrainer:
-        config = SFTConfig(
-            **{name: value for name, value in options.items() if not name.startswith("commonit")}
-        )
+        config = SFTConfig(**{name: value for name, value in options.items() if not name.startswith("commonit")})
     else:
         config = CommonITSFTConfig(
             **{"commonit_metric": "task", "commonit_cache_dir": str(directory / "cache"), **options}
@@ -80,8 +78,7 @@ class Row:
     def number(self):
         """The row's number in `toys.id_rows`."""
         return sum(
-            token * ID_BASE**place
-            for place, token in zip(reversed(range(ID_DIGITS)), self.tokens, strict=False)
+            token * ID_BASE**place for place, token in zip(reversed(range(ID_DIGITS)), self.tokens, strict=False)
         )
 
     @property
@@ -153,9 +150,7 @@ def rows_of(inputs):
     else:
         starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
         ends = [*starts[1:], tokens.shape[1]]
-        pairs = [
-            (tokens[0, start:end], labels[0, start:end]) for start, end in zip(starts, ends, strict=True)
-        ]
+        pairs = [(tokens[0, start:end], labels[0, start:end]) for start, end in zip(starts, ends, strict=True)]
     return [Row(tuple(t.tolist()), tuple(label.tolist())) for t, label in pairs]
 
 

@@ -137,9 +137,7 @@ def test_resume_of_another_run_names_what_differs(run, tmp_path, name):
     with pytest.raises(ValueError) as error:
         resume(tmp_path, str(run[0] / "out" / "checkpoint-5"), **options)
     said = str(error.value)
-    assert all(
-        part in said for part in [*parts, "Resume with the same settings and data, or start a new run"]
-    ), said
+    assert all(part in said for part in [*parts, "Resume with the same settings and data, or start a new run"]), said
     assert "\n" not in said
     unchanged = {"lengths": "groups (", "assignment": "rows ("}.get(name, "commonit_cache_dir")
     assert f" {unchanged}" not in said
@@ -161,9 +159,7 @@ def test_damaged_run_file(run, tmp_path, content):
     checkpoint = tmp_path / "checkpoint-5"
     shutil.copytree(run[0] / "out" / "checkpoint-5", checkpoint)
     (checkpoint / "commonit" / "run.json").write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"checkpoint-5/commonit/run\.json is damaged .*use another checkpoint"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint-5/commonit/run\.json is damaged .*use another checkpoint"):
         resume(tmp_path, str(checkpoint))
 
 

@@ -27,8 +27,8 @@ def config_of(stage):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_trains_the_plan(stage, tmp_path):
-    """A real engine of the stage sees, on each rank, the plan's micro-batches; every row once an epoch, steps pure, and a
-    resume in the middle of the second epoch sees what was left."""
+    """A real engine of the stage sees, on each rank, the plan's micro-batches; every row once an epoch, steps pure, and
+    a resume in the middle of the second epoch sees what was left."""
     options = {
         "commonit_metric": "task",
         "gradient_accumulation_steps": 3,

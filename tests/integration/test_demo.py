@@ -83,8 +83,7 @@ def commonit(*arguments, home):
     return subprocess.run(
         [sys.executable, "-m", "commonit_trl", *arguments],
         cwd=ROOT,
-        env=os.environ
-        | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "COLUMNS": "100", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "COLUMNS": "100", "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -33,11 +33,7 @@ class CountRowsByBatch:
 
 def parents_part(metrics, prefix="eval"):
     """`metrics` without run times and without the losses of groups."""
-    return {
-        name: value
-        for name, value in without_run_times(metrics).items()
-        if not name.startswith(f"{prefix}_loss_")
-    }
+    return {name: value for name, value in without_run_times(metrics).items() if not name.startswith(f"{prefix}_loss_")}
 
 
 def group_losses(metrics, prefix="eval"):
@@ -169,18 +165,14 @@ def test_set_without_task_column_warns_once(tmp_path, caplog):
     metrics = [ours.evaluate(), ours.evaluate()]
     assert parents_part(metrics[0]) == parents_part(parent.evaluate())
     assert group_losses(metrics[0]) == {}
-    warnings = [
-        record.getMessage() for record in caplog.records if "No loss per group" in record.getMessage()
-    ]
+    warnings = [record.getMessage() for record in caplog.records if "No loss per group" in record.getMessage()]
     assert len(warnings) == 1 and "'task'" in warnings[0]
 
 
 def test_evaluating_does_not_change_training(tmp_path):
     """Rows, training metrics and weights are the same with and without evaluations in between."""
     weights, rows, logs = [], [], []
-    for number, options in enumerate(
-        [{}, {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}]
-    ):
+    for number, options in enumerate([{}, {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}]):
         trainer, _ = both(tmp_path / str(number), **options)
         seen = Seen(trainer)
         trainer.train()

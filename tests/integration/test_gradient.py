@@ -9,8 +9,8 @@ from toys import recorded
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_i6_same_gradient_for_three_arrangements(world_size, tmp_path):
-    """The gradient of one step, in float32 and to 1e-5 of its norm, for micro-batches of equal counts, of equal cost, and
-    arranged by noise: the same samples in micro-batches of other sizes, on other ranks."""
+    """The gradient of one step, in float32 and to 1e-5 of its norm, for micro-batches of equal counts, of equal cost,
+    and arranged by noise: the same samples in micro-batches of other sizes, on other ranks."""
     options = {
         "commonit_metric": "task",
         "gradient_accumulation_steps": 4,

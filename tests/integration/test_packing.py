@@ -27,9 +27,7 @@ def packed_rows(group_sizes=SIZES, ordered=False, seed=0):
     for group in groups if ordered else rng.permutation(groups):
         length = int(rng.integers(4, 16)) if rng.random() < 0.98 else int(rng.integers(33, 80))
         tokens = rng.integers(0, TOKENS_OF_A_GROUP, length) + group * TOKENS_OF_A_GROUP
-        rows.append(
-            {"input_ids": tokens.tolist(), "labels": [-100, -100, *tokens[2:].tolist()], "task": f"g{group}"}
-        )
+        rows.append({"input_ids": tokens.tolist(), "labels": [-100, -100, *tokens[2:].tolist()], "task": f"g{group}"})
     return Dataset.from_list(rows)
 
 
@@ -86,9 +84,7 @@ def test_padding_free_wrapped(tmp_path):
     assert sum(len(row.tokens) for row in seen.rows.elements()) == sum(map(len, rows["input_ids"]))
 
 
-@pytest.mark.parametrize(
-    ("strategy", "bins"), [("bfd", {0, 1}), ("bfd_split", {0, 1, 2}), ("wrapped", {0, 1, 2})]
-)
+@pytest.mark.parametrize(("strategy", "bins"), [("bfd", {0, 1}), ("bfd_split", {0, 1, 2}), ("wrapped", {0, 1, 2})])
 def test_length_is_measured_before_packing(tmp_path, strategy, bins):
     """Metric `length` bins rows, not packs; those that `bfd` will cut are measured as cut."""
     rows = packed_rows([200])

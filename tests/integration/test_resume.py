@@ -28,7 +28,7 @@ def rows_of(steps):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_killed_and_resumed(world_size, tmp_path):
-    """Killed once in epoch 0 and once in epoch 1; attention dropout makes the random state part of what must come back."""
+    """Killed in epoch 0 and in epoch 1; attention dropout makes the random state part of what must come back."""
     run = {"group_sizes": SIZES, "options": OPTIONS, "dropout": 0.1}
     launch([{**run, "name": "whole"}], tmp_path, world_size)
     whole = recorded(tmp_path / "whole.ids", world_size)

@@ -234,10 +234,7 @@ def test_models_and_metrics(tmp_path, topics_cache, minilm, model, metric):
             options |= {"commonit_num_groups": 3}
         else:
             reference = tmp_path.parent / "reference.jsonl"
-            examples = [
-                {"task": task, "prompt": p.format("lake"), "completion": ""}
-                for task, (p, _) in TOPICS.items()
-            ]
+            examples = [{"task": task, "prompt": p.format("lake"), "completion": ""} for task, (p, _) in TOPICS.items()]
             reference.write_text("\n".join(map(json.dumps, examples)))
             options |= {"commonit_reference_dataset": str(reference)}
     trainer, seen = train(tmp_path, topic_rows(), model=model, commonit_cache_dir=topics_cache, **options)
@@ -276,9 +273,7 @@ def plain_trainer(directory, model, trainer_class=PlainTrainer, rows=ROWS, **opt
     if trainer_class is Trainer:
         args = TrainingArguments(**options)
     else:
-        args = PlainArguments(
-            **{"commonit_metric": "task", "commonit_cache_dir": str(directory / "cache"), **options}
-        )
+        args = PlainArguments(**{"commonit_metric": "task", "commonit_cache_dir": str(directory / "cache"), **options})
     return trainer_class(
         model=model,
         args=args,

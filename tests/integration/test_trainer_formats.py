@@ -97,9 +97,7 @@ def dataset_of(make_row, numbers=range(20)):
 
 def train_format(tmp_path, name, **more):
     make_row, options, extra = FORMATS[name]
-    return train(
-        tmp_path, dataset_of(make_row), extra=extra, gradient_accumulation_steps=2, **options, **more
-    )
+    return train(tmp_path, dataset_of(make_row), extra=extra, gradient_accumulation_steps=2, **options, **more)
 
 
 @pytest.mark.parametrize("name", FORMATS)

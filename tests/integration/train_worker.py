@@ -4,9 +4,9 @@
 
 `runs.json` is a list of runs, each with `name`, `dir`, `group_sizes` and any of: `options` (of `CommonITSFTConfig`),
 `model`, `dropout`, `parent` (true: train plain `SFTTrainer`), `resume` (path), `deepspeed` (a config), `kill_at`
-(optimizer step in which this process kills itself), `arrange_by` ("nothing" or "noise": other lengths for the arrangement
-inside steps than the rows' own). Each run leaves `<dir>/<name>.ids.rank*` (see `toys.Recorder`), and of rank 0
-`<dir>/<name>.safetensors` (final weights), `<dir>/<name>.gradient.safetensors` (of the first step) and `<dir>/<name>.json`.
+(optimizer step in which this process kills itself), `arrange_by` ("nothing" or "noise": other lengths for the
+arrangement inside steps than the rows' own). Each run leaves `<dir>/<name>.ids.rank*` (see `toys.Recorder`), and of
+rank 0 `<name>.safetensors` (final weights), `<name>.gradient.safetensors` (of the first step) and `<name>.json`.
 """
 
 import json
@@ -19,8 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 USES_DEEPSPEED = any(run.get("deepspeed") for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
 if USES_DEEPSPEED:  # a real engine on CPU: `use_cpu=True` would make transformers ignore the DeepSpeed config
     os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_USE_DEEPSPEED="true")
+    import deepspeed
     from accelerate import PartialState
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled first, for a minute
     PartialState(backend="gloo")
 
 import numpy as np  # noqa: E402
@@ -124,7 +126,8 @@ def main() -> None:
         if USES_DEEPSPEED:
             AcceleratorState._reset_state(False)  # else the next run's Accelerator is refused as a second one
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        torch.distributed.barrier()
+    os._exit(0)  # one in fifty or so gloo processes aborts in the interpreter's own end, and torchrun kills the others
 
 
 if __name__ == "__main__":

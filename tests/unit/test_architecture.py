@@ -23,7 +23,8 @@ COMMAND_LINE = {"cli", "demo", "sft", "__main__"}
 CORE = {
     "config": set(),
     "text": {"config"},
-    "grouping": {"config", "text"},
+    "loading": set(),
+    "grouping": {"config", "text", "loading"},
     "plan": {"config"},
     "sampler": {"plan"},
     "report": {"config", "text", "grouping", "plan"},

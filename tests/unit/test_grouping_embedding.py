@@ -331,10 +331,10 @@ def test_a_model_that_cannot_be_loaded_is_refused(broken: str, static: str, tmp_
     [
         (
             None,
-            "cannot be loaded (FileNotFoundError: no such file): give a hub name, or a .jsonl, .parquet or "
-            ".csv file that has rows.",
+            "cannot be loaded (FileNotFoundError: no such file): give a hub name, a directory or a file (.json, "
+            ".jsonl, .parquet, .csv) that has rows.",
         ),
-        ("", "): give a hub name, or a .jsonl, .parquet or .csv file that has rows."),
+        ("", "): give a hub name, a directory or a file (.json, .jsonl, .parquet, .csv) that has rows."),
         ("no json", "cannot be loaded ("),
         ('{"task": "a"}', "No text found in the rows"),
         ('{"subject": "a", "text": "x"}', "commonit_reference_task_column='task' is not a column of"),

@@ -70,7 +70,7 @@ def capacity_of(geometry, purity):
 @given(cases())
 def test_i1_pure(case):
     """I1: a step, a micro-step of all ranks or a micro-batch holds one group, the one that the plan names."""
-    group_ids, lengths, geometry, options = case
+    group_ids, _, geometry, options = case
     plan = plan_or_none(*case)
     if plan is None:
         return
@@ -125,7 +125,7 @@ def test_i2_lossless(case):
 def test_i2_drop_and_pad_say_what_they_do(case):
     """`drop` repeats nothing and leaves out less than a unit a group; `pad` loses nothing and fills every unit; the
     summary counts both as an outside count does."""
-    group_ids, lengths, geometry, options = case
+    group_ids, _, geometry, options = case
     plan = plan_or_none(*case)
     if plan is None:
         return
@@ -237,7 +237,7 @@ def padded_tokens(plan, lengths):
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 4), (2, 1), (4, 2)])
 def test_arrangement_lowers_padding_cost_and_peak(world, accumulation):
-    """The padded cost of the slowest rank, and the largest micro-batch, are about half those of the plain order or less."""
+    """The padded cost of the slowest rank and the largest micro-batch are about half the plain order's, or less."""
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.lognormal(5, 0.8, 4000), 2000).astype(int)
     geometry = {"micro_batch_size": 8, "world_size": world, "accumulation_steps": accumulation}

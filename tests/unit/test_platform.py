@@ -23,9 +23,7 @@ QUIET = {"use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, 
 
 
 def make(directory, trainer_class=SFTTrainer, config_class=SFTConfig, rows=ROWS, callbacks=None, **options):
-    args = config_class(
-        **{"output_dir": str(directory), "per_device_train_batch_size": 2, **QUIET, **options}
-    )
+    args = config_class(**{"output_dir": str(directory), "per_device_train_batch_size": 2, **QUIET, **options})
     return trainer_class(
         model=tiny_model(),
         args=args,
@@ -51,12 +49,8 @@ def test_prepare_dataset_is_where_trl_prepares_and_packs(tmp_path):
 
     class Watched(SFTTrainer):
         def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-            calls.append(
-                (dataset is ROWS, packing, dataset_name, self._tokenizer is not None, self.chat_template)
-            )
-            return super()._prepare_dataset(
-                dataset, processing_class, args, packing, formatting_func, dataset_name
-            )
+            calls.append((dataset is ROWS, packing, dataset_name, self._tokenizer is not None, self.chat_template))
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     make(tmp_path, Watched, packing=True, max_length=64)
     assert calls == [(True, True, "train", True, None), (True, True, "eval", True, None)]
@@ -151,10 +145,7 @@ def test_dataloader_options_are_known():
     ours = {"batch_sampler", "generator"}
     replaced_by_batch_sampler = {"batch_size", "shuffle", "sampler", "drop_last"}
     without_effect = {"pin_memory_device"}  # deprecated, and read from the accelerator
-    assert (
-        set(parameters(DataLoader.__init__)) - {"self"}
-        == taken | ours | replaced_by_batch_sampler | without_effect
-    )
+    assert set(parameters(DataLoader.__init__)) - {"self"} == taken | ours | replaced_by_batch_sampler | without_effect
 
 
 def test_dataloader_options_are_copied(tmp_path):
@@ -168,9 +159,7 @@ def test_dataloader_options_are_copied(tmp_path):
         "dataloader_in_order": False,
     }
     with_metric = {"commonit_metric": "task", "commonit_cache_dir": str(tmp_path / "cache")}
-    ours = make(
-        tmp_path, CommonITSFTTrainer, CommonITSFTConfig, **options, **with_metric
-    ).get_train_dataloader()
+    ours = make(tmp_path, CommonITSFTTrainer, CommonITSFTConfig, **options, **with_metric).get_train_dataloader()
     parents = make(tmp_path, **options).get_train_dataloader()
     for name in ("num_workers", "pin_memory", "timeout", "prefetch_factor", "persistent_workers", "in_order"):
         assert getattr(ours, name) == getattr(parents, name), name
