@@ -95,5 +95,5 @@ def _merge_small_bins(lengths: NDArray[np.int64], edges: NDArray[np.int64], min_
 def _bin_names(edges: NDArray[np.int64], of: str) -> list[str]:
     if not len(edges):
         return [f"{of} of any length"]
-    between = [f"{of} {low}-{high - 1}" for low, high in pairwise(edges)]
+    between = [f"{of} {low}" if high == low + 1 else f"{of} {low}-{high - 1}" for low, high in pairwise(edges)]
     return [f"{of} under {edges[0]}", *between, f"{of} {edges[-1]} and more"]

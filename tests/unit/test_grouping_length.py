@@ -57,6 +57,8 @@ def test_the_paper_s_length_is_the_default_and_says_so_in_the_names() -> None:
     # Rows of one response length are one group, however their totals differ.
     assert len(LengthGrouper().fit(rows_of([5] * 4, prompt_length=1)).names) == 1
     assert LengthGrouper(of="total").fit(rows_of([5])).names == ["total of any length"]
+    narrow = LengthGrouper(edges=[4, 5, 7]).fit(rows_of([4, 5, 7]))
+    assert narrow.names == ["response under 4", "response 4", "response 5-6", "response 7 and more"]
 
 
 # --- bins ---------------------------------------------------------------------------------------------------
