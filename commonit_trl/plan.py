@@ -186,8 +186,8 @@ def plan_epoch(
     num_units = int(units.sum())
     if num_units == 0:
         raise ValueError(
-            f"commonit_remainder: remainder='drop' leaves no step: the largest group has {sizes.max()} samples and a unit "
-            f"of purity {purity!r} takes {capacity}. Use remainder='keep', smaller batches or fewer groups."
+            f"commonit_remainder: remainder='drop' leaves no step: the largest group has {sizes.max()} samples and a "
+            f"unit of purity {purity!r} takes {capacity}. Use remainder='keep', smaller batches or fewer groups."
         )
 
     # A unit is a run of its group's draws: where it starts among them and how many it takes.
