@@ -191,7 +191,8 @@ class CommonITMixin(_Mixed):
             "world size": plan.world_size,
             "gradient accumulation steps": plan.accumulation_steps,
             "rows": len(self.commonit_group_ids),
-            "groups": _digest(json.dumps(self.commonit_grouper.description(), sort_keys=True).encode()),
+            "number of groups": len(self.commonit_grouper.names),
+            "names of groups": _digest(json.dumps(self.commonit_grouper.names).encode()),
             "assignment of rows to groups": _digest(self.commonit_group_ids),
             "token lengths": None if self._commonit_lengths is None else _digest(self._commonit_lengths),
             "order of samples": plan.digest(),
@@ -217,14 +218,16 @@ class CommonITMixin(_Mixed):
 
     def _commonit_check_checkpoint(self, checkpoint: Path) -> None:
         saved_path = checkpoint / COMMONIT_DIR / RUN_FILE
-        if not self._commonit_on or not saved_path.exists():
-            if self._commonit_on == saved_path.exists() or not checkpoint.exists():
-                return
+        if not checkpoint.exists():
+            return  # the parent says so
+        if self._commonit_on != saved_path.exists():
             was, now = ("without", "with") if self._commonit_on else ("with", "without")
             raise ValueError(
                 f"resume_from_checkpoint={str(checkpoint)!r} was written {was} CommonIT and this run trains {now} it, "
                 "in another order: resume with the checkpoint's commonit_metric, or start a new run."
             )
+        if not self._commonit_on:
+            return
         try:
             saved = json.loads(saved_path.read_text(encoding="utf-8"))
             current = self._commonit_run()

@@ -106,7 +106,7 @@ DIFFERENCES = {
     ),
     "metric": (
         {"commonit_metric": "length", "commonit_weights": "proportional"},
-        ["commonit_metric ('task' in the checkpoint, 'length' now)", "groups ("],
+        ["commonit_metric ('task' in the checkpoint, 'length' now)", "names of groups ("],
     ),
     "purity": ({"commonit_purity": "micro"}, ["commonit_purity ('step' in the checkpoint, 'micro' now)"]),
     "remainder": (
@@ -124,7 +124,7 @@ DIFFERENCES = {
     "rows": ({"rows": id_rows([9, 6, 6])}, ["rows (20 in the checkpoint, 21 now)"]),
     "groups": (
         {"rows": id_rows([9, 6, 4, 1]), "commonit_weights": "proportional"},
-        ["groups (", "assignment of rows to groups ("],
+        ["number of groups (3 in the checkpoint, 4 now)", "assignment of rows to groups ("],
     ),
     "assignment": ({"rows": relabelled(ROWS)}, ["assignment of rows to groups ("]),
     "lengths": ({"rows": longer(ROWS)}, ["token lengths ("]),
