@@ -61,7 +61,13 @@ def main(argv: list[str] | None = None) -> int:
 def _sft(argv: list[str]) -> int:
     """train as `trl sft` does, with its flags and YAML files, and commonit_* options"""
     with user_errors(TypeError):  # a YAML value of the wrong type, which TRL's dataclasses do not check
-        script_args, training_args, model_args, mixture = _parse_sft(argv)
+        (script_args, training_args, model_args, mixture), launch_flags = _parse_sft(argv)
+        from commonit_trl import launch
+
+        processes = launch.prepare(launch_flags, argv)
+    if processes is not None:
+        launch.start(processes)
+        return 0
     with user_errors():
         trainer = _make_trainer(script_args, training_args, model_args, mixture)
     with user_errors(when=lambda: trainer.state.max_steps == 0):  # the steps are counted as training begins
@@ -111,11 +117,13 @@ def _messages() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _parse_sft(argv: list[str]) -> Any:
-    """TRL's script, training, model and mixture arguments; unlike in `trl sft`, unknown ones are errors."""
+def _parse_sft(argv: list[str]) -> tuple[Any, list[str]]:
+    """TRL's script, training, model and mixture arguments, and the flags for `accelerate launch`; unlike in `trl sft`,
+    an option that is none of these is an error."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
     from trl.scripts.utils import DatasetConfig
 
+    from commonit_trl import launch
     from commonit_trl.trainer import CommonITSFTConfig
 
     kinds: Any = (ScriptArguments, CommonITSFTConfig, ModelConfig, DatasetMixtureConfig)
@@ -132,21 +140,30 @@ def _parse_sft(argv: list[str]) -> Any:
     known = [option.name for kind in kinds for option in fields(kind) if option.init]
 
     given, flags = config_parser.parse_known_args(argv)
-    _, unknown = parser.parse_known_args(flags)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        if not flag.startswith("--"):
+    _, launch_flags = parser.parse_known_args(flags)
+    from_launch = launch.option_names()
+    for place, flag in enumerate(launch_flags):
+        if flag.startswith("--"):
+            _check_names([_name(flag)], known, from_launch)
+        elif not place or not launch_flags[place - 1].startswith("--"):
             raise ValueError(f"{flag!r} is neither an option nor the value of one.")
-        _check_names([flag.removeprefix("--").replace("-", "_")], known)
     if given.config is None:
-        return parser.parse_args_and_config(flags)
+        *options, _ = parser.parse_args_and_config(flags, return_remaining_strings=True)
+        return tuple(options), launch_flags
     config = _read_yaml(given.config)
-    _check_names(config, [*known, "env"])
+    _check_names(config, [*known, "env"], from_launch)
     for entry in config.get("datasets") or ():
         if not isinstance(entry, dict) or "path" not in entry:
             raise ValueError(f"datasets: the entry {entry!r} has no path: write '- path: NAME_OR_FILE'.")
         _check_names(entry, [option.name for option in fields(DatasetConfig)])
-    return parser.parse_args_and_config(["--config", given.config, *flags])
+    overridden = {_name(flag) for flag in launch_flags}
+    launch_config = ((name, value) for name, value in config.items() if name not in {*known, "env", *overridden})
+    *options, _ = parser.parse_args_and_config(["--config", given.config, *flags], return_remaining_strings=True)
+    return tuple(options), [*launch.as_flags(launch_config), *launch_flags]
+
+
+def _name(flag: str) -> str:
+    return flag.split("=")[0].removeprefix("--").replace("-", "_")
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -161,11 +178,11 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return config
 
 
-def _check_names(names: Iterable[str], known: list[str]) -> None:
+def _check_names(names: Iterable[str], known: list[str], also_known: Iterable[str] = ()) -> None:
     check_option_names(names)
     for name in names:
-        if name not in known:
-            raise ValueError(f"Unknown option {name}: did you mean {nearest(name, known)}?")
+        if name not in known and name not in also_known:
+            raise ValueError(f"Unknown option {name}: did you mean {nearest(name, [*known, *also_known])}?")
 
 
 def _make_trainer(script_args: Any, training_args: Any, model_args: Any, mixture: Any) -> Any:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from toys import tiny_model, tiny_tokenizer
 
-from commonit_trl import cli
+from commonit_trl import cli, launch
 from commonit_trl.config import OPTIONS
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def test_python_blocks_run(document, workplace):
 def test_yaml_blocks_are_configs_that_the_command_line_takes(block, bf16, tmp_path):
     config = yaml.safe_load(block)
     (tmp_path / "config.yaml").write_text(block, encoding="utf-8")
-    script, training, model, _ = cli._parse_sft(["--config", str(tmp_path / "config.yaml")])
+    (script, training, model, _), _ = cli._parse_sft(["--config", str(tmp_path / "config.yaml")])
     assert training.commonit_metric == config["commonit_metric"]
     assert model.model_name_or_path == config["model_name_or_path"]
     assert script.dataset_name == config["dataset_name"]
@@ -108,8 +108,9 @@ def check_commonit(words):
     command, *options = words
     assert command in cli.COMMANDS
     if command == "sft":
-        _, training, model, _ = cli._parse_sft(options)
+        (_, training, model, _), launch_flags = cli._parse_sft(options)
         assert training.commonit_on and model.model_name_or_path
+        launch.prepare(launch_flags, options)
         unset_hf_deepspeed_config()  # else other tests' models are made for ZeRO-3
     else:
         assert not options

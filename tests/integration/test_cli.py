@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
 from toys import tiny_model, tiny_tokenizer
 
-from commonit_trl import CommonITSFTTrainer, __version__, cli, sft
+from commonit_trl import CommonITSFTTrainer, __version__, cli, launch, sft
 from commonit_trl.config import CommonITArguments
 
 EXAMPLES = Path(__file__).parents[2] / "example_configs"
@@ -129,7 +129,7 @@ def test_the_examples_train(example, flags, minilm, tmp_path, capfd):
 @pytest.mark.parametrize("example", ["length", "task", "embedding", "mixture"])
 def test_the_examples_follow_the_papers_recipe(example, flags):
     recipe = {name: flags[name] for name in ("use_cpu", "bf16")}
-    _, training, model, mixture = cli._parse_sft(
+    (_, training, model, mixture), _ = cli._parse_sft(
         ["--config", str(EXAMPLES / "trl" / f"{example}.yaml"), *as_argv(recipe)]
     )
     assert (training.learning_rate, training.lr_scheduler_type, training.warmup_steps) == (
@@ -200,7 +200,7 @@ def test_the_entries_of_a_mixture_are_its_tasks(flags, tmp_path):
 
 
 def splits_of(*argv, **options):
-    script, training, _, mixture = cli._parse_sft([*argv, *as_argv({"use_cpu": True, "bf16": False, **options})])
+    (script, training, _, mixture), _ = cli._parse_sft([*argv, *as_argv({"use_cpu": True, "bf16": False, **options})])
     return *sft.load_splits(script, mixture, training), training
 
 
@@ -288,12 +288,59 @@ def test_without_a_metric_data_may_stream(source, tmp_path):
     assert len(list(train)) == 3
 
 
+def test_launch_options_are_taken_from_flags_and_file(tmp_path):
+    """As in `trl sft`: what the trainer does not know goes to `accelerate launch`; flags override the file."""
+    config = config_file(
+        tmp_path / "c.yaml",
+        commonit_metric="length",
+        num_processes=4,
+        num_machines=2,
+        same_network=True,
+        multi_gpu=False,
+    )
+    argv = ["--config", config, "--num-processes", "2", "--accelerate_config=zero2", "--use_cpu", "--bf16", "no"]
+    (_, training, _, _), flags = cli._parse_sft(argv)
+    assert training.use_cpu and training.commonit_metric == "length"
+    assert flags == ["--num_machines", "2", "--same_network", "--num-processes", "2", "--accelerate_config=zero2"]
+    prepared = launch.prepare(flags, argv)
+    assert (prepared.num_processes, prepared.num_machines, prepared.same_network) == (2, 2, True)
+    assert Path(prepared.config_file).name == "zero2.yaml"
+    assert (prepared.module, prepared.training_script, prepared.training_script_args) == (
+        True,
+        "commonit_trl",
+        ["sft", *argv],
+    )
+    assert launch.prepare([], argv) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--accelerate_config", "zero9"], "Accelerate config zero9 is neither a file nor a valid config"),
+        (["--num_processes", "many"], "--num_processes/--num-processes: invalid int value: 'many'"),
+        (["--num_proceses", "2"], "Unknown option num_proceses: did you mean num_processes?"),
+        (["--num_processes", "2", "stray"], "'stray' is neither an option nor the value of one."),
+    ],
+)
+def test_bad_launch_options_are_one_line(flags, said, capsys):
+    assert cli.main(["sft", "--commonit_metric", "length", "--use_cpu", "--bf16", "no", *flags]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "commonit:" in line)
+    assert said in line
+
+
+def test_launch_options_inside_another_launcher_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    argv = ["sft", "--commonit_metric", "length", "--use_cpu", "--bf16", "no", "--num_processes", "2"]
+    assert cli.main(argv) == 2
+    assert "--num_processes is for starting processes, and a launcher has started this one" in capsys.readouterr().err
+
+
 def test_flags_override_the_file_in_both_spellings(tmp_path):
     config = config_file(
         tmp_path / "c.yaml", commonit_metric="length", commonit_num_groups=8, learning_rate=0.5, max_steps=3
     )
     argv = [f"--config={config}", "--commonit-num-groups", "2", "--max_steps=7", "--use_cpu", "--bf16", "no"]
-    _, training, _, _ = cli._parse_sft(argv)
+    (_, training, _, _), _ = cli._parse_sft(argv)
     assert (training.commonit_num_groups, training.max_steps, training.learning_rate) == (2, 7, 0.5)
 
 
@@ -309,8 +356,8 @@ def test_flags_override_the_file_in_both_spellings(tmp_path):
 def test_values_from_flags_and_from_yaml_are_the_same(metric, option, flag, value, tmp_path):
     config = config_file(tmp_path / "c.yaml", **{option: value}, commonit_metric=metric, env={"FROM_YAML": 1})
     shared = ["--use_cpu", "--bf16", "no"]
-    _, from_flags, _, _ = cli._parse_sft([*as_argv({"commonit_metric": metric, option: flag}), *shared])
-    _, from_yaml, _, _ = cli._parse_sft(["--config", config, *shared])
+    (_, from_flags, _, _), _ = cli._parse_sft([*as_argv({"commonit_metric": metric, option: flag}), *shared])
+    (_, from_yaml, _, _), _ = cli._parse_sft(["--config", config, *shared])
     assert getattr(from_flags, option) == getattr(from_yaml, option) == value
 
 

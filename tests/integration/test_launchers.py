@@ -135,3 +135,29 @@ def test_two_ranks_train_the_plan(example, launcher, stage, tmp_path):
     assert times == Counter(range(sum(SIZES)))
     for step in steps.values():
         assert len({rows["task"][row] for rank in step for batch in rank for row in batch}) == 1
+
+
+def test_commonit_sft_starts_its_own_ranks(tmp_path):
+    """With accelerate's launch options, `commonit sft` needs no launcher's command. The exit code is not asserted: a
+    CPU rank may abort as its interpreter ends, after all is saved (see `cli_worker.py`)."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    id_rows(SIZES).to_json(tmp_path / "rows.jsonl")
+    flags = {
+        "accelerate_config": EXAMPLES / "accelerate" / "ddp.yaml",
+        "num_processes": 2,
+        "main_process_port": free_port(),
+        "model_name_or_path": tmp_path / "model",
+        "dataset_name": tmp_path / "rows.jsonl",
+        "output_dir": tmp_path / "out",
+        "commonit_cache_dir": tmp_path / "cache",
+        "use_cpu": True,
+        **FLAGS,
+    }
+    command = [sys.executable, "-m", "commonit_trl", "sft"]
+    command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, cwd=EXAMPLES.parent, env=environment, capture_output=True, text=True, timeout=240)
+    saved = tmp_path / "out" / "commonit" / "run.json"
+    assert saved.exists(), done.stderr[-4000:]
+    assert json.loads(saved.read_text(encoding="utf-8"))["world size"] == 2

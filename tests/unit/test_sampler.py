@@ -4,6 +4,7 @@ workers."""
 import functools
 import pickle
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 from commonit_trl import CommonITBatchSampler
 from commonit_trl.plan import plan_epoch
 from commonit_trl.sampler import CommonITDataLoader
+from commonit_trl.trainer import _data_parallel_place
 
 GROUP_IDS = np.repeat([0, 1, 2, 3], [13, 7, 2, 31])
 LENGTHS = np.random.default_rng(0).integers(1, 90, len(GROUP_IDS))
@@ -130,3 +132,20 @@ def test_plain_dataloader_takes_the_sampler():
     (sampler,) = samplers(1, 1)
     loader = DataLoader(range(len(GROUP_IDS)), batch_sampler=sampler, collate_fn=list)
     assert list(loader) == list(sampler)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "context", "ranks"),
+    [(1, 1, [0, 1, 2, 3, 4, 5, 6, 7]), (2, 1, [0, 0, 1, 1, 2, 2, 3, 3]), (2, 2, [0, 0, 0, 0, 1, 1, 1, 1])],
+)
+def test_tensor_and_context_parallel_ranks_share_batches(tensor, context, ranks):
+    """Laid out as in accelerate's `prepare_data_loader`; sequence parallelism is refused."""
+    for rank, expected in enumerate(ranks):
+        place = SimpleNamespace(world_size=8, process_index=rank)
+        trainer = SimpleNamespace(
+            args=place, get_tp_size=lambda: tensor, get_cp_size=lambda: context, get_sp_size=lambda: 1
+        )
+        assert _data_parallel_place(trainer) == (8 // (tensor * context), expected)
+    trainer.get_sp_size = lambda: 2
+    with pytest.raises(ValueError, match=r"Sequence parallelism \(sp_size=2\) does not go with commonit_metric"):
+        _data_parallel_place(trainer)
