@@ -175,7 +175,8 @@ def test_i4_reproducible_and_epochs_differ(case):
     again = plan_or_none(*case)
     assert again.digest() == plan.digest()
     assert [list(b) for b in again.batches(0)] == [list(b) for b in plan.batches(0)]
-    if len(plan.indices) > 40:
+    # Arranged by length, a plan of one step can come out the same; so can one of a few samples.
+    if case[1] is None and len(set(plan.indices.tolist())) > 12:
         for name in ("seed", "epoch"):
             other = plan_epoch(*case[:2], **case[2], **{**case[3], name: case[3][name] + 1})
             assert other.digest() != plan.digest()
