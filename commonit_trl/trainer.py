@@ -83,6 +83,7 @@ class CommonITMixin(_Mixed):
             _check_settings(options)
             _check_dataset(dataset)
             build_grouper(options, dataset.column_names)  # a missing task column is seen here, before the model
+        self._commonit_raw_train_dataset = dataset  # for parents that prepare it as they are constructed
         self._commonit_evaluated: tuple[Any, Any] = (None, None)  # an evaluation dataloader and its rows
         self._commonit_eval_groups: weakref.WeakKeyDictionary[Dataset, NDArray[np.int64] | None] = (
             weakref.WeakKeyDictionary()
@@ -309,8 +310,8 @@ class CommonITMixin(_Mixed):
 
 
 class _EpochOnResume(TrainerCallback):
-    """Gives the sampler the epoch in which a resumed run starts: the Trainer's own `set_epoch` does not get through the
-    wrapper that skips the epoch's first batches (`accelerate.skip_first_batches`)."""
+    """Gives the sampler the epoch in which a resumed run starts: in transformers 5.16, the Trainer's own `set_epoch`
+    does not get through the wrapper that skips the epoch's first batches (`accelerate.skip_first_batches`)."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         steps_per_epoch = train_dataloader.commonit_sampler.current.num_steps
@@ -325,13 +326,8 @@ class CommonITSFTConfig(CommonITArguments, SFTConfig):
 class CommonITSFTTrainer(CommonITMixin, SFTTrainer):
     """TRL's `SFTTrainer` with group-pure batches; takes what `SFTTrainer` takes, and a `CommonITSFTConfig`.
 
-    With `packing=True` each group is packed alone by TRL's `pack_dataset`; a step then holds packs of one group.
+    With `packing=True` each group is packed alone, by TRL's strategies; a step then holds packs of one group.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = inspect.signature(SFTTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
-        self._commonit_raw_train_dataset = given.get("train_dataset")
-        super().__init__(*args, **kwargs)
 
     def _commonit_rows(self, dataset: Dataset) -> Rows:
         return _sft_rows(self, dataset, self.args)

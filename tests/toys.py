@@ -20,11 +20,24 @@ from transformers import (
     set_seed,
 )
 
+from commonit_trl.plan import EpochPlan, plan_epoch
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<eos>"
     "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+QUIET = {  # training arguments of every test run, unless it says otherwise
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": [],
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+    "max_length": None,
+}
 ID_DIGITS = 3
 ID_BASE = 100
 
@@ -85,6 +98,12 @@ def read_ids(inputs: dict[str, torch.Tensor]) -> list[int]:
         digits = tokens[:, :ID_DIGITS]
     places = torch.tensor([ID_BASE**place for place in reversed(range(ID_DIGITS))], device=tokens.device)
     return (digits * places).sum(dim=1).tolist()
+
+
+def plan_of(rows: Dataset, **arguments: Any) -> EpochPlan:
+    """The plan of `id_rows` by task that anyone can compute: B = 2, and the other `arguments` of `plan_epoch`."""
+    groups, lengths = [int(task[1:]) for task in rows["task"]], [len(tokens) for tokens in rows["input_ids"]]
+    return plan_epoch(groups, lengths, micro_batch_size=QUIET["per_device_train_batch_size"], **arguments)
 
 
 class Recorder(TrainerCallback):

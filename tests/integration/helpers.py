@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
+import toys
 from toys import ID_BASE, ID_DIGITS, tiny_model, tiny_tokenizer
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -19,18 +20,10 @@ gc.freeze()  # the Trainer collects garbage when training starts; what the impor
 atexit.register(gc.unfreeze)
 
 QUIET = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": [],
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "per_device_train_batch_size": 2,
+    **toys.QUIET,
     "per_device_eval_batch_size": 3,
     "num_train_epochs": 1,
     "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "max_length": None,
     "seed": 7,
 }
 RUN_TIME = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")

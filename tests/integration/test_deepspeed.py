@@ -8,9 +8,7 @@ from collections import Counter
 
 import pytest
 from launch import launch
-from toys import id_rows, recorded
-
-from commonit_trl import plan_epoch
+from toys import id_rows, plan_of, recorded
 
 SIZES = [1, 5, 6, 12, 13, 30]  # W*A = 6, S = 12
 
@@ -46,15 +44,7 @@ def test_zero_trains_the_plan(stage, tmp_path):
     rows = id_rows(SIZES)
     per_epoch = len(steps) // 2
     for epoch in range(2):
-        plan = plan_epoch(
-            [int(task[1:]) for task in rows["task"]],
-            [len(tokens) for tokens in rows["input_ids"]],
-            micro_batch_size=2,
-            world_size=2,
-            accumulation_steps=3,
-            seed=7,
-            epoch=epoch,
-        )
+        plan = plan_of(rows, world_size=2, accumulation_steps=3, seed=7, epoch=epoch)
         assert plan.num_steps == per_epoch
         own = [steps[step] for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
         for rank in range(2):

@@ -15,9 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from toys import id_rows, recorded, tiny_model, tiny_tokenizer
-
-from commonit_trl import plan_epoch
+from toys import id_rows, plan_of, recorded, tiny_model, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "example_configs"
 SIZES = [5, 6, 13]
@@ -119,14 +117,7 @@ def test_two_ranks_train_the_plan(example, launcher, stage, tmp_path):
     run = json.loads((tmp_path / "out" / "commonit" / "run.json").read_text(encoding="utf-8"))
     assert run["world size"] == 2
 
-    plan = plan_epoch(
-        [int(task[1:]) for task in rows["task"]],
-        [len(tokens) for tokens in rows["input_ids"]],
-        micro_batch_size=2,
-        world_size=2,
-        accumulation_steps=2,
-        seed=7,
-    )
+    plan = plan_of(rows, world_size=2, accumulation_steps=2, seed=7)
     steps = recorded(tmp_path / "seen", world_size=2)
     assert len(steps) == plan.num_steps == 4
     for rank in range(2):

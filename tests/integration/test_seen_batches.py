@@ -10,11 +10,9 @@ from collections import Counter
 
 import pytest
 from launch import launch
-from toys import id_rows, recorded
+from toys import QUIET, id_rows, plan_of, recorded
 
-from commonit_trl import plan_epoch
-
-B = 2
+B = QUIET["per_device_train_batch_size"]
 
 
 def group_sizes(world_size, accumulation):
@@ -132,10 +130,8 @@ def test_i3_i4_i5_the_model_sees_the_plan(seen, name):
     rows = id_rows(shapes[name]["group_sizes"])
     epochs = epochs_of(directory, name, world_size)
     for number, epoch in enumerate(epochs):
-        plan = plan_epoch(
-            [int(task[1:]) for task in rows["task"]],
-            [len(tokens) for tokens in rows["input_ids"]],
-            micro_batch_size=B,
+        plan = plan_of(
+            rows,
             world_size=world_size,
             accumulation_steps=options.get("gradient_accumulation_steps", 1),
             purity=options.get("commonit_purity", "step"),

@@ -29,7 +29,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from toys import Recorder, id_rows, tiny_model, tiny_tokenizer  # noqa: E402
+from toys import QUIET, Recorder, id_rows, tiny_model, tiny_tokenizer  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
@@ -66,17 +66,10 @@ def train(run: dict) -> None:
     directory = Path(run["dir"])
     options = {
         "output_dir": str(directory / f"{run['name']}-out"),
+        **QUIET,
         "use_cpu": not USES_DEEPSPEED,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "per_device_train_batch_size": 2,
         "num_train_epochs": 2,
         "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "max_length": None,
         **run.get("options", {}),
     }
     if run.get("deepspeed"):
