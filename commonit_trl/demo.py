@@ -66,8 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         console.print("[bold]CommonIT demo[/]: a tiny model, trained by each way to group its data.")
         _use_one_thread()
         train_rows, held_out_rows = generate_rows(arguments.seed)
-        _write_rows(output_dir / "data", train_rows, held_out_rows)
-        parameters = _make_models(output_dir, train_rows, arguments.seed)
+        write_rows(output_dir / "data", train_rows, held_out_rows)
+        parameters = make_models(output_dir, train_rows, arguments.seed)
         console.print(
             f"Generated: {len(train_rows):,} training and {len(held_out_rows)} held-out rows of "
             f"{len(FAMILIES)} task families, a Llama of {parameters / 1e6:.1f} million random weights, and a "
@@ -195,7 +195,8 @@ def generate_rows(seed: int) -> tuple[list[Row], list[Row]]:
     return train, held_out
 
 
-def _write_rows(directory: Path, train: list[Row], held_out: list[Row]) -> None:
+def write_rows(directory: Path, train: list[Row], held_out: list[Row]) -> None:
+    """Write `train.jsonl` and `test.jsonl`."""
     directory.mkdir(exist_ok=True)
     for name, rows in (("train", train), ("test", held_out)):
         lines = (json.dumps(row) + "\n" for row in rows)
@@ -210,7 +211,7 @@ def _sample(rows: list[Row], per_family: int) -> list[Row]:
 # --- the models ---------------------------------------------------------------------------------------------
 
 
-def _make_models(output_dir: Path, rows: list[Row], seed: int) -> int:
+def make_models(output_dir: Path, rows: list[Row], seed: int) -> int:
     """Save a tokenizer, an untrained Llama and a sentence encoder; returns the Llama's number of weights."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding

@@ -68,9 +68,10 @@ class CommonITMixin(_Mixed):
     eval_dataset: Any
     commonit_grouper: Grouper | None = None
     commonit_group_ids: NDArray[np.int64] | None = None
+    _commonit_logger = logger  # a framework that hides other packages' messages puts its own here
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+        given = {**inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments, **kwargs}
         options: Any = given.get("args")
         dataset: Any = given.get("train_dataset")
         if not isinstance(options, CommonITArguments):
@@ -80,7 +81,7 @@ class CommonITMixin(_Mixed):
             )
         self._commonit_on = options.commonit_on and dataset is not None
         if self._commonit_on:
-            _check_settings(options)
+            self._commonit_check_settings(options)
             _check_dataset(dataset)
             build_grouper(options, dataset.column_names)  # a missing task column is seen here, before the model
         self._commonit_raw_train_dataset = dataset  # for parents that prepare it as they are constructed
@@ -91,6 +92,46 @@ class CommonITMixin(_Mixed):
         super().__init__(*args, **kwargs)
         if self._commonit_on:
             self._commonit_set_up()
+
+    def _commonit_check_settings(self, args: Any) -> None:
+        """Refuse the trainer settings that would undo group-pure batches."""
+        accelerator_config = args.accelerator_config
+        refused = {
+            "train_sampling_strategy": (
+                args.train_sampling_strategy,
+                args.train_sampling_strategy != "random",
+                "it is another order of samples; leave it at 'random' (commonit_balance_lengths keeps padding low)",
+            ),
+            "accelerator_config.split_batches": (
+                accelerator_config.split_batches,
+                accelerator_config.split_batches,
+                "it would cut micro-batches apart; set it to False",
+            ),
+            "accelerator_config.dispatch_batches": (
+                accelerator_config.dispatch_batches,
+                accelerator_config.dispatch_batches,
+                "it would hand one rank's micro-batches to all; set it to False",
+            ),
+            "dataloader_drop_last": (
+                args.dataloader_drop_last,
+                args.dataloader_drop_last,
+                "the plan decides what becomes of remainders; use commonit_remainder='drop'",
+            ),
+            "ignore_data_skip": (
+                args.ignore_data_skip,
+                args.ignore_data_skip,
+                "a resumed epoch would start over and repeat samples; set it to False",
+            ),
+            "average_tokens_across_devices": (
+                args.average_tokens_across_devices,
+                not args.average_tokens_across_devices and args.world_size > 1 and args.commonit_balance_lengths,
+                "each rank's tokens would weigh differently and the arrangement by length would change the gradient; "
+                "set it to True, or commonit_balance_lengths to False",
+            ),
+        }
+        for name, (value, conflicts, way_out) in refused.items():
+            if conflicts:
+                raise ValueError(f"{name}={value!r} does not go with commonit_metric: {way_out}.")
 
     # --- groups and plans -------------------------------------------------------------------------------------------
 
@@ -107,7 +148,7 @@ class CommonITMixin(_Mixed):
         self.add_callback(_EpochOnResume())
         summary = self.commonit_plan().summary()
         if self.is_world_process_zero():
-            _log_ledger(summary, self.commonit_grouper, self.args)
+            self._commonit_log_ledger(summary)
 
     def _commonit_arrangement_lengths(self) -> NDArray[np.int64] | None:
         """(rows,) tokens by which to arrange steps, or None where arranging is off or would change the gradient."""
@@ -124,7 +165,15 @@ class CommonITMixin(_Mixed):
         if not rows.tokenized:
             logger.info("commonit_balance_lengths: the rows are not tokenised, so micro-batches keep equal sizes.")
             return None
-        return rows.token_counts("total")
+        counts = rows.token_counts("total")
+        # What a row costs: a collator that pads to a multiple makes it longer.
+        multiple = getattr(self.data_collator, "pad_to_multiple_of", None) or 1
+        return -(-counts // multiple) * multiple
+
+    def _commonit_samples(self) -> tuple[NDArray[np.int64], NDArray[np.int64] | None, int]:
+        """What plans are made of: (samples,) group ids, (samples,) tokens or None, and samples a micro-batch."""
+        assert self.commonit_group_ids is not None
+        return self.commonit_group_ids, self._commonit_lengths, self._train_batch_size
 
     def _commonit_plan_of(self) -> Callable[..., EpochPlan]:
         assert self.commonit_grouper is not None and self.commonit_group_ids is not None
@@ -133,16 +182,17 @@ class CommonITMixin(_Mixed):
                 f"train_dataset now has {len(self.train_dataset)} rows and had {len(self.commonit_group_ids)} when it "
                 "was grouped: give the dataset at construction and do not replace it."
             )
+        group_ids, lengths, micro_batch_size = self._commonit_samples()
         return functools.partial(
             plan_epoch,
-            group_ids=self.commonit_group_ids,
-            lengths=self._commonit_lengths,
-            micro_batch_size=self._train_batch_size,
+            group_ids=group_ids,
+            lengths=lengths,
+            micro_batch_size=micro_batch_size,
             world_size=self._commonit_world_size,
             accumulation_steps=self.args.gradient_accumulation_steps,
             purity=self.args.commonit_purity,
             remainder=self.args.commonit_remainder,
-            weights=_weights_by_id(self.args.commonit_weights, self.commonit_grouper.names, self.commonit_group_ids),
+            weights=_weights_by_id(self.args.commonit_weights, self.commonit_grouper.names, group_ids),
             seed=_data_seed(self.args),
         )
 
@@ -156,6 +206,10 @@ class CommonITMixin(_Mixed):
             raise ValueError("commonit_metric='none' (or a trainer without train_dataset) has no plan.")
         return self._commonit_plan_of()(epoch=epoch)
 
+    def _commonit_batch_sampler(self) -> CommonITBatchSampler:
+        """This rank's micro-batches."""
+        return CommonITBatchSampler(self._commonit_plan_of(), self._commonit_rank)
+
     def get_train_dataloader(self) -> Any:
         """The parent's dataloader, over this rank's micro-batches of the plan."""
         loader = super().get_train_dataloader()
@@ -163,7 +217,7 @@ class CommonITMixin(_Mixed):
             return loader
         return CommonITDataLoader(
             loader.dataset,
-            CommonITBatchSampler(self._commonit_plan_of(), self._commonit_rank),
+            self._commonit_batch_sampler(),
             collate_fn=loader.collate_fn,
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
@@ -174,6 +228,35 @@ class CommonITMixin(_Mixed):
             persistent_workers=loader.persistent_workers,
             in_order=loader.in_order,
         )
+
+    def _commonit_log_ledger(self, summary: PlanSummary) -> None:
+        """Say what an epoch holds, and as a warning what it leaves out or repeats."""
+        assert self.commonit_grouper is not None
+        self._commonit_logger.info(
+            "commonit_metric=%s: %d groups, %d steps an epoch (plain batches: %d), %d samples, %d lost, %d repeated.",
+            self.args.commonit_metric,
+            summary.num_groups,
+            summary.num_steps,
+            summary.vanilla_steps,
+            summary.num_samples,
+            summary.lost,
+            summary.repeated,
+        )
+        for count, what in ((summary.group_lost, "leaves out"), (summary.group_repeated, "repeats")):
+            affected = np.flatnonzero(count)
+            if len(affected):
+                most = affected[np.argsort(-count[affected], kind="stable")[:5]]
+                self._commonit_logger.warning(
+                    "commonit_remainder=%s, commonit_weights=%s: an epoch %s %d of %d samples, in %d "
+                    "groups (most: %s).",
+                    self.args.commonit_remainder,
+                    self.args.commonit_weights,
+                    what,
+                    count.sum(),
+                    summary.num_samples,
+                    len(affected),
+                    ", ".join(f"{count[group]} of {self.commonit_grouper.names[group]!r}" for group in most),
+                )
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -202,9 +285,12 @@ class CommonITMixin(_Mixed):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as the parent does, and the groups beside it in `commonit/`."""
         super().save_model(output_dir, _internal_call)
+        self._commonit_save(output_dir or self.args.output_dir)
+
+    def _commonit_save(self, output_dir: str) -> None:
         if self._commonit_on and self.args.should_save:
             assert self.commonit_grouper is not None
-            directory = Path(output_dir or self.args.output_dir) / COMMONIT_DIR
+            directory = Path(output_dir) / COMMONIT_DIR
             self.commonit_grouper.save(directory)
             (directory / RUN_FILE).write_text(json.dumps(self._commonit_run(), indent=2), encoding="utf-8")
 
@@ -215,6 +301,7 @@ class CommonITMixin(_Mixed):
         )
         if checkpoint:
             self._commonit_check_checkpoint(Path(checkpoint))
+        self._commonit_save(self.args.output_dir)  # from the start, whatever becomes of the run
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _commonit_check_checkpoint(self, checkpoint: Path) -> None:
@@ -279,6 +366,8 @@ class CommonITMixin(_Mixed):
                     name = self.commonit_grouper.names[group] if group >= 0 else "(unseen task)"
                     # Not get_eval_dataloader, which with persistent workers returns the loader of the whole set.
                     part = self.get_test_dataloader(dataset.select(np.flatnonzero(group_ids == group)))
+                    if len(part) == 0:  # a parent that drops incomplete batches
+                        continue
                     result = loop(part, f"{description} of {name}", True, None, metric_key_prefix)
                     output.metrics[f"{metric_key_prefix}_loss_{name}"] = result.metrics[f"{metric_key_prefix}_loss"]
         return output
@@ -441,47 +530,6 @@ def _digest(content: Any) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def _check_settings(args: Any) -> None:
-    """Refuse the trainer settings that would undo group-pure batches."""
-    accelerator_config = args.accelerator_config
-    refused = {
-        "train_sampling_strategy": (
-            args.train_sampling_strategy,
-            args.train_sampling_strategy != "random",
-            "it is another order of samples; leave it at 'random' (commonit_balance_lengths keeps padding low)",
-        ),
-        "accelerator_config.split_batches": (
-            accelerator_config.split_batches,
-            accelerator_config.split_batches,
-            "it would cut micro-batches apart; set it to False",
-        ),
-        "accelerator_config.dispatch_batches": (
-            accelerator_config.dispatch_batches,
-            accelerator_config.dispatch_batches,
-            "it would hand one rank's micro-batches to all; set it to False",
-        ),
-        "dataloader_drop_last": (
-            args.dataloader_drop_last,
-            args.dataloader_drop_last,
-            "the plan decides what becomes of remainders; use commonit_remainder='drop'",
-        ),
-        "ignore_data_skip": (
-            args.ignore_data_skip,
-            args.ignore_data_skip,
-            "a resumed epoch would start over and repeat samples; set it to False",
-        ),
-        "average_tokens_across_devices": (
-            args.average_tokens_across_devices,
-            not args.average_tokens_across_devices and args.world_size > 1 and args.commonit_balance_lengths,
-            "each rank's tokens would weigh differently and the arrangement by length would change the gradient; set "
-            "it to True, or commonit_balance_lengths to False",
-        ),
-    }
-    for name, (value, conflicts, way_out) in refused.items():
-        if conflicts:
-            raise ValueError(f"{name}={value!r} does not go with commonit_metric: {way_out}.")
-
-
 def _check_dataset(dataset: Any) -> None:
     if not isinstance(dataset, Dataset):
         raise ValueError(
@@ -518,32 +566,3 @@ def _weights_by_id(weights: Any, names: list[str], group_ids: NDArray[np.int64])
     if missing:
         raise ValueError(f"commonit_weights names no weight for {', '.join(map(repr, missing))}: give each group one.")
     return {group: float(weights[names[group]]) for group in np.unique(group_ids).tolist()}
-
-
-def _log_ledger(summary: PlanSummary, grouper: Grouper | None, args: Any) -> None:
-    """Say what an epoch holds, and as a warning what it leaves out or repeats."""
-    assert grouper is not None
-    logger.info(
-        "commonit_metric=%s: %d groups, %d steps an epoch (plain batches: %d), %d samples, %d lost, %d repeated.",
-        args.commonit_metric,
-        summary.num_groups,
-        summary.num_steps,
-        summary.vanilla_steps,
-        summary.num_samples,
-        summary.lost,
-        summary.repeated,
-    )
-    for count, what in ((summary.group_lost, "leaves out"), (summary.group_repeated, "repeats")):
-        affected = np.flatnonzero(count)
-        if len(affected):
-            most = affected[np.argsort(-count[affected], kind="stable")[:5]]
-            logger.warning(
-                "commonit_remainder=%s, commonit_weights=%s: an epoch %s %d of %d samples, in %d groups (most: %s).",
-                args.commonit_remainder,
-                args.commonit_weights,
-                what,
-                count.sum(),
-                summary.num_samples,
-                len(affected),
-                ", ".join(f"{count[group]} of {grouper.names[group]!r}" for group in most),
-            )

@@ -1,0 +1,125 @@
+"""Sample packing where each group is packed alone, by Axolotl's own `MultipackBatchSampler`.
+
+Steps: (1) shuffle each group's rows and let Axolotl pack them into bins; (2) where a group has fewer bins than its
+steps have micro-batches, split bins, so that no bin has to be trained twice; (3) plan epochs over bins instead of rows.
+Axolotl's collators then get what they always get: a micro-batch is a list of bins, a bin a list of row numbers.
+
+The bins are made once: a run's epochs must have the same number of steps. Which bins share a step, and the order of
+steps, differ from epoch to epoch.
+
+Cost: that of Axolotl's packing, first-fit compiled by numba, at most `sample_packing_group_size` rows at a time.
+"""
+
+import hashlib
+import heapq
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from axolotl.utils.samplers import MultipackBatchSampler
+from numpy.typing import NDArray
+
+from commonit_trl.sampler import CommonITBatchSampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bins:
+    """Rows packed into bins, each of one group."""
+
+    rows: list[list[int]]
+    """(bins,) row numbers of each bin."""
+    group_ids: NDArray[np.int64]
+    """(bins,) the group of each."""
+    lengths: NDArray[np.int64]
+    """(bins,) tokens in each."""
+    capacity: int
+    """Tokens that a bin can hold."""
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the bins' capacity that holds tokens."""
+        return float(self.lengths.sum() / (len(self.rows) * self.capacity))
+
+    def digest(self) -> str:
+        """A hash of which rows are in which bin."""
+        return hashlib.blake2b(json.dumps(self.rows).encode(), digest_size=8).hexdigest()
+
+
+def pack_groups(
+    group_ids: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    *,
+    capacity: int,
+    bins_per_micro_batch: int,
+    micro_batches_per_unit: int,
+    split: bool,
+    seed: int,
+    **options: Any,
+) -> Bins:
+    """Pack the rows of each group.
+
+    Args:
+        group_ids, lengths: (rows,) group and tokens of each row.
+        capacity: tokens of a bin.
+        bins_per_micro_batch: bins that a micro-batch holds on average.
+        micro_batches_per_unit: micro-batches that must share a group.
+        split: whether to split bins so that a group has at least as many as its units have micro-batches.
+        seed: of the order in which rows are offered to the packer.
+        options: of `MultipackBatchSampler`: `group_size`, `bin_size`, `sequential`, `num_processes`, `mp_start_method`.
+    """
+    order = np.random.default_rng(seed).permutation(len(group_ids))
+    packed: list[list[int]] = []
+    packed_groups: list[int] = []
+    for group in np.unique(group_ids):
+        rows = order[group_ids[order] == group]
+        sampler = MultipackBatchSampler(
+            rows.tolist(),
+            batch_size=1,
+            batch_max_len=capacity,
+            lengths=lengths,
+            drop_last=False,
+            **options,
+        )
+        bins = [bin_ for batch in sampler.generate_batches() for bin_ in batch]
+        if split:
+            units = -(-len(bins) // (bins_per_micro_batch * micro_batches_per_unit))
+            bins = split_bins(bins, units * micro_batches_per_unit)
+        packed += bins
+        packed_groups += [int(group)] * len(bins)
+    return Bins(
+        rows=packed,
+        group_ids=np.array(packed_groups, dtype=np.int64),
+        lengths=np.array([lengths[bin_].sum() for bin_ in packed], dtype=np.int64),
+        capacity=capacity,
+    )
+
+
+def split_bins(bins: list[list[int]], least: int) -> list[list[int]]:
+    """Halve the bins with most rows until there are at least `least`, or no bin with two rows is left."""
+    queue = [(-len(rows), place, rows) for place, rows in enumerate(bins)]
+    heapq.heapify(queue)
+    while len(queue) < least and queue[0][0] < -1:
+        _, place, rows = heapq.heappop(queue)
+        half = len(rows) // 2
+        heapq.heappush(queue, (-half, place, rows[:half]))
+        heapq.heappush(queue, (half - len(rows), len(bins) + len(queue), rows[half:]))
+    return [rows for _, _, rows in sorted(queue, key=lambda entry: entry[1])]
+
+
+class PackedBatchSampler(CommonITBatchSampler):
+    """Yields the micro-batches of one rank from a plan over bins: lists of bins, which are lists of row numbers.
+
+    Args:
+        bins: what the plan's samples stand for.
+        plan, rank: as `CommonITBatchSampler` takes them.
+    """
+
+    def __init__(self, bins: Bins, plan: Any, rank: int = 0) -> None:
+        super().__init__(plan, rank)
+        self.bins = bins
+
+    def __iter__(self) -> Iterator[Any]:
+        for micro_batch in super().__iter__():
+            yield [self.bins.rows[place] for place in micro_batch]

@@ -1,0 +1,122 @@
+"""`AxolotlTrainer` with group-pure batches, packed or not.
+
+Two things differ from the mixin under TRL. Axolotl packs in the sampler, so plans are made of bins
+(`axolotl_plugin.packing`). And the loss of a step is its mean over tokens, as transformers computes it: Axolotl takes
+the mean of each micro-batch instead, and then a sample's weight would depend on those that share its micro-batch
+(`axolotl_plugin/README.md` says more).
+"""
+
+import copy
+import inspect
+from typing import Any
+
+import numpy as np
+from axolotl.core.trainers import AxolotlTrainer
+from axolotl.utils.logging import get_logger
+from numpy.typing import NDArray
+from torch.utils.data import SequentialSampler
+from transformers.trainer_utils import unwrap_peft_model
+
+from axolotl_plugin.packing import Bins, PackedBatchSampler, pack_groups
+from commonit_trl.sampler import CommonITBatchSampler
+from commonit_trl.text import Rows
+from commonit_trl.trainer import CommonITMixin
+
+LOG = get_logger(__name__)
+
+
+class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
+    """`AxolotlTrainer` with group-pure batches."""
+
+    _commonit_logger = LOG
+    _commonit_packed: Bins | None = None
+
+    def _commonit_check_settings(self, args: Any) -> None:
+        # Axolotl sets it for the evaluation of packed runs; our training batches do not read it.
+        checked = copy.copy(args)
+        checked.dataloader_drop_last = False
+        super()._commonit_check_settings(checked)
+
+    def _commonit_set_up(self) -> None:
+        self.model_accepts_loss_kwargs = accepts_loss_kwargs(self.accelerator.unwrap_model(self.model))
+        super()._commonit_set_up()
+        # Packed rows keep all their columns, and Axolotl's collators take each for numbers. The loss of each group of
+        # the evaluation set needs its labels before they go.
+        group_ids = None if self.eval_dataset is None else self._commonit_assign_eval(self.eval_dataset)
+        self.train_dataset = _without_labels(self.train_dataset)
+        self.eval_dataset = _without_labels(self.eval_dataset)
+        if self.eval_dataset is not None:
+            self._commonit_eval_groups[self.eval_dataset] = group_ids
+
+    # --- packing ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _commonit_packs(self) -> bool:
+        return bool(self.args.sample_packing)
+
+    def _commonit_bins(self) -> Bins:
+        """The training rows in bins of the size that `AxolotlTrainer._create_multipack_sampler` gives them."""
+        bins_per_micro_batch = self._train_batch_size if self.args.multipack_real_batches else 1
+        capacity = self._train_batch_size // bins_per_micro_batch * self.args.max_seq_length
+        if self._commonit_packed is None or self._commonit_packed.capacity != capacity:  # auto_find_batch_size
+            assert self.commonit_group_ids is not None
+            world_size, accumulation_steps = self._commonit_world_size, self.args.gradient_accumulation_steps
+            units = {"step": world_size * accumulation_steps, "global": world_size, "micro": 1}
+            self._commonit_packed = pack_groups(
+                self.commonit_group_ids,
+                Rows(self.train_dataset).token_counts("total"),
+                capacity=capacity,
+                bins_per_micro_batch=bins_per_micro_batch,
+                micro_batches_per_unit=units[self.args.commonit_purity],
+                split=self.args.commonit_remainder == "keep",
+                seed=self.args.seed,
+                group_size=self.args.sample_packing_group_size,
+                bin_size=self.args.sample_packing_bin_size,
+                sequential=self.args.sample_packing_sequentially,
+                num_processes=self.args.dataset_num_proc,
+                mp_start_method=self.args.sample_packing_mp_start_method or "fork",
+            )
+        return self._commonit_packed
+
+    def _commonit_samples(self) -> tuple[NDArray[np.int64], NDArray[np.int64] | None, int]:
+        if not self._commonit_packs:
+            return super()._commonit_samples()
+        bins = self._commonit_bins()
+        lengths = None if self._commonit_lengths is None else bins.lengths
+        return bins.group_ids, lengths, self._train_batch_size if self.args.multipack_real_batches else 1
+
+    def _commonit_batch_sampler(self) -> CommonITBatchSampler:
+        if not self._commonit_packs:
+            return super()._commonit_batch_sampler()
+        return PackedBatchSampler(self._commonit_bins(), self._commonit_plan_of(), self._commonit_rank)
+
+    def _commonit_run(self) -> dict[str, Any]:
+        run = super()._commonit_run()
+        if self._commonit_packs:
+            run["order of samples"] += f", bins {self._commonit_bins().digest()}"
+        return run
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Axolotl's, which packs the whole dataset several times; not where our batches take its place."""
+        if self._commonit_on:
+            return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        return super()._get_train_sampler(train_dataset)
+
+
+def accepts_loss_kwargs(model: Any) -> bool:
+    """What `transformers.Trainer.__init__` finds out: whether the model's loss takes the token count of the step.
+
+    `AxolotlTrainer.__init__` looks for the argument in the signature of the model inside the model, where none of
+    transformers' causal language models has it.
+    """
+    model = unwrap_peft_model(model)
+    if hasattr(model, "accepts_loss_kwargs"):
+        return model.accepts_loss_kwargs
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _without_labels(dataset: Any) -> Any:
+    if dataset is None:
+        return None
+    return dataset.remove_columns([name for name in dataset.column_names if name.startswith("commonit_task[")])

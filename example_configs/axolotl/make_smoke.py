@@ -1,0 +1,17 @@
+"""Make what smoke-cpu.yml trains on, in out/smoke: generated rows of six task families, a tokenizer trained on them, a
+Llama of 0.4 million random weights and a toy encoder. Takes a few seconds; downloads nothing.
+
+    python example_configs/axolotl/make_smoke.py [FOLDER]
+"""
+
+import sys
+from pathlib import Path
+
+from commonit_trl.demo import generate_rows, make_models, write_rows
+
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else "out/smoke")
+train, held_out = generate_rows(seed=0)
+folder.mkdir(parents=True, exist_ok=True)
+write_rows(folder / "data", train, held_out)
+make_models(folder, train, seed=0)
+print(f"{len(train)} training and {len(held_out)} held-out rows and two models are in {folder}.")
