@@ -1,4 +1,4 @@
-"""Sample packing where each group is packed alone, by Axolotl's own `MultipackBatchSampler`.
+"""Sample packing where each group is packed alone, by the functions that Axolotl's `MultipackBatchSampler` packs with.
 
 Steps: (1) shuffle each group's rows and let Axolotl pack them into bins; (2) where a group has fewer bins than its
 steps have micro-batches, split bins, so that no bin has to be trained twice; (3) plan epochs over bins instead of rows.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from axolotl.utils.samplers import MultipackBatchSampler
+from axolotl.utils.samplers.multipack import allocate_sequentially, pack_parallel
 from numpy.typing import NDArray
 
 from commonit_trl.sampler import CommonITBatchSampler
@@ -67,33 +67,57 @@ def pack_groups(
         micro_batches_per_unit: micro-batches that must share a group.
         split: whether to split bins so that a group has at least as many as its units have micro-batches.
         seed: of the order in which rows are offered to the packer.
-        options: of `MultipackBatchSampler`: `group_size`, `bin_size`, `sequential`, `num_processes`, `mp_start_method`.
+        options: of `pack_rows`.
     """
     order = np.random.default_rng(seed).permutation(len(group_ids))
+    by_group = order[np.argsort(group_ids[order], kind="stable")]
+    groups, counts = np.unique(group_ids, return_counts=True)
     packed: list[list[int]] = []
-    packed_groups: list[int] = []
-    for group in np.unique(group_ids):
-        rows = order[group_ids[order] == group]
-        sampler = MultipackBatchSampler(
-            rows.tolist(),
-            batch_size=1,
-            batch_max_len=capacity,
-            lengths=lengths,
-            drop_last=False,
-            **options,
-        )
-        bins = [bin_ for batch in sampler.generate_batches() for bin_ in batch]
+    bins_of_group: list[int] = []
+    for rows in np.split(by_group, np.cumsum(counts)[:-1]):
+        bins = pack_rows(rows, lengths[rows], capacity, **options)
         if split:
             units = -(-len(bins) // (bins_per_micro_batch * micro_batches_per_unit))
             bins = split_bins(bins, units * micro_batches_per_unit)
         packed += bins
-        packed_groups += [int(group)] * len(bins)
+        bins_of_group.append(len(bins))
     return Bins(
         rows=packed,
-        group_ids=np.array(packed_groups, dtype=np.int64),
-        lengths=np.array([lengths[bin_].sum() for bin_ in packed], dtype=np.int64),
+        group_ids=np.repeat(groups, bins_of_group),
+        lengths=np.array([lengths[rows].sum() for rows in packed], dtype=np.int64),
         capacity=capacity,
     )
+
+
+def pack_rows(
+    rows: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    capacity: int,
+    *,
+    sequential: bool,
+    group_size: int,
+    bin_size: int,
+    num_processes: int | None,
+    mp_start_method: str,
+) -> list[list[int]]:
+    """Pack rows as `MultipackBatchSampler.generate_batches` does; the options are Axolotl's.
+
+    Args:
+        rows, lengths: (rows,) row numbers and tokens, in the order in which the packer takes them.
+    """
+    lengths = lengths.astype(np.int32)
+    if sequential:
+        bins, _, _ = allocate_sequentially(lengths, rank=0, bin_capacity=capacity, num_ranks=1)
+    else:
+        bins = pack_parallel(
+            lengths,
+            bin_capacity=capacity,
+            group_size=group_size,
+            bin_size=bin_size,
+            num_processes=min(4, num_processes or 4) if len(rows) > group_size else 1,
+            mp_start_method=mp_start_method,
+        )
+    return [[int(rows[place]) for place in places] for places in bins]
 
 
 def split_bins(bins: list[list[int]], least: int) -> list[list[int]]:

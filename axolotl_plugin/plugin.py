@@ -1,10 +1,14 @@
-"""The hooks that Axolotl calls; all of them return at once with `commonit_metric: none`."""
+"""The hooks that Axolotl calls; all of them return at once where CommonIT is off: by `commonit_metric: none`, or in a
+later recipe of the same process that does not name the plugin, since Axolotl asks the plugins of earlier ones too."""
 
+import importlib
 import math
+import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
+import click
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.logging import get_logger
 
@@ -33,14 +37,23 @@ class CommonITPlugin(BasePlugin):
     """Group-pure batches in an Axolotl recipe: `commonit_metric: length`, and the other `commonit_*` keys."""
 
     def register(self, cfg: Any) -> None:
-        """Check the recipe as it was written.
+        """Check the recipe as it was written, and prepare Axolotl's data loading for task labels.
+
+        Here, because it is the only hook before the data is loaded that `axolotl evaluate` has too.
 
         Raises:
             ValueError: on a missing, misspelt or wrong `commonit_*` key, and on keys that conflict with them.
         """
-        options = read_options(cfg)
-        if options.commonit_on:
-            _check_recipe(cfg, options)
+        _check_command_line()
+        options = self._options(cfg)
+        if options is None:
+            return
+        _check_recipe(cfg, options)
+        _renew_training_arguments()
+        if options.commonit_metric == "task":
+            from axolotl_plugin.labels import replace_in_axolotl
+
+            replace_in_axolotl()
 
     def get_input_args(self) -> str:
         return "axolotl_plugin.args.CommonITArgs"
@@ -49,33 +62,30 @@ class CommonITPlugin(BasePlugin):
         return "axolotl_plugin.args.CommonITTrainingArgs"
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
-        """Prepare Axolotl's own loading for the task labels; loads nothing itself."""
-        from axolotl_plugin.labels import TaskLabels, restore_axolotl
-
-        options = read_options(cfg)
-        restore_axolotl()
-        if not options.commonit_on:
+        """Check the other plugins, which are all there by now; loads nothing."""
+        if self._options(cfg) is not None:
+            _check_other_plugins(self, cfg)
+        elif cfg.get("commonit_metric") == "none":
             LOG.info("CommonIT is off (commonit_metric: none): these are Axolotl's own batches.")
-            return
-        _check_other_plugins(self, cfg)
-        if options.commonit_metric == "task":
-            TaskLabels(options, cfg).carry()
 
     def get_trainer_cls(self, cfg: Any) -> Any:
+        if self._options(cfg) is None:
+            return None
         from axolotl_plugin.trainer import CommonITAxolotlTrainer
 
-        return CommonITAxolotlTrainer if read_options(cfg).commonit_on else None
+        return CommonITAxolotlTrainer
 
-    def get_training_args(self, cfg: Any) -> dict[str, Any]:
+    def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """The options, and the settings of Axolotl's that they replace."""
+        options = self._options(cfg)
+        if options is None:
+            return None
         from axolotl_plugin.labels import TaskLabels
 
-        options = read_options(cfg)
         arguments = asdict(options)
-        if not options.commonit_on:
-            return arguments
-        if options.commonit_metric == "task":
-            arguments["commonit_task_column"] = [TaskLabels(options, cfg).column]
+        labels = TaskLabels.of_recipe(cfg)
+        if labels is not None:
+            arguments["commonit_task_column"] = [labels.column]
         return arguments | {
             "max_steps": cfg.max_steps or -1,  # else Axolotl's estimate, which knows nothing of the plan
             "average_tokens_across_devices": True,
@@ -83,11 +93,11 @@ class CommonITPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Take warm-up and logging from the plan's steps, and say what training will do."""
+        options = self._options(cfg)
+        if options is None:
+            return
         from axolotl_plugin.trainer import CommonITAxolotlTrainer
 
-        options = read_options(cfg)
-        if not options.commonit_on:
-            return
         if not isinstance(trainer, CommonITAxolotlTrainer):
             raise ValueError(
                 f"commonit_metric: {options.commonit_metric}: the trainer is {type(trainer).__name__}, not CommonIT's, "
@@ -99,6 +109,31 @@ class CommonITPlugin(BasePlugin):
         for name, value in _steps_of_axolotl(cfg, total_steps).items():
             setattr(trainer.args, name, value)
         _log_settings(trainer, cfg, total_steps)
+
+    def _options(self, cfg: Any) -> CommonITArguments | None:
+        """The checked options of a recipe; None where CommonIT is off."""
+        plugins = PluginManager.get_instance().plugins
+        if not any(plugins.get(name) is self for name in cfg.get("plugins") or ()):
+            return None
+        options = read_options(cfg)
+        return options if options.commonit_on else None
+
+
+def _check_command_line() -> None:
+    """Refuse `commonit_*` flags where Axolotl drops them: `axolotl train` gives what it does not know, as any plugin's
+    keys, to the launcher, and `--launcher python` is none."""
+    context = click.get_current_context(silent=True)
+    for flag in context.args if context else ():
+        if flag.startswith("--commonit"):
+            name = flag.lstrip("-").partition("=")[0].replace("-", "_")
+            raise ValueError(f"{flag} on the command line is not read by Axolotl: write {name}: into the recipe.")
+
+
+def _renew_training_arguments() -> None:
+    """Have Axolotl's training arguments made again where an earlier recipe of this process made them without ours."""
+    made = sys.modules.get("axolotl.core.training_args")
+    if made is not None and not issubclass(made.AxolotlTrainingArguments, CommonITArguments):
+        importlib.reload(made)
 
 
 def _check_recipe(cfg: Any, options: CommonITArguments) -> None:

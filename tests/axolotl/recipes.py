@@ -1,0 +1,153 @@
+"""Tiny Axolotl recipes: rows that carry their number, recipes as files, and runs of them in one process or several."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from toys import tiny_model, tiny_tokenizer
+
+WORKER = Path(__file__).with_name("worker.py")
+PLUGIN = "axolotl_plugin.CommonITPlugin"
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "ACCELERATE_USE_CPU": "1",
+    "COLUMNS": "200",
+}
+
+
+def make_rows(group_sizes: dict[str, int], seed: int = 0, first: int = 0) -> list[dict[str, Any]]:
+    """Alpaca rows of the given tasks, shuffled; `instruction` starts with the row's number, lengths differ."""
+    rng = random.Random(seed)
+    tasks = [task for task, size in group_sizes.items() for _ in range(size)]
+    rng.shuffle(tasks)
+    return [
+        {
+            "instruction": f"#{number}#" + "q" * rng.randint(1, 20),
+            "input": "",
+            "output": "a" * rng.randint(1, 40),
+            "task": task,
+        }
+        for number, task in enumerate(tasks, start=first)
+    ]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def save_model(directory: Path, model: str = "llama", dropout: float = 0.0) -> str:
+    """A tiny model and its tokenizer on disk."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tiny_model(model, dropout=dropout).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def recipe(directory: Path, datasets: Any, **keys: Any) -> dict[str, Any]:
+    """A recipe of a tiny model in `directory`; a key that is None is left out.
+
+    Args:
+        datasets: a path of alpaca rows, or the entries of `datasets:`.
+    """
+    if isinstance(datasets, str | Path):
+        datasets = [{"path": str(datasets), "type": "alpaca"}]
+    model = directory / "model"
+    keys = {
+        "plugins": [PLUGIN, "recorder.RecorderPlugin"],
+        "base_model": str(model) if model.exists() else save_model(model),
+        "special_tokens": {"pad_token": "<pad>"},
+        "datasets": datasets,
+        "dataset_prepared_path": str(directory / "prepared"),
+        "commonit_cache_dir": str(directory / "groups") if keys.get("commonit_metric") else None,
+        "dataset_num_proc": 1,
+        "sequence_len": 512,
+        "pad_to_sequence_len": False,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "num_epochs": 2,
+        "optimizer": "adamw_torch",
+        "learning_rate": 1e-3,
+        "lr_scheduler": "linear",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "attn_implementation": "sdpa" if keys.get("sample_packing") else "eager",
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+        "seed": 7,
+        "dataloader_pin_memory": False,
+        "output_dir": str(directory / "out"),
+        **keys,
+    }
+    return {key: value for key, value in keys.items() if value is not None}
+
+
+def write_recipe(path: Path, keys: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(keys), encoding="utf-8")
+    return path
+
+
+def axolotl(command: str, path: Path, record: Path | None = None, *flags: str) -> subprocess.CompletedProcess[str]:
+    """`axolotl <command> <path>`, as a user would type it on a machine without GPUs."""
+    environment = {**os.environ, **ENVIRONMENT}
+    paths = [str(WORKER.parent), str(WORKER.parents[1]), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    if record is not None:
+        environment["COMMONIT_TEST_RECORD"] = str(record)
+    launcher = ["--launcher", "python"] if command == "train" else []
+    program = str(Path(sys.executable).with_name("axolotl"))
+    return subprocess.run(
+        [program, command, str(path), *launcher, *flags],
+        env=environment,
+        cwd=path.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def launch(
+    runs: list[dict[str, Any]], directory: Path, world_size: int = 1, killed: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Do the `runs` (see `worker.py`) in one launch; with `killed`, it must die by SIGKILL."""
+    spec = directory / f"{runs[0]['name']}.runs.json"
+    spec.write_text(json.dumps(runs), encoding="utf-8")
+    command = [sys.executable]
+    if world_size > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(world_size), "--standalone"]
+    environment = {**os.environ, **ENVIRONMENT}
+    environment.pop("ACCELERATE_USE_CPU")  # the worker sets it where it fits
+    done = subprocess.run(
+        [*command, str(WORKER), str(spec)], env=environment, capture_output=True, text=True, timeout=500, cwd=directory
+    )
+    said = (done.stdout[-3000:] + done.stderr.partition("torch.distributed.elastic")[0])[-6000:]
+    if killed:
+        assert done.returncode == -9 or "SIGKILL" in done.stderr, said
+    else:
+        assert done.returncode == 0, said
+    return done
+
+
+def seen(path: Path, world_size: int = 1) -> dict[int, list[list[list[int]]]]:
+    """What the recorder wrote: optimizer step -> rank -> micro-step -> row numbers."""
+    steps: dict[int, list[list[list[int]]]] = {}
+    for rank in range(world_size):
+        for line in Path(f"{path}.ids.rank{rank}").read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            steps.setdefault(entry["step"], [[] for _ in range(world_size)])[rank].append(entry["ids"])
+    return steps
+
+
+def result(path: Path) -> dict[str, Any]:
+    return json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))

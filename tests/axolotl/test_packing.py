@@ -1,0 +1,104 @@
+"""Bins of one group: every row in exactly one, none over its capacity, as many as the steps need, and packed as
+Axolotl packs."""
+
+import numpy as np
+import pytest
+from axolotl.utils.samplers import MultipackBatchSampler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from axolotl_plugin.packing import Bins, PackedBatchSampler, pack_groups, split_bins
+from commonit_trl import plan_epoch
+
+CAPACITY = 64
+OPTIONS = {"group_size": 100_000, "bin_size": 200, "sequential": False, "num_processes": 1, "mp_start_method": "fork"}
+
+datasets = st.lists(st.tuples(st.integers(0, 3), st.integers(1, CAPACITY)), min_size=1, max_size=60)
+
+
+def pack(rows, **options):
+    group_ids, lengths = (np.array(values, dtype=np.int64) for values in zip(*rows))
+    options = {"bins_per_micro_batch": 1, "micro_batches_per_unit": 1, "split": True, "seed": 0, **OPTIONS, **options}
+    return pack_groups(group_ids, lengths, capacity=CAPACITY, **options), group_ids, lengths
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=datasets,
+    per_micro_batch=st.integers(1, 4),
+    per_unit=st.integers(1, 8),
+    sequential=st.booleans(),
+    bin_size=st.integers(1, 5),
+)
+def test_bins_hold_each_row_once_and_rows_of_one_group(rows, per_micro_batch, per_unit, sequential, bin_size):
+    bins, group_ids, lengths = pack(
+        rows,
+        bins_per_micro_batch=per_micro_batch,
+        micro_batches_per_unit=per_unit,
+        sequential=sequential,
+        bin_size=bin_size,
+    )
+    assert sorted(row for bin_rows in bins.rows for row in bin_rows) == list(range(len(rows)))
+    for bin_rows, group, tokens in zip(bins.rows, bins.group_ids, bins.lengths, strict=True):
+        assert set(group_ids[bin_rows]) == {group}
+        assert lengths[bin_rows].sum() == tokens <= CAPACITY
+        assert sequential or len(bin_rows) <= bin_size
+    for group in set(group_ids.tolist()):
+        count, size = np.sum(bins.group_ids == group), np.sum(group_ids == group)
+        units = -(-count // (per_micro_batch * per_unit))
+        assert count >= min(size, units * per_unit)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=datasets,
+    world_size=st.integers(1, 3),
+    accumulation=st.integers(1, 3),
+    per_micro_batch=st.integers(1, 3),
+    purity=st.sampled_from(["step", "global"]),
+)
+def test_a_plan_over_bins_repeats_rows_of_small_groups_only(rows, world_size, accumulation, per_micro_batch, purity):
+    per_unit = world_size * (accumulation if purity == "step" else 1)
+    bins, group_ids, _ = pack(rows, bins_per_micro_batch=per_micro_batch, micro_batches_per_unit=per_unit)
+    if len(bins.rows) < world_size * accumulation:
+        return  # refused by the plan
+    plan = plan_epoch(
+        bins.group_ids,
+        bins.lengths,
+        micro_batch_size=per_micro_batch,
+        world_size=world_size,
+        accumulation_steps=accumulation,
+        purity=purity,
+    )
+    sampled = [list(PackedBatchSampler(bins, lambda epoch: plan, rank)) for rank in range(world_size)]
+    seen = [row for batches in sampled for batch in batches for bin_rows in batch for row in bin_rows]
+    assert set(seen) == set(range(len(rows)))
+    counts = np.bincount(seen)
+    for group in set(group_ids.tolist()):
+        size, units = np.sum(group_ids == group), -(-np.sum(bins.group_ids == group) // (per_micro_batch * per_unit))
+        repeats = counts[group_ids == group].sum() - size
+        assert repeats == 0 if size >= units * per_unit else repeats < per_unit
+
+
+def test_rows_that_exceed_the_groups_size_are_packed_by_chunks_as_axolotl_does():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 30, 500)
+    ours, _, _ = pack([(0, int(length)) for length in lengths], split=False, group_size=100)
+    order = np.random.default_rng(0).permutation(500).tolist()
+    sampler = MultipackBatchSampler(
+        order, batch_size=1, batch_max_len=CAPACITY, lengths=lengths, bin_size=200, group_size=100, num_processes=1
+    )
+    assert ours.rows == [bin_rows for batch in sampler.generate_batches(set_stats=True) for bin_rows in batch]
+    assert ours.efficiency == pytest.approx(sampler.efficiency())
+
+
+def test_splitting_ends_with_bins_of_one_row():
+    assert split_bins([[1, 2, 3], [4]], 3) == [[1], [4], [2, 3]]
+    assert sorted(split_bins([[1, 2, 3], [4]], 9)) == [[1], [2], [3], [4]]
+
+
+def test_the_digest_tells_bins_apart():
+    def bins(rows):
+        return Bins(rows=rows, group_ids=np.zeros(2, int), lengths=np.ones(2, int), capacity=4).digest()
+
+    assert bins([[1], [2, 3]]) == bins([[1], [2, 3]]) != bins([[1, 2], [3]])

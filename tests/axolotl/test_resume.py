@@ -1,0 +1,67 @@
+"""I4 under Axolotl: a run that is killed in its second epoch and resumed goes on with exactly the micro-batches that
+were left, and ends with the weights of a run that was not killed.
+
+One rank, plain batches and `auto_resume_from_checkpoints`; two ranks, packed and `resume_from_checkpoint`.
+"""
+
+import pytest
+from recipes import axolotl, launch, make_rows, recipe, result, save_model, seen, write_recipe, write_rows
+from safetensors.torch import load_file
+
+KILLED_IN_SECOND_EPOCH = 2
+CASES = {
+    1: {"auto_resume_from_checkpoints": True},
+    2: {"sample_packing": True, "sequence_len": 512, "gradient_accumulation_steps": 2},
+}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda world_size: f"W{world_size}")
+def runs(request, tmp_path_factory):
+    """(directory, world size, steps of an epoch) of the runs `whole`, `killed` and `resumed`."""
+    world_size, directory = request.param, tmp_path_factory.mktemp("resume")
+    save_model(directory / "model", dropout=0.1)
+    data = write_rows(directory / "rows.jsonl", make_rows({"x": 23, "y": 15, "z": 4}))
+    keys = {"commonit_metric": "task", "save_strategy": "steps", "save_steps": 1, **CASES[world_size]}
+
+    def run(name, folder, **more):
+        path = write_recipe(
+            directory / f"{name}.yml", recipe(directory, data, output_dir=str(directory / folder), **keys, **more)
+        )
+        return {"name": name, "recipe": str(path)}
+
+    whole, killed, resumed = run("whole", "whole-out"), run("killed", "killed-out"), run("resumed", "killed-out")
+    prepared = axolotl("preprocess", directory / "whole.yml")
+    assert prepared.returncode == 0, prepared.stderr[-3000:]
+    launch([whole], directory, world_size)
+    per_epoch = result(directory / "whole")["global_step"] // 2
+    killed["kill_at"] = per_epoch + KILLED_IN_SECOND_EPOCH
+    launch([killed], directory, world_size, killed=True)
+    if "auto_resume_from_checkpoints" not in keys:
+        last = directory / "killed-out" / f"checkpoint-{per_epoch + KILLED_IN_SECOND_EPOCH}"
+        resumed = run("resumed", "killed-out", resume_from_checkpoint=str(last))
+    launch([resumed], directory, world_size)
+    return directory, world_size, per_epoch
+
+
+def test_the_resumed_run_sees_exactly_what_was_left(runs):
+    directory, world_size, per_epoch = runs
+    whole, killed, resumed = (seen(directory / name, world_size) for name in ("whole", "killed", "resumed"))
+    first = per_epoch + KILLED_IN_SECOND_EPOCH
+    assert sorted(resumed) == list(range(first, 2 * per_epoch))
+    assert resumed == {step: whole[step] for step in resumed}
+    assert {step: killed[step] for step in range(first)} == {step: whole[step] for step in range(first)}
+
+
+def test_the_resumed_run_ends_with_the_same_weights(runs):
+    directory, world_size, _ = runs
+    whole = load_file(directory / "whole-out" / "model.safetensors")
+    resumed = load_file(directory / "killed-out" / "model.safetensors")
+    for name, weights in whole.items():
+        difference = (weights - resumed[name]).abs().max().item()
+        assert difference == 0 if world_size == 1 else difference <= 1e-6, name
+
+
+def test_the_groups_are_saved_with_model_and_checkpoints(runs):
+    directory, _, per_epoch = runs
+    for folder in ("whole-out", f"whole-out/checkpoint-{2 * per_epoch}"):
+        assert sorted(file.name for file in (directory / folder / "commonit").iterdir()) >= ["groups.json", "run.json"]

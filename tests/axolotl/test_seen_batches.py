@@ -1,0 +1,223 @@
+"""I1 to I5 under Axolotl, on what the model really sees: every metric, plain and packed, accumulation 1 and 3, one rank
+and two.
+
+1. Pure: all micro-batches of a step, on all ranks, hold rows of one group.
+2. Lossless: every row once an epoch; only groups with fewer rows than a step has micro-batches repeat rows.
+3. Agreed: all ranks have the same number of micro-batches in every step.
+4. Reproducible: the same recipe gives the same batches; epochs differ.
+5. Honest length: a run of N epochs without `max_steps` is N plans long, and the scheduler ends with it.
+
+Which group a row belongs to is known from how the rows are made, not from the groups that were computed.
+"""
+
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from recipes import axolotl, launch, recipe, result, seen, write_recipe, write_rows
+
+QUESTIONS = {
+    "capital": "What is the capital city of {}?",
+    "sum": "Add the numbers {} and {} together.",
+    "poem": "Write a short love poem about {}.",
+}
+WORDS = ["France", "seven", "spring", "Japan", "nine", "the sea", "Peru", "four", "a rose"]
+SIZES = {"capital": 13, "sum": 5, "poem": 1}  # at W = 2, A = 3: one more than a step, one fewer than its micro-batches
+ANSWER_LENGTHS = {5: 12, 20: 6, 35: 1}  # at W = 2, A = 3: a whole step, as many as its micro-batches
+EDGES = [10, 30]
+EPOCHS = 2
+BATCH_SIZE = 2
+SEQUENCE_LEN = 160
+FORMAT = {"field_instruction": "instruction", "field_output": "output", "format": "{instruction}"}
+PACKINGS = {
+    "plain": {},
+    "packed": {"sample_packing": True, "multipack_real_batches": False},
+    "packed-rows": {"sample_packing": True, "multipack_real_batches": True},
+}
+
+
+def question(task, rng):
+    return QUESTIONS[task].format(rng.choice(WORDS), rng.choice(WORDS))
+
+
+def make_rows():
+    rng = random.Random(0)
+    tasks = [task for task, size in SIZES.items() for _ in range(size)]
+    lengths = [length for length, size in ANSWER_LENGTHS.items() for _ in range(size)]
+    rng.shuffle(tasks)
+    rng.shuffle(lengths)
+    return [
+        {"instruction": f"{question(task, rng)} #{number}#", "output": "a" * length, "task": task}
+        for number, (task, length) in enumerate(zip(tasks, lengths, strict=True))
+    ]
+
+
+def make_reference():
+    rng = random.Random(1)
+    return [{"instruction": question(task, rng), "output": "a", "task": task} for task in QUESTIONS for _ in range(4)]
+
+
+ROWS = make_rows()
+GROUPS = {
+    "task": [row["task"] for row in ROWS],
+    "length": [len(row["output"]) for row in ROWS],
+    "embedding": [row["task"] for row in ROWS],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    metric: str
+    packing: str
+    accumulation: int
+    world_size: int
+
+    @property
+    def name(self):
+        return f"{self.metric}-{self.packing}-A{self.accumulation}-W{self.world_size}"
+
+
+CASES = [
+    Case(metric, packing, accumulation, world_size)
+    for world_size in (1, 2)
+    for metric in GROUPS
+    for packing in PACKINGS
+    for accumulation in (1, 3)
+    if metric == "task" or accumulation == 3 or packing == "plain"
+]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory, minilm) -> Path:
+    """All runs of `CASES`, in one launch for each number of ranks, from datasets prepared by `axolotl preprocess`."""
+    directory = tmp_path_factory.mktemp("axolotl")
+    write_rows(directory / "reference.jsonl", make_reference())
+    data = [{"path": str(write_rows(directory / "rows.jsonl", ROWS)), "type": FORMAT}]
+    metrics = {
+        "task": {"commonit_task_column": "task"},
+        "length": {"commonit_length_edges": EDGES},
+        "embedding": {
+            "commonit_embedding_model": minilm,
+            "commonit_reference_dataset": str(directory / "reference.jsonl"),
+        },
+    }
+
+    def write(name, metric, packing, **keys):
+        keys |= {**PACKINGS[packing], **metrics[metric], "commonit_metric": metric, "num_epochs": EPOCHS}
+        keys |= {"sequence_len": SEQUENCE_LEN, "micro_batch_size": BATCH_SIZE, "warmup_ratio": 0.1}
+        keys |= {"output_dir": str(directory / f"{name}-out")}
+        return write_recipe(directory / f"{name}.yml", recipe(directory, data, **keys))
+
+    for packing in ("plain", "packed"):  # what is prepared with task labels serves the other metrics too
+        prepared = axolotl("preprocess", write(f"preprocess-{packing}", "task", packing))
+        assert prepared.returncode == 0, prepared.stderr[-3000:]
+    runs = [
+        (
+            case.world_size,
+            {
+                "name": case.name,
+                "recipe": str(
+                    write(case.name, case.metric, case.packing, gradient_accumulation_steps=case.accumulation)
+                ),
+            },
+        )
+        for case in CASES
+    ]
+    again = write("again", "task", "packed", gradient_accumulation_steps=3)
+    runs.append((2, {"name": "again", "recipe": str(again)}))
+    for world_size in (1, 2):
+        launch([run for size, run in runs if size == world_size], directory, world_size)
+    return directory
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def case(request):
+    return request.param
+
+
+@pytest.fixture
+def steps(case, directory):
+    """Optimizer step -> rank -> micro-step -> row numbers."""
+    return seen(directory / case.name, case.world_size)
+
+
+def epochs_of(steps):
+    per_epoch = len(steps) // EPOCHS
+    return [[steps[step] for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)] for epoch in range(EPOCHS)]
+
+
+def flat(step):
+    return [number for rank in step for micro_batch in rank for number in micro_batch]
+
+
+def test_the_trainer_is_ours_on_all_ranks(case, directory):
+    told = result(directory / case.name)
+    assert (told["trainer"], told["world_size"]) == ("CommonITAxolotlTrainer", case.world_size)
+
+
+def test_every_step_holds_one_group(case, steps):
+    group_of = GROUPS[case.metric]
+    for step in steps.values():
+        assert len({group_of[number] for number in flat(step)}) == 1
+
+
+def test_every_row_is_seen_once_an_epoch(case, steps):
+    sizes = Counter(GROUPS[case.metric])
+    micro_batches = case.world_size * case.accumulation
+    for epoch in epochs_of(steps):
+        counts = Counter(number for step in epoch for number in flat(step))
+        assert set(counts) == set(range(len(ROWS)))
+        for group, size in sizes.items():
+            seen_rows = sum(counts[number] for number in range(len(ROWS)) if GROUPS[case.metric][number] == group)
+            if case.packing == "plain" or size >= micro_batches:
+                assert seen_rows == max(size, micro_batches)
+            else:
+                assert seen_rows < size + micro_batches
+
+
+def test_all_ranks_have_the_same_number_of_micro_batches(case, steps):
+    for step in steps.values():
+        assert [len(rank) for rank in step] == [case.accumulation] * case.world_size
+        assert all(micro_batch for rank in step for micro_batch in rank)
+
+
+def test_a_run_is_its_epochs_plans_long(case, steps, directory):
+    told = result(directory / case.name)
+    sizes = Counter(GROUPS[case.metric]).values()
+    capacity = BATCH_SIZE * case.world_size * case.accumulation
+    unpacked = sum(-(-size // capacity) for size in sizes)
+    assert len(steps) % EPOCHS == 0
+    if case.packing == "plain":
+        assert len(steps) == EPOCHS * unpacked
+    else:
+        assert EPOCHS * len(sizes) <= len(steps) <= EPOCHS * unpacked
+    assert told["global_step"] == told["max_steps"] == told["scheduler_steps"] == len(steps)
+    assert told["warmup_steps"] == {0: 0, 1: 2}.get(len(steps) // 10, len(steps) // 10)  # Axolotl makes 1 a 2
+    assert [entry["learning_rate"] for entry in told["log"] if "learning_rate" in entry][-1] < 1e-3 / len(steps) * 2
+
+
+def test_epochs_differ(steps):
+    first, second = epochs_of(steps)
+    if len(first) > 3:  # the order of three steps may come twice
+        assert first != second
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.packing != "plain"], ids=lambda case: case.name)
+def test_packed_micro_batches_stay_within_their_capacity(case, directory):
+    shapes = []
+    for rank in range(case.world_size):
+        lines = Path(f"{directory / case.name}.ids.rank{rank}").read_text(encoding="utf-8").splitlines()
+        shapes += [json.loads(line)["shape"] for line in lines]
+    for rows, tokens in shapes:
+        if case.packing == "packed":
+            assert rows == 1 and tokens <= BATCH_SIZE * SEQUENCE_LEN
+        else:
+            assert tokens <= SEQUENCE_LEN
+    assert max(tokens for _, tokens in shapes) > 100  # several rows share a bin
+
+
+def test_the_same_recipe_gives_the_same_batches(directory):
+    assert seen(directory / "again", 2) == seen(directory / "task-packed-A3-W2", 2)
