@@ -9,8 +9,7 @@ ARGS   ?=
 NEWEST := .venv
 LOWEST := .venv-lowest
 NEWEST_EXTRAS := test,dev,deepspeed
-LOWEST_EXTRAS := test
-COMMA := ,
+LOWEST_EXTRAS := test,axolotl
 
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
@@ -44,7 +43,7 @@ format: $(NEWEST)/.ready ## Format the code and fix what the linter can
 
 constraints: ## Remake both constraint files from what pip resolves today
 	$(call freeze,newest,'.[$(NEWEST_EXTRAS)]')
-	$(call freeze,lowest,'.[$(LOWEST_EXTRAS)$(COMMA)axolotl]')
+	$(call freeze,lowest,'.[$(LOWEST_EXTRAS)]')
 
 clean: ## Remove the environments, caches and build output
 	rm -rf $(NEWEST) $(LOWEST) .venv-freeze build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

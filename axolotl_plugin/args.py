@@ -30,16 +30,12 @@ class _Checked(BaseModel):
 
 
 _HINTS = get_type_hints(CommonITArguments)
+_FIELDS: dict[str, Any] = {
+    name: (_HINTS[name], Field(default=option.default, description=option.metadata["help"]))
+    for name, option in OPTIONS.items()
+}
 # Axolotl's schema class inherits from this one by its name.
-CommonITArgs = create_model(
-    "CommonITArgs",
-    __base__=_Checked,
-    __module__=__name__,
-    **{
-        name: (_HINTS[name], Field(default=option.default, description=option.metadata["help"]))
-        for name, option in OPTIONS.items()
-    },
-)
+CommonITArgs = create_model("CommonITArgs", __base__=_Checked, __module__=__name__, **_FIELDS)
 
 
 @dataclass(kw_only=True)
