@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
@@ -33,6 +34,7 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from commonit_trl.config import CommonITArguments, nearest
 from commonit_trl.grouping import Grouper, build_grouper, fit_assign_cached
+from commonit_trl.metrics import GroupMetrics, count_tokens
 from commonit_trl.plan import EpochPlan, PlanSummary, plan_epoch
 from commonit_trl.sampler import CommonITBatchSampler, CommonITDataLoader
 from commonit_trl.text import Rows
@@ -41,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 COMMONIT_DIR = "commonit"
 RUN_FILE = "run.json"
+_HASHED_ROWS = 64
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Mixed  # what the mixin is mixed into
@@ -68,6 +71,7 @@ class CommonITMixin(_Mixed):
     eval_dataset: Any
     commonit_grouper: Grouper | None = None
     commonit_group_ids: NDArray[np.int64] | None = None
+    _commonit_micro_steps = 0  # of the current optimizer step that are done
     _commonit_logger = logger  # a framework that hides other packages' messages puts its own here
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -145,7 +149,9 @@ class CommonITMixin(_Mixed):
             self.commonit_grouper, self.commonit_group_ids = _fit_assign(self.args, rows)
         self._commonit_world_size, self._commonit_rank = _data_parallel_place(self)
         self._commonit_lengths = self._commonit_arrangement_lengths()
-        self.add_callback(_EpochOnResume())
+        assert self.commonit_grouper is not None
+        self._commonit_metrics = GroupMetrics(self.commonit_grouper.names)
+        self.add_callback(_EpochStart(self))
         summary = self.commonit_plan().summary()
         if self.is_world_process_zero():
             self._commonit_log_ledger(summary)
@@ -215,9 +221,10 @@ class CommonITMixin(_Mixed):
         loader = super().get_train_dataloader()
         if not self._commonit_on:
             return loader
+        self._commonit_sampler = self._commonit_batch_sampler()
         return CommonITDataLoader(
             loader.dataset,
-            self._commonit_batch_sampler(),
+            self._commonit_sampler,
             collate_fn=loader.collate_fn,
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
@@ -228,6 +235,71 @@ class CommonITMixin(_Mixed):
             persistent_workers=loader.persistent_workers,
             in_order=loader.in_order,
         )
+
+    # --- while it trains --------------------------------------------------------------------------------------------
+
+    def _commonit_check_ranks(self) -> None:
+        """Compare on all ranks what the epoch's batches follow from.
+
+        Raises:
+            ValueError: on every rank, naming the ranks and what differs.
+        """
+        if self._commonit_world_size == 1:
+            return
+        run = {**self._commonit_run(), "order of samples": self._commonit_sampler.current.digest()}
+        digests = [int(_digest(json.dumps(value).encode()), 16) >> 1 for value in run.values()]
+        by_rank = self.accelerator.gather(torch.tensor([digests], device=self.args.device)).cpu()
+        differs = by_rank != by_rank[0]
+        if differs.any():
+            ranks = ", ".join(map(str, differs.any(dim=1).nonzero()[:, 0].tolist()))
+            names = ", ".join(name for name, here in zip(run, differs.any(dim=0)) if here)
+            raise ValueError(
+                f"The ranks would train different batches: rank {ranks} differs from rank 0 in {names}. Give every "
+                "rank the same data, options, seed and commonit_cache_dir."
+            )
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """The parent's; collects the micro-batch's loss for its group."""
+        if not self._commonit_on:
+            return super().training_step(model, inputs, num_items_in_batch)
+        counts = count_tokens(inputs)  # the parent may take inputs out
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        plan, step = self._commonit_sampler.current, self.state.global_step
+        micro_step = step % plan.num_steps * plan.accumulation_steps + self._commonit_micro_steps
+        self._commonit_micro_steps += 1
+        if counts is not None:
+            # Back from the parent's normalised loss to the sum over the micro-batch's tokens.
+            if num_items_in_batch is None:
+                tokens = self.current_gradient_accumulation_steps * counts.trained.to(loss.device)
+            else:
+                ranks = self._commonit_world_size if self.args.average_tokens_across_devices else 1
+                tokens = num_items_in_batch / ranks
+            group = int(plan.micro_batch_groups[micro_step, self._commonit_rank])
+            self._commonit_metrics.add_micro_batch(group, loss.detach() * tokens, counts)
+        return loss
+
+    # transformers' own name: the only place that has the gradient norm of every step. tests/unit/test_platform.py fails
+    # when it changes.
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self._commonit_on:
+            plan = self._commonit_sampler.current
+            first = self.state.global_step % plan.num_steps * plan.accumulation_steps
+            groups = np.unique(plan.micro_batch_groups[first : first + plan.accumulation_steps])
+            self._commonit_metrics.add_step(int(groups[0]) if len(groups) == 1 else -1, norm)
+        return norm
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The parent's; training logs get the metrics of `commonit_trl.metrics`."""
+        if self._commonit_on and "loss" in logs:
+            logs = {**logs, **self._commonit_metrics.take(self._commonit_sum_over_ranks)}
+        super().log(logs, *args, **kwargs)
+
+    def _commonit_sum_over_ranks(self, vector: torch.Tensor) -> torch.Tensor:
+        if self.args.world_size == 1:
+            return vector
+        total = self.accelerator.reduce(vector.to(self.args.device), reduction="sum").cpu()
+        return total * self._commonit_world_size / self.args.world_size  # ranks that share a batch count once
 
     def _commonit_log_ledger(self, summary: PlanSummary) -> None:
         """Say what an epoch holds, and as a warning what it leaves out or repeats."""
@@ -278,6 +350,7 @@ class CommonITMixin(_Mixed):
             "number of groups": len(self.commonit_grouper.names),
             "names of groups": _digest(json.dumps(self.commonit_grouper.names).encode()),
             "assignment of rows to groups": _digest(self.commonit_group_ids),
+            "tokens of rows": _digest_rows(self.train_dataset),
             "token lengths": None if self._commonit_lengths is None else _digest(self._commonit_lengths),
             "order of samples": plan.digest(),
         }
@@ -398,13 +471,23 @@ class CommonITMixin(_Mixed):
         return self._commonit_eval_groups[dataset]
 
 
-class _EpochOnResume(TrainerCallback):
-    """Gives the sampler the epoch in which a resumed run starts: in transformers 5.16, the Trainer's own `set_epoch`
-    does not get through the wrapper that skips the epoch's first batches (`accelerate.skip_first_batches`)."""
+class _EpochStart(TrainerCallback):
+    """Before each epoch's first batch: gives the sampler the epoch, and compares the ranks' plans.
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+    In transformers 5.16 the Trainer's own `set_epoch` does not get through the wrapper that skips the first batches of
+    a resumed epoch (`accelerate.skip_first_batches`).
+    """
+
+    def __init__(self, trainer: CommonITMixin) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         steps_per_epoch = train_dataloader.commonit_sampler.current.num_steps
         train_dataloader.set_epoch(state.global_step // steps_per_epoch)
+        self.trainer._commonit_check_ranks()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._commonit_micro_steps = 0
 
 
 @dataclass(kw_only=True)
@@ -524,6 +607,15 @@ def _fit_assign(options: Any, rows: Rows) -> tuple[Grouper, NDArray[np.int64]]:
 
 def _data_seed(args: Any) -> int:
     return args.seed if args.data_seed is None else args.data_seed
+
+
+def _digest_rows(dataset: Dataset) -> str | None:
+    """A hash of the tokens of some rows, None of rows that are not tokenised."""
+    if "input_ids" not in dataset.column_names:
+        return None
+    rows = np.unique(np.linspace(0, len(dataset) - 1, _HASHED_ROWS).astype(int))
+    tokens = dataset.select_columns(["input_ids"]).with_format(None)[rows.tolist()]["input_ids"]
+    return _digest(json.dumps(tokens).encode())
 
 
 def _digest(content: Any) -> str:

@@ -91,17 +91,17 @@ def test_train_batch_size_is_the_current_one(tmp_path):
     assert trainer._train_batch_size == 1 and trainer.args.per_device_train_batch_size == 3
 
 
-def test_trainer_hands_on_our_dataloader_and_sets_its_epoch(tmp_path):
-    """`_EpochOnResume` finds the sampler through the `train_dataloader` of `on_train_begin`, and each epoch's
-    plan comes through `set_epoch`, which the Trainer calls when the loader has it. Without either, a resumed
-    run or every later epoch would repeat the order of epoch 0."""
+def test_trainer_hands_on_our_dataloader_before_each_epoch(tmp_path):
+    """`_EpochStart` finds the sampler through the `train_dataloader` of `on_epoch_begin`, which comes before the epoch's
+    first batch is read. Without it, a resumed run or every later epoch would repeat the order of epoch 0."""
     begun, epochs = [], []
 
     class Watch(TrainerCallback):
-        def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
             begun.append(train_dataloader)
-            set_epoch = train_dataloader.set_epoch
-            train_dataloader.set_epoch = lambda epoch: (epochs.append(epoch), set_epoch(epoch))
+
+        def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs):
+            epochs.append(train_dataloader.commonit_sampler.epoch)
 
     options = {
         "commonit_metric": "task",
@@ -110,13 +110,13 @@ def test_trainer_hands_on_our_dataloader_and_sets_its_epoch(tmp_path):
     }
     trainer = make(tmp_path, CommonITSFTTrainer, CommonITSFTConfig, callbacks=[Watch()], **options)
     trainer.train()
-    assert [type(loader) for loader in begun] == [CommonITDataLoader]
-    assert epochs[-2:] == [0, 1]
+    assert [type(loader) for loader in begun] == [CommonITDataLoader] * 2
+    assert sorted(epochs) == epochs and set(epochs) == {0, 1}
 
 
 def test_skip_first_batches_keeps_our_sampler(tmp_path):
     """A resume in the middle of an epoch wraps our sampler; the rest of the epoch must come from it, in the
-    epoch that was set before. That the wrapped loader has no `set_epoch` is why `_EpochOnResume` exists."""
+    epoch that was set before. That the wrapped loader has no `set_epoch` is why `_EpochStart` sets it."""
     options = {"commonit_metric": "task", "commonit_cache_dir": str(tmp_path / "cache")}
     loader = make(tmp_path, CommonITSFTTrainer, CommonITSFTConfig, **options).get_train_dataloader()
     loader.set_epoch(3)
