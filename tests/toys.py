@@ -106,13 +106,29 @@ def plan_of(rows: Dataset, **arguments: Any) -> EpochPlan:
     return plan_epoch(groups, lengths, micro_batch_size=QUIET["per_device_train_batch_size"], **arguments)
 
 
+def row_losses(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[list[float], list[int]]:
+    """Of each row of a micro-batch: the sum of the losses of its trained tokens, and how many those are.
+
+    From the logits of a Llama, computed once more, since TRL's own forward may give none.
+    """
+    names = {"input_ids", "attention_mask", "position_ids"} & set(inputs)
+    with torch.no_grad():
+        hidden = model.model(**{name: inputs[name] for name in names}).last_hidden_state
+        log_likelihood = model.lm_head(hidden)[:, :-1].double().log_softmax(-1)
+    labels = inputs["shift_labels"][:, :-1] if "shift_labels" in inputs else inputs["labels"][:, 1:]
+    chosen = log_likelihood.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    trained = labels != -100
+    return (-chosen * trained).sum(1).tolist(), trained.sum(1).tolist()
+
+
 class Recorder(TrainerCallback):
     """Writes what the model of this rank sees in training: a JSON line a micro-step, so that a kill loses none.
 
-    Each line is `{"step": optimizer step, "ids": row numbers}`.
+    Each line is `{"step": optimizer step, "ids": row numbers}`; with `losses`, also what `row_losses` gives.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, losses: bool = False) -> None:
+        self.losses = losses
         self.path = f"{path}.rank{os.environ.get('RANK', '0')}"
         self.step = 0
 
@@ -125,9 +141,13 @@ class Recorder(TrainerCallback):
         self.step = state.global_step
 
     def _record(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if model.training:
-            with open(self.path, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"step": self.step, "ids": read_ids(kwargs)}) + "\n")
+        if not model.training:
+            return
+        line = {"step": self.step, "ids": read_ids(kwargs)}
+        if self.losses:
+            line["losses"], line["trained"] = row_losses(model, kwargs)
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
 
 
 def recorded(path: str | Path, world_size: int = 1) -> dict[int, list[list[list[int]]]]:

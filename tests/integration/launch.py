@@ -10,8 +10,11 @@ from typing import Any
 WORKER = Path(__file__).with_name("train_worker.py")
 
 
-def launch(runs: list[dict[str, Any]], directory: Path, world_size: int = 1, killed: bool = False) -> None:
-    """Do the `runs` (see `train_worker.py`) in one launch; with `killed`, the launch must die by SIGKILL."""
+def launch(
+    runs: list[dict[str, Any]], directory: Path, world_size: int = 1, killed: bool = False, fails: bool = False
+) -> str:
+    """Do the `runs` (see `train_worker.py`) in one launch; with `killed` it must die by SIGKILL, with `fails` by an
+    error. Returns what the workers said."""
     directory.mkdir(parents=True, exist_ok=True)
     spec = directory / f"{runs[0]['name']}.runs.json"
     spec.write_text(json.dumps([{"dir": str(directory), **run} for run in runs]), encoding="utf-8")
@@ -26,4 +29,5 @@ def launch(runs: list[dict[str, Any]], directory: Path, world_size: int = 1, kil
     if killed:
         assert done.returncode == -9 or "SIGKILL" in done.stderr, said
     else:
-        assert done.returncode == 0, said
+        assert (done.returncode != 0) == fails, said
+    return said

@@ -5,8 +5,10 @@
 `runs.json` is a list of runs, each with `name`, `dir`, `group_sizes` and any of: `options` (of `CommonITSFTConfig`),
 `model`, `dropout`, `parent` (true: train plain `SFTTrainer`), `resume` (path), `deepspeed` (a config), `kill_at`
 (optimizer step in which this process kills itself), `arrange_by` ("nothing" or "noise": other lengths for the
-arrangement inside steps than the rows' own). Each run leaves `<dir>/<name>.ids.rank*` (see `toys.Recorder`), and of
-rank 0 `<name>.safetensors` (final weights), `<name>.gradient.safetensors` (of the first step) and `<name>.json`.
+arrangement inside steps than the rows' own), `losses` (true: record each row's loss), `accepts_loss_kwargs` (what the
+model says of itself), `differs` (what the last rank has otherwise: "seed", "data" or "groups"). Each run leaves
+`<dir>/<name>.ids.rank*` (see `toys.Recorder`), and of rank 0 `<name>.safetensors` (final weights),
+`<name>.gradient.safetensors` (of the first step) and `<name>.json`.
 """
 
 import json
@@ -79,13 +81,23 @@ def train(run: dict) -> None:
     else:
         options.setdefault("commonit_cache_dir", str(directory / "cache"))
         config, trainer_class = CommonITSFTConfig(**options), CommonITSFTTrainer
+    rows, differs = id_rows(run["group_sizes"]), run.get("differs")
+    if differs and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        config.seed += differs == "seed"
+        if differs == "data":
+            rows = rows.map(lambda row: {"input_ids": [*row["input_ids"][:-1], (row["input_ids"][-1] + 1) % 250]})
+        elif differs == "groups":
+            rows = rows.map(lambda row: {"task": "g000" if row["row"] < 3 else row["task"]})
+    model = tiny_model(run.get("model", "llama"), dropout=run.get("dropout", 0.0))
+    if "accepts_loss_kwargs" in run:
+        model.accepts_loss_kwargs = run["accepts_loss_kwargs"]
     trainer = trainer_class(
-        model=tiny_model(run.get("model", "llama"), dropout=run.get("dropout", 0.0)),
+        model=model,
         args=config,
-        train_dataset=id_rows(run["group_sizes"]),
+        train_dataset=rows,
         processing_class=tiny_tokenizer(),
     )
-    Recorder(directory / f"{run['name']}.ids").attach(trainer)
+    Recorder(directory / f"{run['name']}.ids", run.get("losses", False)).attach(trainer)
     if not USES_DEEPSPEED:
         trainer.add_callback(SaveFirstGradient(directory / f"{run['name']}.gradient.safetensors"))
     if run.get("arrange_by") == "nothing":
@@ -100,6 +112,7 @@ def train(run: dict) -> None:
     if USES_DEEPSPEED:
         result["engine"] = type(trainer.model_wrapped).__name__
         result["stage"] = trainer.model_wrapped.zero_optimization_stage()
+    result["log"] = trainer.state.log_history
     result["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # a collective with ZeRO-3
     if trainer.is_world_process_zero():
