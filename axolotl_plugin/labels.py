@@ -10,7 +10,7 @@ they come from.
 
 Axolotl has no hook there, so `replace_in_axolotl` puts functions of this module in the place of those of
 `axolotl.utils.data`; they pass on what a recipe without `commonit_metric: task` asks for.
-`tests/axolotl/test_platform.py` fails when one of them changes. Cost: one pass over the label column.
+`tests/axolotl/test_axolotl_platform.py` fails when one of them changes. Cost: one pass over the label column.
 """
 
 import json

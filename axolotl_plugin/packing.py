@@ -47,6 +47,45 @@ class Bins:
         return hashlib.blake2b(json.dumps(self.rows).encode(), digest_size=8).hexdigest()
 
 
+def bin_shape(args: Any, micro_batch_size: int) -> tuple[int, int]:
+    """Tokens of a bin, and bins of a micro-batch, as in `AxolotlTrainer._create_multipack_sampler`.
+
+    Args:
+        args: Axolotl's training arguments.
+    """
+    bins = micro_batch_size if args.multipack_real_batches else 1
+    return micro_batch_size // bins * args.max_seq_length, bins
+
+
+def pack_for_training(
+    args: Any, group_ids: NDArray[np.int64], lengths: NDArray[np.int64], micro_batch_size: int, world_size: int
+) -> Bins:
+    """Pack the rows of each group as a run with these training arguments does.
+
+    Args:
+        args: Axolotl's training arguments, with the `commonit_*` options.
+        group_ids, lengths: (rows,) group and tokens of each row.
+        micro_batch_size: rows of a micro-batch if they were not packed.
+        world_size: data-parallel ranks.
+    """
+    capacity, bins = bin_shape(args, micro_batch_size)
+    units = {"step": world_size * args.gradient_accumulation_steps, "global": world_size, "micro": 1}
+    return pack_groups(
+        group_ids,
+        lengths,
+        capacity=capacity,
+        bins_per_micro_batch=bins,
+        micro_batches_per_unit=units[args.commonit_purity],
+        split=args.commonit_remainder == "keep",
+        seed=args.seed,
+        group_size=args.sample_packing_group_size,
+        bin_size=args.sample_packing_bin_size,
+        sequential=args.sample_packing_sequentially,
+        num_processes=args.dataset_num_proc,
+        mp_start_method=args.sample_packing_mp_start_method or "fork",
+    )
+
+
 def pack_groups(
     group_ids: NDArray[np.int64],
     lengths: NDArray[np.int64],

@@ -142,11 +142,12 @@ def _check_recipe(cfg: Any, options: CommonITArguments) -> None:
             raise ValueError(
                 f"{key}: {cfg[key]!r} does not go with commonit_metric: {options.commonit_metric}: {way_out}."
             )
-    if (cfg.get("context_parallel_size") or 1) > 1:
-        raise ValueError(
-            f"context_parallel_size: {cfg['context_parallel_size']} does not go with commonit_metric: "
-            f"{options.commonit_metric}: ranks that share a sequence are not supported; set it to 1."
-        )
+    for key in ("context_parallel_size", "sequence_parallel_degree"):  # the second is its old name
+        if (cfg.get(key) or 1) > 1:
+            raise ValueError(
+                f"{key}: {cfg[key]} does not go with commonit_metric: {options.commonit_metric}: ranks that share a "
+                "sequence are not supported; set it to 1."
+            )
 
 
 def _check_other_plugins(plugin: CommonITPlugin, cfg: Any) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.data import SequentialSampler
 from transformers.trainer_utils import unwrap_peft_model
 
-from axolotl_plugin.packing import Bins, PackedBatchSampler, pack_groups
+from axolotl_plugin.packing import Bins, PackedBatchSampler, bin_shape, pack_for_training
 from commonit_trl.sampler import CommonITBatchSampler
 from commonit_trl.text import Rows
 from commonit_trl.trainer import CommonITMixin
@@ -55,26 +55,13 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
         return bool(self.args.sample_packing)
 
     def _commonit_bins(self) -> Bins:
-        """The training rows in bins of the size that `AxolotlTrainer._create_multipack_sampler` gives them."""
-        bins_per_micro_batch = self._train_batch_size if self.args.multipack_real_batches else 1
-        capacity = self._train_batch_size // bins_per_micro_batch * self.args.max_seq_length
+        """The training rows in bins."""
+        capacity, _ = bin_shape(self.args, self._train_batch_size)
         if self._commonit_packed is None or self._commonit_packed.capacity != capacity:  # auto_find_batch_size
             assert self.commonit_group_ids is not None
-            world_size, accumulation_steps = self._commonit_world_size, self.args.gradient_accumulation_steps
-            units = {"step": world_size * accumulation_steps, "global": world_size, "micro": 1}
-            self._commonit_packed = pack_groups(
-                self.commonit_group_ids,
-                Rows(self.train_dataset).token_counts("total"),
-                capacity=capacity,
-                bins_per_micro_batch=bins_per_micro_batch,
-                micro_batches_per_unit=units[self.args.commonit_purity],
-                split=self.args.commonit_remainder == "keep",
-                seed=self.args.seed,
-                group_size=self.args.sample_packing_group_size,
-                bin_size=self.args.sample_packing_bin_size,
-                sequential=self.args.sample_packing_sequentially,
-                num_processes=self.args.dataset_num_proc,
-                mp_start_method=self.args.sample_packing_mp_start_method or "fork",
+            lengths = Rows(self.train_dataset).token_counts("total")
+            self._commonit_packed = pack_for_training(
+                self.args, self.commonit_group_ids, lengths, self._train_batch_size, self._commonit_world_size
             )
         return self._commonit_packed
 
@@ -83,7 +70,7 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
             return super()._commonit_samples()
         bins = self._commonit_bins()
         lengths = None if self._commonit_lengths is None else bins.lengths
-        return bins.group_ids, lengths, self._train_batch_size if self.args.multipack_real_batches else 1
+        return bins.group_ids, lengths, bin_shape(self.args, self._train_batch_size)[1]
 
     def _commonit_batch_sampler(self) -> CommonITBatchSampler:
         if not self._commonit_packs:

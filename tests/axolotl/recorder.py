@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,5 +87,6 @@ class _Recorder(TrainerCallback):
             "wrapped": type(engine).__name__,
             "stage": engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None,
             "log": state.log_history,
+            "ours": [name for name in sys.modules if name.partition(".")[0] in ("commonit_trl", "axolotl_plugin")],
         }
         Path(f"{self.path}.json").write_text(json.dumps(result), encoding="utf-8")

@@ -16,28 +16,29 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-RUNS = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-USES_DEEPSPEED = any(run.get("deepspeed") for run in RUNS)
-os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
-if USES_DEEPSPEED:  # a real engine on CPU: `ACCELERATE_USE_CPU` would make transformers ignore the DeepSpeed config
-    os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_USE_DEEPSPEED="true")
-    import deepspeed
-    from accelerate import PartialState
+if __name__ == "__main__":  # not in the processes that datasets starts to save rows, which read this file again
+    RUNS = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    USES_DEEPSPEED = any(run.get("deepspeed") for run in RUNS)
+    os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
+    if USES_DEEPSPEED:  # a real engine on CPU: `ACCELERATE_USE_CPU` would make transformers ignore the DeepSpeed config
+        os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_USE_DEEPSPEED="true")
+        import deepspeed
+        from accelerate import PartialState
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled first, for a minute
-    PartialState(backend="gloo")
-else:
-    os.environ["ACCELERATE_USE_CPU"] = "1"
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled first, for a minute
+        PartialState(backend="gloo")
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "1"
 
-import axolotl.train  # noqa: E402
-import axolotl.utils.distributed  # noqa: E402
-import recorder  # noqa: E402
-import torch  # noqa: E402
-from accelerate.state import AcceleratorState  # noqa: E402
-from axolotl.cli.args import TrainerCliArgs  # noqa: E402
-from axolotl.cli.config import load_cfg  # noqa: E402
-from axolotl.cli.train import do_train  # noqa: E402
-from axolotl.integrations.base import PluginManager  # noqa: E402
+    import axolotl.train
+    import axolotl.utils.distributed
+    import recorder
+    import torch
+    from accelerate.state import AcceleratorState
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from axolotl.cli.train import do_train
+    from axolotl.integrations.base import PluginManager
 
 
 def train(run: dict) -> None:

@@ -21,6 +21,7 @@ from commonit_trl.config import OPTIONS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PLUGIN_README = ROOT / "axolotl_plugin" / "README.md"  # its blocks: tests/axolotl/test_examples.py
 MODEL = "Qwen/Qwen3-0.6B"
 RUN_OR_PARSED = {"python", "bash", "yaml"}
 ONLY_READ = {"bibtex", "text"}
@@ -180,16 +181,16 @@ def test_command_lines_parse(line, bf16, monkeypatch):
 # --- files and tables ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+@pytest.mark.parametrize("document", [*DOCUMENTS, PLUGIN_README], ids=lambda document: str(document.relative_to(ROOT)))
 def test_linked_files_exist(document):
     for link in LINK.findall(read(document)):
         assert (document.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+@pytest.mark.parametrize("document", [*DOCUMENTS, PLUGIN_README], ids=lambda document: str(document.relative_to(ROOT)))
 def test_files_in_backticks_exist(document):
     """Paths such as `tests/toys.py`, written from the root; `*` matches any name."""
-    rooms = "commonit_trl|tests|benchmarks|example_configs|constraints"
+    rooms = "commonit_trl|axolotl_plugin|tests|benchmarks|example_configs|constraints"
     for path in re.findall(rf"`((?:{rooms})/[\w/.*-]*)`", read(document)):
         assert list(ROOT.glob(path.rstrip("/"))), path
 
@@ -210,8 +211,11 @@ def test_the_options_table_is_the_config():
     assert shown == table, f"Put this table into README.md:\n{table}"
 
 
-def test_the_measured_tables_are_those_of_the_results():
-    readme = read(ROOT / "README.md")
+@pytest.mark.parametrize(
+    "document", [ROOT / "README.md", PLUGIN_README], ids=lambda document: str(document.relative_to(ROOT))
+)
+def test_the_measured_tables_are_those_of_the_results(document):
+    readme = read(document)
     result = read(ROOT / RESULT.search(readme)[0])
     tables = re.findall(r"(?:^\|.*\n)+", readme.partition("## On real data")[2], re.MULTILINE)
     assert tables and all(table in result for table in tables)

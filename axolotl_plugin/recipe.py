@@ -1,0 +1,100 @@
+"""An Axolotl recipe as `commonit inspect` and `commonit group` read it: `--axolotl recipe.yml`.
+
+Steps: (1) Axolotl loads and checks the recipe, without what needs the hardware of the training run; (2) it prepares the
+rows, or loads what was prepared before, with the task labels that training would have; (3) what decides the batches is
+read from the recipe. No model is loaded. What Axolotl logs goes to stderr.
+
+Cost: that of `axolotl preprocess`; the prepared rows are then there for training.
+"""
+
+import contextlib
+import math
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+from commonit_trl.recipes import Recipe
+from commonit_trl.text import Rows
+
+# Keys that need the hardware of the run or set it up, and decide neither rows nor batches.
+_OFF = {"bf16": False, "fp16": False, "tf32": False, "load_in_8bit": False, "load_in_4bit": False} | {
+    key: None for key in ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "fp8", "torch_compile")
+}
+_PACKING = ("sample_packing_group_size", "sample_packing_bin_size", "sample_packing_sequentially")
+
+
+def read_recipe(path: str) -> Recipe:
+    """The recipe in the YAML file `path`.
+
+    Raises:
+        ValueError: on a recipe that does not name the plugin, and on what Axolotl or the plugin refuse.
+    """
+    with contextlib.redirect_stdout(sys.stderr):  # whose place Axolotl's log handlers keep
+        return _read(path)
+
+
+def _read(path: str) -> Recipe:
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_datasets
+    from axolotl.core.training_args_base import AxolotlTrainingMixins
+    from axolotl.integrations.base import PluginManager
+    from axolotl.loaders import load_tokenizer
+    from transformers import TrainingArguments
+
+    from axolotl_plugin.args import read_options
+    from axolotl_plugin.labels import TaskLabels
+    from axolotl_plugin.packing import bin_shape, pack_for_training
+    from axolotl_plugin.plugin import CommonITPlugin
+
+    cfg = load_cfg(path, **_OFF)
+    manager = PluginManager.get_instance()
+    if not any(isinstance(plugin, CommonITPlugin) for plugin in manager.plugins.values()):
+        raise ValueError(
+            f"--axolotl {path}: the recipe trains with plain batches: add axolotl_plugin.CommonITPlugin to its plugins."
+        )
+    manager.load_datasets(cfg, preprocess=False)
+    dataset = load_datasets(cfg=cfg).train_dataset
+    options = read_options(cfg)
+    if options.commonit_metric == "task":
+        options.commonit_task_column = [TaskLabels(options, cfg).column]
+    seed = TrainingArguments.seed if cfg.seed is None else cfg.seed
+    rows = Rows(dataset, load_tokenizer(cfg))
+    multiple = _padding_multiple(cfg)
+    counts = rows.token_counts("total")
+    recipe: dict[str, Any] = {
+        "options": options,
+        "rows": rows,
+        "seed": seed,
+        "accumulation_steps": cfg.gradient_accumulation_steps,
+        "world_size": cfg.world_size,
+        "arranged": options.commonit_balance_lengths,
+    }
+    if not cfg.sample_packing:
+        lengths = -(-counts // multiple) * multiple
+        return Recipe(**recipe, micro_batch_size=cfg.micro_batch_size, lengths=lengths)
+    real_batches = cfg.multipack_real_batches
+    settings = SimpleNamespace(
+        commonit_purity=options.commonit_purity,
+        commonit_remainder=options.commonit_remainder,
+        seed=seed,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        max_seq_length=cfg.sequence_len,
+        multipack_real_batches=not cfg.attn_supports_packing if real_batches is None else real_batches,
+        dataset_num_proc=cfg.dataset_num_proc,
+        sample_packing_mp_start_method=cfg.sample_packing_mp_start_method,
+        **{key: getattr(AxolotlTrainingMixins, key) if cfg[key] is None else cfg[key] for key in _PACKING},
+    )
+
+    def pack(grouper: Any, group_ids: Any) -> tuple[Any, Any]:
+        bins = pack_for_training(settings, group_ids, counts, cfg.micro_batch_size, cfg.world_size)
+        return bins.group_ids, bins.lengths
+
+    return Recipe(**recipe, micro_batch_size=bin_shape(settings, cfg.micro_batch_size)[1], lengths=counts, pack=pack)
+
+
+def _padding_multiple(cfg: Any) -> int:
+    """The multiple of tokens to which micro-batches are padded (`HFCausalTrainerBuilder.build`)."""
+    multiple = cfg.pad_to_multiple_of or 64
+    if cfg.pad_to_sequence_len:
+        return multiple * math.ceil(cfg.sequence_len / multiple)
+    return multiple if cfg.pad_to_sequence_len is None else 1
