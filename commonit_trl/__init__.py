@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from commonit_trl.config import CommonITArguments
     from commonit_trl.grouping import Grouper, load_grouper
+    from commonit_trl.mixin import CommonITMixin
     from commonit_trl.plan import EpochPlan, PlanSummary, plan_epoch
     from commonit_trl.sampler import CommonITBatchSampler
     from commonit_trl.text import Rows
-    from commonit_trl.trainer import CommonITMixin, CommonITSFTConfig, CommonITSFTTrainer
+    from commonit_trl.trainer import CommonITSFTConfig, CommonITSFTTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "CommonITArguments": "config",
     "CommonITBatchSampler": "sampler",
-    "CommonITMixin": "trainer",
+    "CommonITMixin": "mixin",
     "CommonITSFTConfig": "trainer",
     "CommonITSFTTrainer": "trainer",
     "EpochPlan": "plan",

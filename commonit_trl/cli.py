@@ -1,4 +1,5 @@
-"""The command line: `commonit sft` trains as `trl sft` does, in group-pure batches; `commonit demo` shows it.
+"""The command line: `commonit sft` trains as `trl sft` does, in group-pure batches; `inspect` and `group` show and fix
+the groups beforehand; `demo` shows it all on generated data.
 
 Parses and calls, no logic. What a user can put right (options, files, settings that do not go together) ends
 as one line on stderr and exit code 2. Other exceptions, and any once training has begun, keep their traceback.
@@ -6,6 +7,7 @@ as one line on stderr and exit code 2. Other exceptions, and any once training h
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import sys
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="commonit",
         usage="commonit [--help] [--version] COMMAND [OPTIONS]",
         description="Instruction tuning in which every optimizer step holds samples of one group.",
-        epilog="\n".join(f"commonit {name:6}{command.__doc__}" for name, command in COMMANDS.items()),
+        epilog="\n".join(f"commonit {name:9}{command.__doc__}" for name, command in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -81,6 +83,26 @@ def _sft(argv: list[str]) -> int:
     return 0
 
 
+def _inspect(argv: list[str]) -> int:
+    """show what metrics do to the data: groups, steps, batches"""
+    with user_errors(TypeError):
+        from commonit_trl import inspecting
+
+        asked, recipe = _read_recipe("inspect", inspecting.add_arguments, argv)
+    with user_errors():
+        return inspecting.run(recipe, asked)
+
+
+def _group(argv: list[str]) -> int:
+    """fit the groups ahead of training, or give new rows to fitted ones"""
+    with user_errors(TypeError):
+        from commonit_trl import group
+
+        asked, recipe = _read_recipe("group", group.add_arguments, argv)
+    with user_errors():
+        return group.run(recipe, asked)
+
+
 def _demo(argv: list[str]) -> int:
     """show the method on generated data: no GPU, no download"""
     from commonit_trl import demo
@@ -90,7 +112,12 @@ def _demo(argv: list[str]) -> int:
     return demo.run(_parse(parser, argv))
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"sft": _sft, "demo": _demo}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "sft": _sft,
+    "inspect": _inspect,
+    "group": _group,
+    "demo": _demo,
+}
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
@@ -117,7 +144,47 @@ def _messages() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _parse_sft(argv: list[str]) -> tuple[Any, list[str]]:
+def _read_recipe(
+    command: str, add_arguments: Callable[[argparse.ArgumentParser], None], argv: list[str]
+) -> tuple[argparse.Namespace, Any]:
+    """The options of `command` itself, and the `Recipe` that the data and the other options describe."""
+    from commonit_trl import recipes
+    from commonit_trl.group import asked_metrics
+
+    parser = argparse.ArgumentParser(
+        prog=f"commonit {command}",
+        usage=f"commonit {command} [DATA ...] [--config FILE.yaml | --axolotl FILE.yml] [OPTIONS]",
+        description=COMMANDS[command].__doc__,
+        epilog="DATA: hub names, directories or files. All options of commonit sft may be given too: see its --help.",
+        allow_abbrev=False,
+    )
+    recipes.add_arguments(parser)
+    add_arguments(parser)
+    parser.error = _raise_value_error  # type: ignore[method-assign]
+    data = list(itertools.takewhile(lambda part: not part.startswith("-"), argv))
+    asked, flags = parser.parse_known_args(argv[len(data) :])
+    if asked.axolotl is not None:
+        if data or flags:
+            raise ValueError(
+                f"--axolotl {asked.axolotl} and {(data or flags)[0]}: options and data stand in the recipe."
+            )
+        with contextlib.redirect_stdout(sys.stderr):
+            return asked, recipes.read_foreign_recipe("axolotl", asked.axolotl)
+    before, after = recipes.sft_flags(data)
+    with contextlib.redirect_stdout(sys.stderr):  # for the libraries' messages: stdout may be JSON
+        arguments, launch_flags = _parse_sft([*before, *flags, *after], recipes.SFTRecipeConfig, f"commonit {command}")
+        recipe = recipes.sft_recipe(
+            *arguments,
+            metrics=asked_metrics(arguments[1].commonit_metric, asked.compare, asked.load),
+            tokenizer=asked.tokenizer,
+            world_size=recipes.num_processes(launch_flags),
+        )
+    return asked, recipe
+
+
+def _parse_sft(
+    argv: list[str], training_config: type | None = None, prog: str = "commonit sft"
+) -> tuple[Any, list[str]]:
     """TRL's script, training, model and mixture arguments, and the flags for `accelerate launch`; unlike in `trl sft`,
     an option that is none of these is an error."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
@@ -126,13 +193,13 @@ def _parse_sft(argv: list[str]) -> tuple[Any, list[str]]:
     from commonit_trl import launch
     from commonit_trl.trainer import CommonITSFTConfig
 
-    kinds: Any = (ScriptArguments, CommonITSFTConfig, ModelConfig, DatasetMixtureConfig)
+    kinds: Any = (ScriptArguments, training_config or CommonITSFTConfig, ModelConfig, DatasetMixtureConfig)
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     parser = TrlParser(
         kinds,
-        prog="commonit sft",
-        usage="commonit sft [--config FILE.yaml] [--OPTION VALUE ...]",
+        prog=prog,
+        usage=f"{prog} [--config FILE.yaml] [--OPTION VALUE ...]",
         description="Options may stand in the YAML file too; the command line overrides it.",
         allow_abbrev=False,
     )

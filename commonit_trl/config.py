@@ -140,6 +140,13 @@ class CommonITArguments:
         default=None,
         metadata={"help": "Where computed groups are cached. Default: 'commonit' in the datasets cache."},
     )
+    commonit_report: bool = field(
+        default=True,
+        metadata={
+            "help": "Write a report on groups and batches to <output_dir>/commonit/report.html before training, and "
+            "once more after it with the loss of each group."
+        },
+    )
 
     def __new__(cls, *args: Any, **kwargs: Any):
         check_option_names(kwargs)

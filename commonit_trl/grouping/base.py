@@ -106,8 +106,12 @@ class Grouper(ABC):
             "arrays": sorted(self.fitted_arrays()),
         }
 
-    def save(self, directory: str | Path) -> None:
-        """Write the fitted grouper into `directory`, which is made where needed."""
+    def save(self, directory: str | Path, **notes: Any) -> None:
+        """Write the fitted grouper into `directory`, which is made where needed.
+
+        Args:
+            notes: JSON values that `groups.json` holds besides, for people; `load_grouper` does not read them.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         arrays = self.fitted_arrays()
@@ -115,7 +119,7 @@ class Grouper(ABC):
             save_file(arrays, directory / ARRAYS_FILE)
         else:
             (directory / ARRAYS_FILE).unlink(missing_ok=True)  # of another grouper that was saved here before
-        text = json.dumps(self.description(), indent=2, ensure_ascii=False)
+        text = json.dumps({**self.description(), **notes}, indent=2, ensure_ascii=False)
         (directory / GROUPS_FILE).write_text(text, encoding="utf-8")
 
 

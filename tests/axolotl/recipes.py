@@ -69,6 +69,7 @@ def recipe(directory: Path, datasets: Any, **keys: Any) -> dict[str, Any]:
         "datasets": datasets,
         "dataset_prepared_path": str(directory / "prepared"),
         "commonit_cache_dir": str(directory / "groups") if keys.get("commonit_metric") else None,
+        "commonit_report": False if keys.get("commonit_metric") else None,
         "dataset_num_proc": 1,
         "sequence_len": 512,
         "pad_to_sequence_len": False,

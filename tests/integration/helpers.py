@@ -41,7 +41,12 @@ def make_trainer(directory, rows, *, trainer_class=CommonITSFTTrainer, model="ll
         config = SFTConfig(**{name: value for name, value in options.items() if not name.startswith("commonit")})
     else:
         config = CommonITSFTConfig(
-            **{"commonit_metric": "task", "commonit_cache_dir": str(directory / "cache"), **options}
+            **{
+                "commonit_metric": "task",
+                "commonit_cache_dir": str(directory / "cache"),
+                "commonit_report": False,
+                **options,
+            }
         )
     arguments = {"processing_class": tiny_tokenizer(), **(extra or {})}
     model = tiny_model(model) if model in ("llama", "qwen2", "bloom") else model

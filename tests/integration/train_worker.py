@@ -79,7 +79,7 @@ def train(run: dict) -> None:
     if run.get("parent"):
         config, trainer_class = SFTConfig(**options), SFTTrainer
     else:
-        options.setdefault("commonit_cache_dir", str(directory / "cache"))
+        options = {"commonit_cache_dir": str(directory / "cache"), "commonit_report": False, **options}
         config, trainer_class = CommonITSFTConfig(**options), CommonITSFTTrainer
     rows, differs = id_rows(run["group_sizes"]), run.get("differs")
     if differs and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:

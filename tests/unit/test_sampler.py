@@ -11,9 +11,9 @@ import pytest
 from torch.utils.data import DataLoader
 
 from commonit_trl import CommonITBatchSampler
+from commonit_trl.mixin import data_parallel_place
 from commonit_trl.plan import plan_epoch
 from commonit_trl.sampler import CommonITDataLoader
-from commonit_trl.trainer import _data_parallel_place
 
 GROUP_IDS = np.repeat([0, 1, 2, 3], [13, 7, 2, 31])
 LENGTHS = np.random.default_rng(0).integers(1, 90, len(GROUP_IDS))
@@ -145,7 +145,7 @@ def test_tensor_and_context_parallel_ranks_share_batches(tensor, context, ranks)
         trainer = SimpleNamespace(
             args=place, get_tp_size=lambda: tensor, get_cp_size=lambda: context, get_sp_size=lambda: 1
         )
-        assert _data_parallel_place(trainer) == (8 // (tensor * context), expected)
+        assert data_parallel_place(trainer) == (8 // (tensor * context), expected)
     trainer.get_sp_size = lambda: 2
     with pytest.raises(ValueError, match=r"Sequence parallelism \(sp_size=2\) does not go with commonit_metric"):
-        _data_parallel_place(trainer)
+        data_parallel_place(trainer)

@@ -1,0 +1,458 @@
+"""The numbers of a report: what each group holds, and what the batches of an epoch are like beside plain ones.
+
+Steps: (1) describe each group: rows, tokens, steps, examples; (2) measure the planned batches, and two plain orders of
+the same samples in the same geometry: random ones, and those of transformers' `LengthGroupedSampler`
+(`train_sampling_strategy="group_by_length"`), cut and filled up as accelerate does; (3) say what can be acted on;
+(4) draw a bounded sample for the charts.
+
+Definitions. A micro-batch costs its longest sample times its samples, or with `padding_free` the sum of their tokens.
+`padding_ratio` is the cost of all micro-batches for each token of the samples in them: 1 is no padding.
+`straggler_ratio` is the mean over the optimizer steps of the cost of the rank that has most to compute, relative to the
+mean of the ranks: 1 is no waiting.
+
+Cost, 10^6 rows: about 2 s of one CPU core, of which nearly half is `LengthGroupedSampler`; conversations that are
+trained on every turn are rendered once more, to find the responses. What is kept of the rows is bounded: examples of at
+most 100 groups, 400 characters of each; an embedding map of at most 500 rows, which are encoded for it.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from commonit_trl.config import CommonITArguments
+from commonit_trl.grouping import Grouper
+from commonit_trl.plan import EpochPlan
+from commonit_trl.report.shown import cut
+from commonit_trl.text import Rows
+
+EXAMPLES_PER_GROUP = 3
+GROUPS_WITH_EXAMPLES = 100
+EXAMPLE_CHARACTERS = 400
+MAP_ROWS = 500
+MAP_CHARACTERS = 200
+CHART_GROUPS = 20
+ORDER_WINDOWS = 400
+
+_MOST_ROWS = 0.75  # of all, in one group: worth a warning
+_FAR_ABOVE = 1.25  # times the plain steps: worth a warning
+_MANY_REPEATS = 0.01  # of all samples: worth a warning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How many tokens the rows of a group have: quantiles, interpolated linearly."""
+
+    p5: float
+    p25: float
+    median: float
+    p75: float
+    p95: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """The text of one row, cut to `EXAMPLE_CHARACTERS`; as the data has it, so not safe to show."""
+
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupNumbers:
+    """One group that has rows."""
+
+    id: int
+    name: str
+    rows: int
+    share: float
+    """Of all rows."""
+    prompt_tokens: Spread | None
+    response_tokens: Spread | None
+    steps: float
+    """Optimizer steps of the epoch; a fraction where a step holds micro-batches of several groups."""
+    lost: int
+    """Samples that the epoch does not train. Samples are rows, or packs of rows."""
+    repeated: int
+    """Samples trained again, counted once for each time beyond the first."""
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchNumbers:
+    """What the batches of an epoch are like; ratios are None where token counts are not known."""
+
+    steps: int
+    pure_micro_batches: float
+    """Share of micro-batches that hold one group."""
+    pure_micro_steps: float
+    """Share of micro-steps whose micro-batches, on all ranks, hold one group."""
+    pure_steps: float
+    """Share of optimizer steps that hold one group."""
+    padding_ratio: float | None
+    straggler_ratio: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapPoint:
+    """A row's place on the embedding map; the text is as the data has it."""
+
+    x: float
+    y: float
+    group: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What charts need beyond the numbers, bounded whatever the size of the data."""
+
+    order_groups: tuple[int, ...]
+    """The `CHART_GROUPS` largest groups, by id, and -1 for all others where there are any."""
+    order: tuple[tuple[float, ...], ...]
+    """(order groups, windows) the share of a group in the micro-batches of each of at most `ORDER_WINDOWS` windows."""
+    steps_per_window: float
+    map: tuple[MapPoint, ...]
+    """A random sample of at most `MAP_ROWS` rows; empty where there are no embeddings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """All numbers of one metric on one dataset, for tables, JSON and HTML."""
+
+    metric: str
+    rows: int
+    samples: int
+    """What plans are made of: the rows, or packs of them."""
+    possible_groups: int
+    """Groups that were fitted; `groups` are those that have rows."""
+    groups: tuple[GroupNumbers, ...]
+    planned: BatchNumbers
+    random: BatchNumbers
+    by_length: BatchNumbers | None
+    """Of the Trainer's `group_by_length`; None without token counts."""
+    longest_run: int
+    """Steps in a row that hold the same group."""
+    lost: int
+    repeated: int
+    micro_batch_size: int
+    world_size: int
+    accumulation_steps: int
+    purity: str
+    remainder: str
+    weights: Any
+    seed: int
+    warnings: tuple[str, ...]
+    drawing: Drawing
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers as JSON values, without what only charts need."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "drawing"}
+
+
+class LossRecord(TypedDict):
+    """The loss of one group as training logged it."""
+
+    step: int
+    """Optimizer step."""
+    group: str
+    """The group's name."""
+    loss: float
+
+
+def inspect_groups(
+    grouper: Grouper,
+    group_ids: NDArray[np.int64],
+    rows: Rows,
+    plan: EpochPlan,
+    *,
+    options: CommonITArguments,
+    lengths: NDArray[np.int64] | None = None,
+    padding_free: bool = False,
+    seed: int = 0,
+    embed: bool = False,
+) -> Inspection:
+    """Work out all numbers of `plan`, the plan of one epoch over these groups.
+
+    Args:
+        grouper: fitted.
+        group_ids: (rows,) the group of each row, none -1.
+        rows: the rows that were grouped.
+        plan: of the rows, or of packs of them.
+        options: of the run that the plan is for.
+        lengths: (samples of the plan,) tokens that each costs, None where they are not known.
+        padding_free: micro-batches are computed without padding.
+        seed: of the random batches and of the samples that are shown.
+        embed: encode a sample of the rows for the map, where the groups are those of an embedding space.
+    """
+    summary = plan.summary()
+    count = len(grouper.names)
+    sizes = np.bincount(group_ids, minlength=count)
+    members = np.split(np.argsort(group_ids, kind="stable"), np.cumsum(sizes)[:-1])
+    present = np.flatnonzero(sizes)
+    rng = np.random.default_rng(seed)
+    response = rows.token_counts("response") if rows.tokenized else None
+    prompt = None if response is None else rows.token_counts("total") - response
+    examples = _examples(rows, members, present, rng)
+    micro_batches = np.bincount(plan.micro_batch_groups.ravel(), minlength=count)
+    lost, repeated = (_padded(counts, count) for counts in (summary.group_lost, summary.group_repeated))
+    groups = tuple(
+        GroupNumbers(
+            id=group,
+            name=grouper.names[group],
+            rows=int(sizes[group]),
+            share=float(sizes[group] / len(group_ids)),
+            prompt_tokens=_spread(prompt, members[group]),
+            response_tokens=_spread(response, members[group]),
+            steps=float(micro_batches[group] / (plan.world_size * plan.accumulation_steps)),
+            lost=int(lost[group]),
+            repeated=int(repeated[group]),
+            examples=examples.get(group, ()),
+        )
+        for group in present.tolist()
+    )
+    planned = _measure(plan.indices, plan.offsets, plan, lengths, padding_free)
+    inspection = Inspection(
+        metric=grouper.metric,
+        rows=len(group_ids),
+        samples=summary.num_samples,
+        possible_groups=count,
+        groups=groups,
+        planned=planned,
+        random=_measure(*_plain_batches(rng.permutation(summary.num_samples), plan), plan, lengths, padding_free),
+        by_length=None
+        if lengths is None
+        else _measure(*_plain_batches(_order_by_length(lengths, plan, seed), plan), plan, lengths, padding_free),
+        longest_run=_longest_run(plan.step_groups),
+        lost=summary.lost,
+        repeated=summary.repeated,
+        micro_batch_size=plan.micro_batch_size,
+        world_size=plan.world_size,
+        accumulation_steps=plan.accumulation_steps,
+        purity=options.commonit_purity,
+        remainder=options.commonit_remainder,
+        weights=options.commonit_weights,
+        seed=seed,
+        warnings=(),
+        drawing=Drawing(
+            **_order(plan, sizes, present),
+            map=_embedding_map(grouper, group_ids, rows, rng) if embed else (),
+        ),
+    )
+    sample_sizes = _padded(summary.group_samples, count)
+    return dataclasses.replace(inspection, warnings=(*grouper.notices, *_advice(inspection, sample_sizes)))
+
+
+def _padded(counts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    return np.pad(counts, (0, length - len(counts)))
+
+
+# --- groups -------------------------------------------------------------------------------------------------------
+
+
+def _spread(tokens: NDArray[np.int64] | None, members: NDArray[np.int64]) -> Spread | None:
+    if tokens is None:
+        return None
+    p5, p25, median, p75, p95 = np.quantile(tokens[members], (0.05, 0.25, 0.5, 0.75, 0.95)).tolist()
+    return Spread(p5=p5, p25=p25, median=median, p75=p75, p95=p95)
+
+
+def _examples(
+    rows: Rows, members: Sequence[NDArray[np.int64]], present: NDArray[np.int64], rng: np.random.Generator
+) -> dict[int, tuple[Example, ...]]:
+    """Random rows of each of the largest groups, in the order of the dataset; none where rows have no text."""
+    sizes = np.array([len(members[group]) for group in present])
+    largest = np.sort(present[np.argsort(-sizes, kind="stable")[:GROUPS_WITH_EXAMPLES]])
+    picked = [
+        np.sort(rng.choice(members[group], min(EXAMPLES_PER_GROUP, len(members[group])), replace=False))
+        for group in largest
+    ]
+    texts = _texts(rows, np.concatenate(picked))
+    if texts is None:
+        return {}
+    examples = iter(_example(prompt, response) for prompt, response in texts)
+    return {int(group): tuple(next(examples) for _ in numbers) for group, numbers in zip(largest, picked, strict=True)}
+
+
+def _select(rows: Rows, numbers: NDArray[np.int64]) -> Rows:
+    selected = copy.copy(rows)
+    selected.dataset = rows.dataset.select(numbers)
+    return selected
+
+
+def _texts(rows: Rows, numbers: NDArray[np.int64]) -> list[tuple[str, str]] | None:
+    """Prompt and response of some rows; the response is empty where it is the prompt's text again."""
+    selected = _select(rows, numbers)
+    try:
+        pairs = zip(selected.texts("prompt"), selected.texts("response"), strict=True)
+    except ValueError:  # rows of tokens, and no tokenizer to read them
+        return None
+    return [(prompt, "" if response == prompt else response) for prompt, response in pairs]
+
+
+def _example(prompt: str, response: str) -> Example:
+    return Example(prompt=cut(prompt, EXAMPLE_CHARACTERS), response=cut(response, EXAMPLE_CHARACTERS))
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
+def _plain_batches(order: NDArray[np.int64], plan: EpochPlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """`indices` and `offsets`, as in `EpochPlan`, of samples that are taken as they come.
+
+    Over several ranks, accelerate (`BatchSamplerShard` with `even_batches`) fills the last micro-step with the first
+    samples of the epoch.
+    """
+    size, ranks = plan.micro_batch_size, plan.world_size
+    if ranks > 1:
+        order = np.resize(order, -(-len(order) // (size * ranks)) * size * ranks)
+    return order, np.append(np.arange(0, len(order), size), len(order))
+
+
+def _order_by_length(lengths: NDArray[np.int64], plan: EpochPlan, seed: int) -> NDArray[np.int64]:
+    """(samples,) the order of transformers' `group_by_length`, in the calls that `Trainer` makes."""
+    import torch
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    sampler = LengthGroupedSampler(
+        plan.micro_batch_size * plan.accumulation_steps,
+        lengths=lengths.tolist(),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return np.fromiter(sampler, dtype=np.int64, count=len(lengths))
+
+
+def _measure(
+    indices: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    plan: EpochPlan,
+    lengths: NDArray[np.int64] | None,
+    padding_free: bool,
+) -> BatchNumbers:
+    """The numbers of the micro-batches that `indices` and `offsets` hold, in the geometry and groups of `plan`."""
+    starts = offsets[:-1]
+    groups = plan.group_ids[indices]
+    lowest = np.minimum.reduceat(groups, starts).reshape(-1, plan.world_size)
+    highest = np.maximum.reduceat(groups, starts).reshape(-1, plan.world_size)
+    steps = np.arange(0, len(lowest), plan.accumulation_steps)  # the first micro-step of each
+    in_micro_steps = lowest.min(axis=1), highest.max(axis=1)
+    in_steps = np.minimum.reduceat(in_micro_steps[0], steps), np.maximum.reduceat(in_micro_steps[1], steps)
+    padding_ratio = straggler_ratio = None
+    if lengths is not None and lengths.any():
+        tokens = np.asarray(lengths, dtype=np.int64)[indices]
+        costs = (
+            np.add.reduceat(tokens, starts) if padding_free else np.maximum.reduceat(tokens, starts) * np.diff(offsets)
+        ).reshape(-1, plan.world_size)
+        of_ranks = np.add.reduceat(costs, steps, axis=0)
+        means = np.maximum(of_ranks.mean(axis=1), 1e-9)  # a step of rows without a token
+        padding_ratio = float(costs.sum() / tokens.sum())
+        straggler_ratio = float((of_ranks.max(axis=1) / means).mean())
+    return BatchNumbers(
+        steps=len(steps),
+        pure_micro_batches=float((lowest == highest).mean()),
+        pure_micro_steps=float((in_micro_steps[0] == in_micro_steps[1]).mean()),
+        pure_steps=float((in_steps[0] == in_steps[1]).mean()),
+        padding_ratio=padding_ratio,
+        straggler_ratio=straggler_ratio,
+    )
+
+
+def _longest_run(step_groups: NDArray[np.int64]) -> int:
+    """The most steps in a row that hold one and the same group."""
+    changes = np.flatnonzero(np.diff(step_groups)) + 1
+    runs = np.diff(np.concatenate([[0], changes, [len(step_groups)]]))
+    of_one_group = step_groups[np.concatenate([[0], changes])] >= 0
+    return int(runs[of_one_group].max(initial=0))
+
+
+# --- advice -------------------------------------------------------------------------------------------------------
+
+
+def _advice(inspection: Inspection, sample_sizes: NDArray[np.int64]) -> list[str]:
+    """What is worth knowing before training, and what to do about it."""
+    advice = []
+    plain, planned = inspection.random.steps, inspection.planned.steps
+    micro_batches = {"micro": 1, "global": inspection.world_size}.get(
+        inspection.purity, inspection.world_size * inspection.accumulation_steps
+    )
+    capacity = inspection.micro_batch_size * micro_batches
+    small = int(np.count_nonzero((sample_sizes > 0) & (sample_sizes < capacity)))
+    largest = max(inspection.groups, key=lambda group: group.rows)
+    if len(inspection.groups) == 1:
+        advice.append(f"All rows are in one group, {largest.name!r}: batches are as in plain training.")
+    elif largest.share > _MOST_ROWS:
+        advice.append(
+            f"The group {largest.name!r} holds {largest.share:.0%} of the rows: most steps are as in plain training. "
+            "Another metric, or more groups, would tell its rows apart."
+        )
+    if small and inspection.remainder == "keep":
+        advice.append(
+            f"{small} of {len(inspection.groups)} groups have fewer samples than the {capacity} that batches of one "
+            f"group take, and train in smaller ones at the full learning rate: commonit_min_group_size={capacity} "
+            "merges them."
+        )
+    if planned > _FAR_ABOVE * plain:
+        advice.append(
+            f"An epoch takes {planned} steps, {planned / plain:.1f} times the {plain} of plain batches: larger "
+            "groups (commonit_min_group_size) bring it down."
+        )
+    if inspection.lost:
+        advice.append(
+            f"An epoch leaves out {inspection.lost} of {inspection.samples} samples (commonit_remainder="
+            f"{inspection.remainder}, commonit_weights={inspection.weights}): commonit_remainder='keep' with "
+            "commonit_weights='proportional' trains every one."
+        )
+    if inspection.repeated > _MANY_REPEATS * inspection.samples:
+        advice.append(
+            f"An epoch repeats samples {inspection.repeated:,} times, {inspection.repeated / inspection.samples:.0%} "
+            f"of {inspection.samples:,}: larger groups (commonit_min_group_size) or fewer micro-batches a step repeat "
+            "less."
+        )
+    return advice
+
+
+# --- charts -------------------------------------------------------------------------------------------------------
+
+
+def _order(plan: EpochPlan, sizes: NDArray[np.int64], present: NDArray[np.int64]) -> dict[str, Any]:
+    """The fields `order_groups`, `order` and `steps_per_window` of a `Drawing`."""
+    largest = np.sort(present[np.argsort(-sizes[present], kind="stable")[:CHART_GROUPS]])
+    shown = largest.tolist() + ([-1] if len(largest) < len(present) else [])
+    line_of_group = np.full(len(sizes), len(largest))
+    line_of_group[largest] = np.arange(len(largest))
+    windows = min(plan.num_steps, ORDER_WINDOWS)
+    steps = np.arange(plan.num_micro_steps) // plan.accumulation_steps
+    window_of_step = steps * windows // plan.num_steps
+    lines = line_of_group[plan.micro_batch_groups]
+    cells = np.bincount((lines * windows + window_of_step[:, None]).ravel(), minlength=len(shown) * windows)
+    counts = cells.reshape(len(shown), windows)
+    shares = (counts / counts.sum(axis=0)).round(3)
+    return {
+        "order_groups": tuple(shown),
+        "order": tuple(map(tuple, shares.tolist())),
+        "steps_per_window": plan.num_steps / windows,
+    }
+
+
+def _embedding_map(
+    grouper: Grouper, group_ids: NDArray[np.int64], rows: Rows, rng: np.random.Generator
+) -> tuple[MapPoint, ...]:
+    """A sample of the rows by the two main directions of their embeddings.
+
+    The sample is encoded again: the cache keeps groups, not embeddings, which at 10^6 rows are gigabytes.
+    """
+    if grouper.metric != "embedding" or len(group_ids) < 2:
+        return ()
+    from sklearn.decomposition import PCA
+
+    numbers = np.sort(rng.choice(len(group_ids), min(MAP_ROWS, len(group_ids)), replace=False))
+    texts = grouper.read(_select(rows, numbers))
+    places = PCA(2, random_state=0).fit_transform(grouper.measure(texts)).round(4).tolist()
+    return tuple(
+        MapPoint(x=x, y=y, group=int(group), text=cut(text, MAP_CHARACTERS))
+        for (x, y), group, text in zip(places, group_ids[numbers], texts, strict=True)
+    )

@@ -1,0 +1,175 @@
+"""`commonit group` saves groups and assignment, gives new rows to fitted groups, and training then loads them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.numpy import load_file
+from toys import tiny_model, tiny_tokenizer
+
+from commonit_trl import cli, load_grouper
+from commonit_trl.config import _READ_BY
+from commonit_trl.group import FITTED_WITH
+from commonit_trl.grouping.build import GROUPERS
+
+TASKS = ("add", "sort", "spell")
+
+
+def rows_of(task, count):
+    return [{"task": task, "prompt": f"Do {task} {n}:", "completion": f" {task}" * (n % 7 + 1)} for n in range(count)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path.name
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    directory = str(tmp_path_factory.mktemp("model"))
+    tiny_model().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    """Paths and caches are the test's own; one thread."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """24 rows of three tasks."""
+    return write_jsonl(tmp_path / "data.jsonl", [row for task in TASKS for row in rows_of(task, 8)])
+
+
+def group(*argv):
+    return cli.main(["group", *map(str, argv)])
+
+
+def assignment(directory):
+    return load_file(Path(directory) / "assignment.safetensors")["group_ids"].tolist()
+
+
+@pytest.mark.parametrize("packing", [None, "bfd", "wrapped"])
+@pytest.mark.parametrize("metric", ["task", "length", "embedding"])
+def test_training_loads_what_was_grouped_ahead(metric, packing, model, data, minilm, tmp_path, capfd):
+    recipe = {
+        "commonit_metric": metric,
+        "model_name_or_path": model,
+        "dataset_name": data,
+        "output_dir": "out",
+        "use_cpu": True,
+        "bf16": False,
+        "dtype": "float32",
+        "max_steps": 1,
+        "max_length": 40,
+        "packing": packing is not None,
+        "packing_strategy": packing or "bfd",
+        "per_device_train_batch_size": 2,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    if metric == "embedding":
+        recipe |= {"commonit_embedding_model": minilm, "commonit_num_groups": 3}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+
+    assert group("--config", "run.yaml", "--output", "saved") == 0
+    out, err = capfd.readouterr()
+    assert "Loaded groups from" not in err and "Saved in saved." in out
+    assert not Path("out").exists()
+
+    assert cli.main(["sft", "--config", "run.yaml"]) == 0
+    assert "Loaded groups from" in capfd.readouterr().err
+    assert load_grouper("saved").description() == load_grouper("out/commonit").description()
+
+
+def test_the_assignment_is_that_of_the_rows(data, capsys):
+    assert group(data, "--commonit_metric", "task", "--output", "saved") == 0
+    assert assignment("saved") == [0] * 8 + [1] * 8 + [2] * 8
+    assert load_grouper("saved").names == list(TASKS)
+    assert [line.split() for line in capsys.readouterr().out.splitlines() if "8" in line] == [[t, "8"] for t in TASKS]
+
+
+def test_new_rows_join_fitted_groups(data, model, tmp_path, capfd):
+    assert (
+        group(data, "--commonit_metric", "length", "--commonit_num_groups", 3, "--tokenizer", model, "--output", "a")
+        == 0
+    )
+    new = write_jsonl(tmp_path / "new.jsonl", rows_of("walk", 10))
+    assert group(new, "--load", "a", "--tokenizer", model, "--output", "b") == 0
+    assert load_grouper("a").description() == load_grouper("b").description()
+    edges = load_grouper("b").edges
+    lengths = [len(row["completion"]) + 1 for row in rows_of("walk", 10)]  # and the end of the text
+    assert assignment("b") == [sum(edge <= length for edge in edges) for length in lengths]
+
+    assert group(data, "--commonit_metric", "task", "--output", "c") == 0
+    new = write_jsonl(tmp_path / "more.jsonl", [*rows_of("walk", 2), *rows_of("sort", 2)])
+    capfd.readouterr()
+    assert group(new, "--load", "c", "--output", "d") == 0
+    out, err = capfd.readouterr()
+    assert assignment("d") == [-1, -1, 1, 1]
+    assert "2 of 4 rows belong to none of its groups." in err and "2 rows belong to none of the groups." in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--commonit_metric", "task"], "--output"),
+        (
+            ["--load", "saved", "--commonit_metric", "length", "--output", "x"],
+            "commonit_metric=length and --load saved",
+        ),
+        (
+            ["--load", "saved", "--commonit_min_group_size", "3", "--output", "x"],
+            "commonit_min_group_size=3 and --load saved",
+        ),
+        (
+            ["--load", "saved", "--commonit_length_of", "total", "--output", "x"],
+            "read by commonit_metric='length' only",
+        ),
+        (["--commonit_metric", "task", "--output", "/proc/no"], "--output /proc/no cannot be written"),
+        (["--commonit_metric", "task", "--output", "x", "--world_size", "2"], "Unknown option world_size"),
+    ],
+)
+def test_what_is_wrong_is_one_line(argv, said, data, capfd):
+    assert group(data, "--commonit_metric", "task", "--output", "saved") == 0
+    capfd.readouterr()
+    assert group(data, *argv) == 2
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("commonit: error: "))
+    assert said in line
+
+
+def test_loaded_groups_take_the_options_they_were_fitted_with(data):
+    fitted = ["--commonit_task_column", "task", "--commonit_min_group_size", 2]
+    assert group(data, "--commonit_metric", "task", *fitted, "--output", "saved") == 0
+    assert group(data, "--commonit_metric", "task", *fitted, "--load", "saved", "--output", "again") == 0
+
+
+def test_rows_of_other_tasks_only_are_an_error(data, tmp_path, capfd):
+    assert group(data, "--commonit_metric", "task", "--output", "saved") == 0
+    new = write_jsonl(tmp_path / "new.jsonl", rows_of("walk", 4))
+    assert group(new, "--load", "saved", "--output", "b") == 2
+    assert "none of the 4 rows belongs to one of its 3 groups" in capfd.readouterr().err
+
+
+def test_each_option_that_fits_groups_has_its_name_among_the_groupers():
+    assert set(FITTED_WITH) == {*_READ_BY, "commonit_min_group_size"}
+    made = {
+        "task": GROUPERS["task"](columns=["task"]),
+        "length": GROUPERS["length"](),
+        "embedding": GROUPERS["embedding"](model="any"),
+    }
+    for option, name in FITTED_WITH.items():
+        for metric in _READ_BY.get(option, made):
+            assert name in made[metric].options

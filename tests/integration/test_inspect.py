@@ -1,0 +1,320 @@
+"""`commonit inspect` shows what training would do: its rows, its groups, its plan; and says what is wrong in a line."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from toys import tiny_model, tiny_tokenizer
+
+from commonit_trl import CommonITSFTTrainer, cli
+
+TASKS = ("add", "sort", "spell")
+
+
+def rows_of(task, count):
+    return [{"task": task, "prompt": f"Do {task} {n}:", "completion": f" {task}" * (n % 7 + 1)} for n in range(count)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path.name
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    directory = str(tmp_path_factory.mktemp("model"))
+    tiny_model().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    directory = str(tmp_path_factory.mktemp("tokenizer"))
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    """Paths and caches are the test's own; a wide terminal; one thread."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("COLUMNS", "150")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """60 rows of three tasks."""
+    return write_jsonl(
+        tmp_path / "data.jsonl", [row for n, task in enumerate(TASKS) for row in rows_of(task, 10 + 10 * n)]
+    )
+
+
+def inspect(*argv):
+    return cli.main(["inspect", *map(str, argv)])
+
+
+def numbers(capsys, *argv):
+    """What `--json` prints."""
+    assert inspect(*argv, "--json") == 0
+    return json.loads(capsys.readouterr().out)["inspections"]
+
+
+def error(capfd, *argv):
+    """The one line of an error."""
+    assert inspect(*argv) == 2
+    out, err = capfd.readouterr()
+    (line,) = (line for line in err.splitlines() if line.startswith("commonit: error: "))
+    assert out == "" and "Traceback" not in err
+    return line
+
+
+# --- what it shows is what training does --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [None, "bfd", "wrapped"])
+@pytest.mark.parametrize("metric", ["task", "length"])
+def test_a_recipe_is_inspected_as_it_is_trained(metric, packing, model, data, tmp_path, capsys, monkeypatch):
+    options = {
+        "commonit_metric": metric,
+        "model_name_or_path": model,
+        "dataset_name": data,
+        "output_dir": "out",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_length": 48,
+        "packing": packing is not None,
+        "packing_strategy": packing or "bfd",
+        "seed": 3,
+        "eval_strategy": "no",
+        "bf16": False,
+        "use_cpu": True,
+        "max_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
+    trained = []
+    monkeypatch.setattr(CommonITSFTTrainer, "train", lambda self, **kwargs: trained.append(self))
+    monkeypatch.setattr(CommonITSFTTrainer, "save_model", lambda *args: None)
+    (shown,) = numbers(capsys, "--config", "run.yaml")
+    assert not (tmp_path / "out").exists()
+
+    assert cli.main(["sft", "--config", "run.yaml"]) == 0
+    assert "Loaded groups from" in capsys.readouterr().err
+    (trainer,) = trained
+    plan, summary = trainer.commonit_plan(), trainer.commonit_plan().summary()
+    assert [group["name"] for group in shown["groups"]] == [
+        trainer.commonit_grouper.names[group]
+        for group in range(len(summary.group_samples))
+        if summary.group_samples[group]
+    ]
+    assert (shown["planned"]["steps"], shown["samples"]) == (plan.num_steps, len(trainer.train_dataset))
+    assert [group["repeated"] for group in shown["groups"]] == summary.group_repeated[
+        summary.group_samples > 0
+    ].tolist()
+    assert shown["rows"] == 60
+    counts = trainer._commonit_lengths
+    padded = sum(
+        counts[plan.micro_batch(m, 0)].max() * len(plan.micro_batch(m, 0)) for m in range(plan.num_micro_steps)
+    )
+    real = counts[plan.indices].sum()
+    assert shown["planned"]["padding_ratio"] == pytest.approx(1.0 if packing == "bfd" else padded / real)
+
+
+def test_geometry_comes_from_the_recipe_and_the_flags_override_it(model, data, tmp_path, capsys):
+    recipe = {"model_name_or_path": model, "commonit_metric": "task", "num_processes": 3}
+    recipe |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": True, "fsdp": "full_shard"}
+    recipe |= {"eval_strategy": "steps", "load_best_model_at_end": True, "report_to": "wandb", "dataset_name": data}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    (shown,) = numbers(capsys, "--config", "run.yaml")
+    assert [shown[name] for name in ("micro_batch_size", "world_size", "accumulation_steps")] == [2, 3, 2]
+    (shown,) = numbers(capsys, "--config", "run.yaml", "--world_size", 1, "--per_device_train_batch_size", 5)
+    assert [shown[name] for name in ("micro_batch_size", "world_size", "accumulation_steps")] == [5, 1, 2]
+
+
+def test_each_kind_of_column_is_read(tokenizer, tmp_path, capsys):
+    kinds = {
+        "plain": rows_of("add", 20),
+        "alpaca": [
+            {"instruction": f"Add {n}", "input": "" if n % 2 else "now", "output": "a" * (n + 1)} for n in range(20)
+        ],
+        "text": [{"text": f"Add {n}"} for n in range(20)],
+        "messages": [
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a" * (n + 1)}]}
+            for n in range(20)
+        ],
+        "tokens": [{"input_ids": [1] * (n + 3), "labels": [-100, *[1] * (n + 2)]} for n in range(20)],
+    }
+    for kind, rows in kinds.items():
+        name = write_jsonl(tmp_path / f"{kind}.jsonl", rows)
+        options = ["--commonit_metric", "length", "--commonit_num_groups", 2, "--tokenizer", tokenizer]
+        (shown,) = numbers(capsys, name, *options)
+        assert sum(group["rows"] for group in shown["groups"]) == 20, kind
+        assert shown["groups"][0]["examples"], kind
+        assert shown["groups"][0]["response_tokens"]["median"] < shown["groups"][1]["response_tokens"]["median"], kind
+
+
+# --- what it prints -----------------------------------------------------------------------------------------------
+
+
+def test_without_a_tokenizer_task_works_and_tokens_are_a_dash(data, capsys):
+    assert inspect(data, "--commonit_metric", "task", "--per_device_train_batch_size", 4) == 0
+    out = capsys.readouterr().out
+    for n, task in enumerate(TASKS):
+        rows = 10 + 10 * n
+        assert re.search(rf"{task} +{rows} +{rows / 60:.1%} +- +- +{-(-rows // 4)} +0 +0", out), out
+    assert re.search(r"Padding ratio .* -", out)
+    assert re.search("Do spell [0-9]+: → spell", out)
+
+
+def test_several_files_are_a_mixture(data, tmp_path, capsys):
+    other = write_jsonl(tmp_path / "other.jsonl", rows_of("add", 12))
+    (shown,) = numbers(capsys, data, other, "--commonit_metric", "task")
+    assert [(group["name"], group["rows"]) for group in shown["groups"]] == [("data", 60), ("other", 12)]
+
+
+def test_metrics_are_compared_with_the_options_that_each_reads(data, tokenizer, minilm, capsys, tmp_path):
+    options = ["--commonit_num_groups", 4, "--commonit_embedding_model", minilm, "--commonit_length_of", "total"]
+    options += ["--tokenizer", tokenizer, "--per_device_train_batch_size", 4]
+    html = tmp_path / "new" / "report.html"
+    shown = numbers(capsys, data, "--compare", "task,length,embedding", *options, "--html", html)
+    assert [one["metric"] for one in shown] == ["task", "length", "embedding"]
+    assert [one["possible_groups"] for one in shown] == [3, 4, 4]
+    assert shown[1]["groups"][0]["name"].startswith("total under")
+    text = html.read_text(encoding="utf-8")
+    assert text.count("Map of the embeddings, 60 of 60 rows</h3>") == 1
+    assert inspect(data, "--compare", "task,length", *options) == 0
+    assert re.search(r"task +length\s", capsys.readouterr().out)
+
+
+def test_nothing_but_json_is_on_stdout(data, tokenizer):
+    """Whatever the libraries say as they are imported, which a process does once."""
+    command = [sys.executable, "-m", "commonit_trl", "inspect", data, "--commonit_metric", "length", "--json"]
+    done = subprocess.run([*command, "--tokenizer", tokenizer], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["inspections"][0]["rows"] == 60
+
+
+def test_groups_that_were_saved_are_used(data, tokenizer, tmp_path, capsys):
+    assert cli.main(["group", data, "--commonit_metric", "task", "--output", "saved"]) == 0
+    capsys.readouterr()
+    new = write_jsonl(tmp_path / "new.jsonl", [*rows_of("add", 20), *rows_of("walk", 5)])
+    (shown,) = numbers(capsys, new, "--load", "saved", "--tokenizer", tokenizer)
+    assert [(group["name"], group["rows"]) for group in shown["groups"]] == [("add", 20)]
+    assert shown["warnings"][0] == "5 of 25 rows belong to none of the loaded groups and are left out here."
+
+
+# --- what is wrong ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["data.jsonl"], "commonit_metric is not set: write --commonit_metric task, length, embedding, or --compare"),
+        (
+            ["data.jsonl", "--commonit_metric", "lenght"],
+            "commonit_metric='lenght' is not one of task, length, embedding",
+        ),
+        (["data.jsonl", "--commonit_metric", "none"], "commonit_metric='none' is not one of"),
+        (["data.jsonl", "--compare", "task,size"], "--compare='size' is not one of task, length, embedding"),
+        (["data.jsonl", "--commonit_metric", "length"], "rows have none: add --tokenizer, a hub name or directory."),
+        (["data.jsonl", "--commonit_metric", "task", "--tokenizer", "no/where"], "--tokenizer='no/where' is not found"),
+        (
+            ["data.jsonl", "--commonit_metric", "task", "--commonit_length_of", "total"],
+            "is read by commonit_metric='length'",
+        ),
+        (["data.jsonl", "--commonit_metric", "task", "--jsn"], "Unknown option jsn"),
+        (["data.jsonl", "--commonit_metric", "task", "--world_size", "0"], "world_size=0 must be a whole number >= 1"),
+        (["data.jsonl", "--commonit_metric", "task", "--world_size", "99"], "has 60 samples, fewer than the"),
+        (["data.jsonl", "--commonit_metric", "task", "--commonit_task_column", "kind"], "commonit_task_column='kind'"),
+        (
+            ["data.jsonl", "--commonit_metric", "task", "--html", "/proc/no/report.html"],
+            "--html /proc/no/report.html cannot",
+        ),
+        (["data.jsonl", "--load", "nowhere"], "nowhere/groups.json is not a readable set of groups"),
+        (["missing.jsonl", "--commonit_metric", "task"], "dataset_name='missing.jsonl' cannot be loaded"),
+        (["--commonit_metric", "task"], "dataset_name=None and 0 entries in datasets: give one of the two"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+        (["--axolotl", "recipe.yml", "data.jsonl"], "--axolotl recipe.yml and data.jsonl: options and data stand in"),
+    ],
+)
+def test_what_is_wrong_is_one_line(argv, said, data, capfd):
+    assert said in error(capfd, *argv)
+
+
+def test_other_front_ends_come_from_installed_packages(tmp_path, monkeypatch, capfd):
+    """A recipe of another front end goes to the package that has the entry point, and says where there is none."""
+    monkeypatch.setattr("commonit_trl.recipes.ENTRY_POINTS", "commonit.test_recipes")
+    said = error(capfd, "--axolotl", "recipe.yml")
+    assert said.endswith("nothing installed reads such recipes: pip install 'commonit-trl[axolotl]'.")
+
+    info = tmp_path / "site" / "other-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Name: other\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[commonit.test_recipes]\naxolotl = other_reader:read\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert "No module named 'other_reader'" in error(capfd, "--axolotl", "recipe.yml")
+
+    (tmp_path / "site" / "other_reader.py").write_text(
+        "import numpy as np\n"
+        "from commonit_trl.config import CommonITArguments\n"
+        "from commonit_trl.recipes import Recipe\n"
+        "from commonit_trl.text import Rows\n"
+        "from toys import id_rows\n"
+        "def pack(grouper, group_ids):\n"
+        "    assert grouper.names == ['g000', 'g001']\n"
+        "    return group_ids[::2], np.full(len(group_ids[::2]), 64)\n"
+        "def read(path):\n"
+        "    rows = Rows(id_rows([20, 10]))\n"
+        "    options = CommonITArguments(commonit_metric='task')\n"
+        "    return Recipe(options=options, rows=rows, seed=1, micro_batch_size=2, accumulation_steps=1,\n"
+        "        lengths=rows.token_counts(), arranged=True, pack=pack if 'pack' in path else None)\n"
+    )
+    monkeypatch.delitem(sys.modules, "other_reader", raising=False)
+    (shown,) = numbers(capfd, "--axolotl", "recipe.yml", "--compare", "task")
+    assert (shown["rows"], shown["samples"], shown["planned"]["steps"]) == (30, 30, 15)
+    (shown,) = numbers(capfd, "--axolotl", "packed.yml")
+    assert (shown["rows"], shown["samples"], shown["planned"]["padding_ratio"]) == (30, 15, 1.0)
+
+
+def test_help_names_the_options(capsys):
+    with pytest.raises(SystemExit):
+        inspect("--help")
+    said = capsys.readouterr().out
+    assert all(option in said for option in ("--compare", "--json", "--html", "--load", "--tokenizer", "DATA"))
+
+
+# --- real data ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real_data
+def test_real_data_takes_seconds(real_data, tokenizer, capsys):
+    """14,434 rows, in seconds of CPU; a byte tokenizer makes more tokens than a real one, and takes longer."""
+    files = [real_data / name for name in ("gsm8k_train.jsonl", "codealpaca.jsonl", "apibench.jsonl")]
+    started = time.process_time()
+    (task,) = numbers(capsys, *files, "--commonit_metric", "task")
+    assert [group["rows"] for group in task["groups"]] == [2426, 4535, 7473]
+    assert time.process_time() - started < 10
+    started = time.process_time()
+    shown = numbers(capsys, *files, "--compare", "task,length", "--tokenizer", tokenizer)
+    assert [one["planned"]["pure_steps"] for one in shown] == [1.0, 1.0]
+    assert time.process_time() - started < 60
+
+
+def test_raw_rows_are_not_changed(data, tmp_path):
+    before = (tmp_path / data).read_bytes()
+    assert inspect(data, "--commonit_metric", "task") == 0
+    assert (tmp_path / data).read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.jsonl"]
+    assert Dataset.from_json(str(tmp_path / data)).column_names == ["task", "prompt", "completion"]

@@ -1,0 +1,284 @@
+"""The numbers of a report are those that anyone can count, batch by batch, in the plan and in plain orders."""
+
+import dataclasses
+import itertools
+import json
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from toys import id_rows
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from commonit_trl.config import CommonITArguments
+from commonit_trl.grouping import LengthGrouper, TaskGrouper
+from commonit_trl.plan import plan_epoch
+from commonit_trl.report import analysis, inspect_groups
+from commonit_trl.text import Rows
+
+GEOMETRIES = [(2, 1, 1), (2, 2, 3), (3, 2, 2), (5, 3, 1)]  # B, W, A
+
+
+def inspect(dataset, geometry, *, grouper=None, padding_free=False, seed=0, **options):
+    """An inspection of `dataset` by task, and the plan that it is of."""
+    rows = Rows(dataset)
+    grouper = grouper or TaskGrouper(columns=["task"])
+    grouper.fit(rows)
+    group_ids, lengths = grouper.assign(rows), rows.token_counts()
+    size, ranks, accumulation = geometry
+    plan = plan_epoch(
+        group_ids,
+        lengths,
+        micro_batch_size=size,
+        world_size=ranks,
+        accumulation_steps=accumulation,
+        purity=options.get("commonit_purity", "step"),
+        remainder=options.get("commonit_remainder", "keep"),
+        weights=options.get("commonit_weights", "proportional"),
+        seed=seed,
+    )
+    options = CommonITArguments(commonit_metric=grouper.metric, **options)
+    arguments = {"options": options, "lengths": lengths, "padding_free": padding_free, "seed": seed}
+    return inspect_groups(grouper, group_ids, rows, plan, **arguments), plan
+
+
+def steps_of(plan):
+    """The plan as lists: step -> micro-step -> rank -> row numbers."""
+    micro_steps = [
+        [plan.micro_batch(number, rank).tolist() for rank in range(plan.world_size)]
+        for number in range(plan.num_micro_steps)
+    ]
+    return cut(micro_steps, plan.accumulation_steps)
+
+
+def plain_steps(order, geometry):
+    """What the Trainer makes of a sampler's order: batches, dealt to ranks in turn, filled up with the first rows."""
+    size, ranks, accumulation = geometry
+    order = list(order)
+    while ranks > 1 and len(order) % (size * ranks):
+        order += order[: size * ranks - len(order) % (size * ranks)]
+    return cut(cut(cut(order, size), ranks), accumulation)
+
+
+def cut(items, size):
+    return [items[low : low + size] for low in range(0, len(items), size)]
+
+
+def joined(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
+def count(steps, tasks, tokens, padding_free=False):
+    """The numbers of `BatchNumbers`, one batch after the other."""
+
+    def cost(batch):
+        found = [tokens[row] for row in batch]
+        return sum(found) if padding_free else max(found) * len(found)
+
+    def share_of_one_task(parts):
+        return statistics.mean(len({tasks[row] for row in part}) == 1 for part in parts)
+
+    micro_batches = [batch for step in steps for micro_step in step for batch in micro_step]
+    stragglers = []
+    for step in steps:
+        loads = [sum(cost(micro_step[rank]) for micro_step in step) for rank in range(len(step[0]))]
+        stragglers.append(max(loads) / statistics.mean(loads))
+    return {
+        "steps": len(steps),
+        "pure_micro_batches": share_of_one_task(micro_batches),
+        "pure_micro_steps": share_of_one_task([joined(micro_step) for step in steps for micro_step in step]),
+        "pure_steps": share_of_one_task([joined(map(joined, step)) for step in steps]),
+        "padding_ratio": sum(map(cost, micro_batches)) / sum(tokens[row] for batch in micro_batches for row in batch),
+        "straggler_ratio": statistics.mean(stragglers),
+    }
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("purity", ["step", "global", "micro"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_batches_are_counted_as_one_would(geometry, purity, padding_free):
+    data = id_rows([47, 27, 9])
+    inspection, plan = inspect(data, geometry, padding_free=padding_free, commonit_purity=purity)
+    tasks, tokens = data["task"][:], [len(row) for row in data["input_ids"]]
+
+    planned = count(steps_of(plan), tasks, tokens, padding_free)
+    assert dataclasses.asdict(inspection.planned) == pytest.approx(planned)
+    assert inspection.planned.steps == plan.num_steps
+
+    size, _, accumulation = geometry
+    by_length = LengthGroupedSampler(size * accumulation, lengths=tokens, generator=torch.Generator().manual_seed(0))
+    expected = count(plain_steps(by_length, geometry), tasks, tokens, padding_free)
+    assert dataclasses.asdict(inspection.by_length) == pytest.approx(expected)
+
+
+def test_random_batches_are_like_the_mean_of_many_random_orders():
+    """The order is drawn inside, so any one draw is compared with the spread of others."""
+    data, geometry = id_rows([300, 200, 100]), (4, 2, 2)
+    inspection, _ = inspect(data, geometry)
+    tasks, tokens = data["task"][:], [len(row) for row in data["input_ids"]]
+    rng = np.random.default_rng(5)
+    draws = [count(plain_steps(rng.permutation(600).tolist(), geometry), tasks, tokens) for _ in range(30)]
+    for name, value in dataclasses.asdict(inspection.random).items():
+        mean, spread = statistics.mean(draw[name] for draw in draws), statistics.stdev(draw[name] for draw in draws)
+        assert abs(value - mean) <= 5 * spread, name
+    assert inspection.random.steps == plan_epoch([0] * 600, micro_batch_size=16).num_steps
+
+
+def test_without_token_counts_there_are_no_ratios():
+    data = Dataset.from_dict({"task": ["a", "b"] * 10, "prompt": ["x"] * 20, "completion": ["y"] * 20})
+    rows = Rows(data)
+    grouper = TaskGrouper(columns=["task"]).fit(rows)
+    plan = plan_epoch(grouper.assign(rows), micro_batch_size=4)
+    inspection = inspect_groups(grouper, plan.group_ids, rows, plan, options=CommonITArguments(commonit_metric="task"))
+    assert inspection.by_length is None
+    assert inspection.planned.padding_ratio is inspection.random.straggler_ratio is None
+    assert inspection.groups[0].prompt_tokens is inspection.groups[0].response_tokens is None
+    assert inspection.planned.pure_steps == 1.0
+    assert {(example.prompt, example.response) for example in inspection.groups[0].examples} == {("x", "y")}
+
+
+# --- groups -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"commonit_remainder": "drop"},
+        {"commonit_remainder": "pad"},
+        {"commonit_weights": "uniform"},
+        {"commonit_purity": "micro"},
+    ],
+)
+def test_groups_are_counted_as_one_would(options):
+    data, geometry = id_rows([50, 21, 6], seed=3), (2, 2, 2)
+    inspection, plan = inspect(data, geometry, **options)
+    tasks = data["task"][:]
+    steps = steps_of(plan)
+    seen = [row for step in steps for micro_step in step for batch in micro_step for row in batch]
+    for number, group in enumerate(inspection.groups):
+        rows = [row for row, task in enumerate(tasks) if task == f"g{number:03d}"]
+        assert (group.id, group.name, group.rows) == (number, f"g{number:03d}", len(rows))
+        assert group.share == len(rows) / len(tasks)
+        assert group.lost == sum(row not in seen for row in rows)
+        assert group.repeated == sum(max(seen.count(row) - 1, 0) for row in rows)
+        batches = sum(tasks[batch[0]] == group.name for step in steps for part in step for batch in part)
+        assert group.steps == batches / 4
+        labels = [data[row]["labels"] for row in rows]
+        for of, counts in (
+            ("prompt", [sum(label == -100 for label in row) for row in labels]),
+            ("response", [sum(label != -100 for label in row) for row in labels]),
+        ):
+            spread = getattr(group, f"{of}_tokens")
+            assert spread.median == statistics.median(counts)
+            assert spread.p95 == pytest.approx(statistics.quantiles(counts, n=20, method="inclusive")[-1])
+            assert spread.p5 <= spread.p25 <= spread.median <= spread.p75 <= spread.p95
+    assert inspection.lost == sum(group.lost for group in inspection.groups)
+    assert inspection.repeated == sum(group.repeated for group in inspection.groups)
+    assert sum(group.steps for group in inspection.groups) == pytest.approx(plan.num_micro_steps / 2)
+
+
+@pytest.mark.parametrize(
+    ("step_groups", "longest"),
+    [([0], 1), ([0, 1, 1, 1, 0, 0], 3), ([-1, -1, -1, 2], 1), ([-1, -1], 0), ([1, -1, 1, 1], 2), ([3, 3, 3], 3)],
+)
+def test_longest_run(step_groups, longest):
+    assert analysis._longest_run(np.array(step_groups)) == longest
+
+
+def test_examples_are_rows_of_their_group():
+    texts = [f"{task} {number}" for number in range(40) for task in "abc"]
+    data = Dataset.from_dict({"task": [text[0] for text in texts], "prompt": texts, "completion": texts[::-1]})
+    rows = Rows(data)
+    grouper = TaskGrouper(columns=["task"]).fit(rows)
+    ids = grouper.assign(rows)
+    plan = plan_epoch(ids, micro_batch_size=4)
+    inspection = inspect_groups(grouper, ids, rows, plan, options=CommonITArguments(commonit_metric="task"))
+    pairs = dict(zip(texts, texts[::-1], strict=True))
+    for group in inspection.groups:
+        assert len({example.prompt for example in group.examples}) == analysis.EXAMPLES_PER_GROUP
+        for example in group.examples:
+            assert example.prompt[0] == group.name
+            assert example.response == pairs[example.prompt]
+
+
+def test_packs_are_the_samples_and_rows_the_rows():
+    """Where a plan is made of packs, what it loses and repeats are packs; tokens and examples are those of rows."""
+    data = id_rows([30, 12])
+    rows = Rows(data)
+    grouper = TaskGrouper(columns=["task"]).fit(rows)
+    plan = plan_epoch([0] * 7 + [1] * 4, [50] * 11, micro_batch_size=2, world_size=2, remainder="drop")
+    options = CommonITArguments(commonit_metric="task", commonit_remainder="drop")
+    lengths = np.full(11, 50)
+    inspection = inspect_groups(grouper, grouper.assign(rows), rows, plan, options=options, lengths=lengths)
+    assert (inspection.rows, inspection.samples, inspection.lost) == (42, 11, 3)
+    assert [group.rows for group in inspection.groups] == [30, 12]
+    assert [group.lost for group in inspection.groups] == [3, 0]
+    assert inspection.planned.padding_ratio == 1.0
+
+
+# --- the rest -----------------------------------------------------------------------------------------------------
+
+
+def test_the_order_of_groups_is_that_of_the_steps():
+    inspection, plan = inspect(id_rows([30, 20, 10]), (2, 2, 1))
+    drawing = inspection.drawing
+    assert drawing.order_groups == (0, 1, 2)
+    assert drawing.steps_per_window == 1
+    for step, group in enumerate(plan.step_groups):
+        assert [line[step] for line in drawing.order] == [float(line == group) for line in range(3)]
+
+
+def test_many_groups_and_steps_are_drawn_in_bounds():
+    data = id_rows(list(range(1, 41)), max_tokens=8)
+    inspection, plan = inspect(data, (1, 1, 1))
+    drawing = inspection.drawing
+    assert plan.num_steps == 820 and len(inspection.groups) == 40
+    assert drawing.order_groups == (*range(20, 40), -1)
+    shares = np.array(drawing.order)
+    assert shares.shape == (21, analysis.ORDER_WINDOWS)
+    np.testing.assert_allclose(shares.sum(axis=0), 1, atol=0.01)
+    assert drawing.steps_per_window == pytest.approx(820 / 400)
+
+
+def test_warnings_say_what_can_be_done():
+    inspection, _ = inspect(id_rows([400, 20, *[3] * 20]), (4, 2, 2))
+    said = "\n".join(inspection.warnings)
+    assert "The group 'g000' holds 83% of the rows" in said
+    assert "20 of 22 groups have fewer samples than the 16" in said and "commonit_min_group_size=16 merges" in said
+    assert "An epoch takes 47 steps, 1.6 times the 30 of plain batches" in said
+    assert "An epoch repeats samples 20 times, 4% of 480" in said
+    inspection, _ = inspect(id_rows([33, 33]), (4, 2, 2), commonit_remainder="drop")
+    assert inspection.warnings == (
+        "An epoch leaves out 2 of 66 samples (commonit_remainder=drop, commonit_weights=proportional): "
+        "commonit_remainder='keep' with commonit_weights='proportional' trains every one.",
+    )
+    inspection, _ = inspect(id_rows([32, 32]), (4, 2, 2))
+    assert inspection.warnings == ()
+
+
+def test_notices_of_the_grouper_are_warnings():
+    data = Dataset.from_list([{"input_ids": [1] * 5, "labels": [1] * 5, "task": "a"}] * 16)
+    inspection, _ = inspect(data, (4, 1, 1), grouper=LengthGrouper())
+    assert "collapse to 1 groups" in inspection.warnings[0]
+    assert "All rows are in one group" in inspection.warnings[1]
+
+
+def test_an_inspection_is_json():
+    inspection, _ = inspect(id_rows([30, 20]), (2, 2, 1))
+    numbers = json.loads(json.dumps(inspection.to_json()))
+    assert numbers["planned"]["pure_steps"] == 1.0
+    assert numbers["groups"][1]["response_tokens"]["median"] == inspection.groups[1].response_tokens.median
+    assert "drawing" not in numbers
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        inspection.lost = 3
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    data = id_rows([30, 20])
+    assert inspect(data, (2, 2, 1))[0] == inspect(data, (2, 2, 1))[0] != inspect(data, (2, 2, 1), seed=1)[0]

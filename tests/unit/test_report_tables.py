@@ -1,0 +1,114 @@
+"""Tables show the numbers, fit the terminal, and nothing in the data acts on it."""
+
+import dataclasses
+import io
+import re
+import unicodedata
+
+import numpy as np
+import pytest
+from hostile import HOSTILE, hostile_inspection, hostile_rows
+from rich.console import Console
+
+from commonit_trl.grouping import TaskGrouper
+from commonit_trl.report import print_inspections, print_sizes, tables
+from commonit_trl.report.shown import cut, shown
+from commonit_trl.text import Rows
+
+
+def printed(*inspections, width=100, terminal=False):
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, force_terminal=terminal, highlight=False, color_system=None)
+    print_inspections(inspections, console)
+    return stream.getvalue()
+
+
+def acts(text):
+    """The characters in `text` that a terminal acts on, line ends excepted."""
+    turning = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    return [c for c in text if c != "\n" and (unicodedata.category(c) in ("Cc", "Zl", "Zp") or c in turning)]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_nothing_in_the_data_acts_and_lines_fit(width, terminal):
+    text = printed(hostile_inspection(), width=width, terminal=terminal)
+    assert acts(text) == []
+    assert max(map(len, text.splitlines())) <= max(width, 76)  # numbers are not cut; names and rows are
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_numbers_are_never_cut(width):
+    one = hostile_inspection()
+    groups = tuple(dataclasses.replace(group, rows=7_000, repeated=123_456_000 + group.id) for group in one.groups)
+    lines = printed(dataclasses.replace(one, groups=groups), width=width).splitlines()
+    assert [line.split()[-1] for line in lines if "7,000" in line] == [f"123,456,{n:03d}" for n in range(len(groups))]
+    assert max(map(len, lines)) == width
+
+
+def test_the_text_of_the_data_stands_there():
+    text = printed(hostile_inspection(), width=400)
+    for name in ("script", "handler", "markup", "template"):
+        assert shown(HOSTILE[name]) in text
+    assert "\\u001b[2J" in text and "\\u202egnp.exe\\u202c" in text and "שלום مرحبا" in text
+    assert "a notice about <script>" in text and "</script> [bold]\\u001b[2J" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("a\x1b[0m", "a\\u001b[0m"),
+        (" two\n lines\t", "two lines"),
+        ("\u202etxt", "\\u202etxt"),
+        ("مرحبا \u200f!", "مرحبا \u200f!"),
+        ("👩\u200d💻 é", "👩\u200d💻 é"),
+        ("\x00\x9b\x7f", "\\u0000\\u009b\\u007f"),
+        ("\ud800", "\\ud800"),
+        ("", ""),
+    ],
+)
+def test_shown(text, safe):
+    assert shown(text) == safe
+
+
+def test_cut():
+    assert (cut("abc", 3), cut("abcd", 3)) == ("abc", "ab…")
+
+
+def test_metrics_stand_side_by_side():
+    inspection = hostile_inspection()
+    other = dataclasses.replace(inspection, metric="length", lost=7)
+    lines = printed(inspection, other).splitlines()
+    (lost,) = (line for line in lines if "Samples lost" in line)
+    assert lost.split()[-4:] == ["0;", "0", "7;", "0"]
+    (padding,) = (line for line in lines if "Padding ratio" in line)
+    planned, random, by_length = inspection.planned, inspection.random, inspection.by_length
+    cell = f"{planned.padding_ratio:.2f} ({random.padding_ratio:.2f}; {by_length.padding_ratio:.2f})"
+    assert padding.count(cell) == 2
+
+
+def test_numbers_of_a_group():
+    group = hostile_inspection().groups[0]
+    assert tables.group_cells(group)[1:] == ("4", "9.1%", "4 / 4", "5 / 5", "1", "0", "0")
+    group = dataclasses.replace(group, steps=2.5, rows=12_000, response_tokens=None)
+    assert tables.group_cells(group)[1:6] == ("12,000", "9.1%", "4 / 4", "-", "2.5")
+
+
+def test_many_groups_are_the_largest_in_their_order():
+    inspection = hostile_inspection()
+    groups = [dataclasses.replace(inspection.groups[0], id=n, name=f"<{n}>", rows=n % 50) for n in range(100)]
+    text = printed(dataclasses.replace(inspection, groups=tuple(groups)))
+    listed = [int(name) for name in re.findall(r"^ +<(\d+)>", text, re.MULTILINE)]
+    assert listed == [*range(35, 50), *range(85, 100)]
+    assert "and 70 smaller groups, which --json and --html list too." in text
+
+
+def test_sizes():
+    rows = Rows(hostile_rows())
+    grouper = TaskGrouper(columns=["task"]).fit(rows)
+    stream = io.StringIO()
+    ids = np.where(np.arange(len(rows)) < 3, -1, grouper.assign(rows))
+    print_sizes(grouper, ids, Console(file=stream, width=100))
+    assert acts(stream.getvalue()) == []
+    assert "3 rows belong to none of the groups." in stream.getvalue()
+    assert sum(line.rstrip().endswith(" 4") for line in stream.getvalue().splitlines()) == len(HOSTILE) - 1
