@@ -7,12 +7,14 @@ the mean of each micro-batch instead, and then a sample's weight would depend on
 """
 
 import copy
+import gc
 import inspect
 from typing import Any
 
 import numpy as np
 from axolotl.core.trainers import AxolotlTrainer
 from axolotl.utils.logging import get_logger
+from datasets import Dataset
 from numpy.typing import NDArray
 from torch.utils.data import SequentialSampler
 from transformers.trainer_utils import unwrap_peft_model
@@ -47,6 +49,25 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
         self.eval_dataset = _without_labels(self.eval_dataset)
         if self.eval_dataset is not None:
             self._commonit_eval_groups[self.eval_dataset] = group_ids
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The parent's, without the label column: `axolotl evaluate` gives the rows as they were prepared."""
+        if self._commonit_on and isinstance(eval_dataset, Dataset):
+            group_ids = self._commonit_assign_eval(eval_dataset)
+            eval_dataset = _without_labels(eval_dataset)
+            self._commonit_eval_groups[eval_dataset] = group_ids
+        return super().get_eval_dataloader(eval_dataset)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's; with `eval_sample_packing` Axolotl collects garbage five times for each group's rows, so what is
+        alive now is kept out of that."""
+        gc.freeze()
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            gc.unfreeze()
 
     # --- packing ------------------------------------------------------------------------------------------------------
 

@@ -540,7 +540,7 @@ class CommonITMixin(_Mixed):
 
 
 class _EpochStart(TrainerCallback):
-    """Before each epoch's first batch: gives the sampler the epoch, and compares the ranks' plans.
+    """Before each epoch: gives the sampler the epoch and how much of it is done, and compares the ranks' plans.
 
     In transformers 5.16 the Trainer's own `set_epoch` does not get through the wrapper that skips the first batches of
     a resumed epoch (`accelerate.skip_first_batches`).
@@ -550,8 +550,10 @@ class _EpochStart(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        steps_per_epoch = train_dataloader.commonit_sampler.current.num_steps
-        train_dataloader.set_epoch(state.global_step // steps_per_epoch)
+        sampler = train_dataloader.commonit_sampler
+        epoch, done = divmod(state.global_step, sampler.current.num_steps)
+        train_dataloader.set_epoch(epoch)
+        sampler.skip_first(done * sampler.current.accumulation_steps)
         self.trainer._commonit_check_ranks()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

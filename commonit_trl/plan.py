@@ -1,30 +1,34 @@
 """The epoch plan: which samples make up which micro-batch, for every rank and step of an epoch. Numpy only.
 
-Steps: (1) decide how many samples each group gives to the epoch; (2) cut each group's count into *units*, the largest
-runs of micro-batches that hold one group: an optimizer step (purity `step`), a micro-step of all ranks (`global`) or
-one micro-batch (`micro`); (3) shuffle the samples inside each group and the units across groups; (4) cut each unit into
-its micro-batches, by token length where lengths are given. Everything follows from the arguments, so ranks that call
-`plan_epoch` with the same arguments need no communication to agree.
+Steps: (1) sort the rows by group and shuffle them inside each group; (2) decide how many samples each group gives to
+the epoch, and cut that count into *units*, the largest runs of micro-batches that hold one group: an optimizer step
+(purity `step`), a micro-step of all ranks (`global`) or one micro-batch (`micro`); (3) shuffle the units of all groups;
+(4) as micro-batches are read, cut each unit into them, by token length where lengths are given (arrange.py). Everything
+follows from the arguments, so ranks that call `plan_epoch` with the same arguments need no communication to agree.
 
 Source: CommonIT (arXiv 2410.03077), section 3: batches of one group each, in random order. The even cut of a group's
 remainder, accumulation-wide purity and the arrangement by length are this project's.
 
-Cost, N samples: one permutation and one stable argsort of N (a radix sort below 32,768 groups), a few gathers of N;
-with lengths, about 25 passes over N more. The plan holds 16 bytes a sample, and 16 a micro-batch.
+Cost, N samples: about that of one random permutation of N, and 4 bytes a sample (8 from 2^31 samples on) besides the
+arguments; reading a stretch of micro-batches takes time and memory for that stretch only. benchmarks/plan_speed.py
+measures both.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from commonit_trl.arrange import arrange, concatenated_ranges
 from commonit_trl.config import check_choice, check_weights
 
-_LIMIT_SEARCH_ROUNDS = 24
-_ARRANGED_AT_ONCE = 1 << 22
+_SAMPLES_AT_ONCE = 1 << 16
+"""Sorted, arranged or read together: few enough for the processor's cache, enough to make numpy's overhead small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +59,26 @@ class PlanSummary:
 class EpochPlan:
     """All micro-batches of one epoch.
 
-    The micro-batch of micro-step `m` on rank `r` holds `indices[offsets[m * W + r] : offsets[m * W + r + 1]]`, and
-    micro-step `m` belongs to optimizer step `m // accumulation_steps`. Every rank has exactly one micro-batch in each
-    micro-step.
+    Micro-step `m` belongs to optimizer step `m // accumulation_steps`, and every rank has exactly one micro-batch in
+    each micro-step. The plan holds what decides the micro-batches, and works them out as they are read: `batches` a
+    stretch at a time, from anywhere in the epoch; `indices` and `offsets` all at once.
     """
 
-    indices: NDArray[np.int64]
-    """(samples seen,) row numbers of the dataset, in the order micro-step, rank, place in the micro-batch."""
-    offsets: NDArray[np.int64]
-    """(micro-steps * world size + 1,) where each micro-batch starts in `indices`."""
-    micro_batch_groups: NDArray[np.int64]
-    """(micro-steps, world size) group id of each micro-batch."""
-    group_ids: NDArray[np.int64]
+    group_ids: NDArray[np.integer[Any]]
     """(samples,) group id of each row of the dataset."""
+    lengths: NDArray[Any] | None
+    """(samples,) tokens of each row, where units are arranged by them."""
+    group_sizes: NDArray[np.int64]
+    """(groups,) rows of each group."""
+    shuffled_rows: NDArray[np.integer[Any]]
+    """(samples,) row numbers, group after group, in random order inside each group."""
+    unit_groups: NDArray[np.int64]
+    """(units,) group of each unit, in training order."""
+    unit_starts: NDArray[np.int64]
+    """(units,) the first of the group's draws in each unit; draw `d` is its shuffled row `d` modulo its size."""
+    unit_sizes: NDArray[np.int64]
+    """(units,) draws, that is samples, in each unit."""
+    micro_batches_per_unit: int
     micro_batch_size: int
     world_size: int
     accumulation_steps: int
@@ -75,57 +86,134 @@ class EpochPlan:
     @property
     def num_micro_steps(self) -> int:
         """Micro-batches that each rank gets: the length of its dataloader."""
-        return len(self.micro_batch_groups)
+        return len(self.unit_sizes) * self.micro_batches_per_unit // self.world_size
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps; with purity `global` or `micro` the last one may hold fewer micro-steps."""
         return -(-self.num_micro_steps // self.accumulation_steps)
 
+    @cached_property
+    def micro_batch_groups(self) -> NDArray[np.int64]:
+        """(micro-steps, world size) group id of each micro-batch."""
+        return np.repeat(self.unit_groups, self.micro_batches_per_unit).reshape(-1, self.world_size)
+
     @property
     def step_groups(self) -> NDArray[np.int64]:
         """(steps,) the group of each optimizer step, -1 for a step of several groups."""
+        groups = self.micro_batch_groups
         starts = np.arange(0, self.num_micro_steps, self.accumulation_steps)
-        lowest = np.minimum.reduceat(self.micro_batch_groups.min(axis=1), starts)
-        highest = np.maximum.reduceat(self.micro_batch_groups.max(axis=1), starts)
+        lowest = np.minimum.reduceat(groups.min(axis=1), starts)
+        highest = np.maximum.reduceat(groups.max(axis=1), starts)
         return np.where(lowest == highest, lowest, -1)
 
-    def micro_batch(self, micro_step: int, rank: int) -> NDArray[np.int64]:
-        """(samples,) row numbers of one micro-batch."""
-        position = micro_step * self.world_size + rank
-        return self.indices[self.offsets[position] : self.offsets[position + 1]]
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """(samples seen,) row numbers of the dataset, in the order micro-step, rank, place in the micro-batch."""
+        return self._all[0]
 
-    def batches(self, rank: int) -> Iterator[list[int]]:
-        """The micro-batches of `rank` in training order, as lists of row numbers."""
-        for micro_step in range(self.num_micro_steps):
-            yield self.micro_batch(micro_step, rank).tolist()
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """(micro-steps * world size + 1,) where each micro-batch starts in `indices`: that of micro-step `m` on rank
+        `r` is `indices[offsets[m * W + r] : offsets[m * W + r + 1]]`."""
+        return self._all[1]
+
+    @cached_property
+    def _all(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        rows, sizes = zip(*(self._read(first, end) for first, end in self._stretches()), strict=True)
+        return np.concatenate(rows, dtype=np.int64), np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
+
+    def micro_batch(self, micro_step: int, rank: int) -> NDArray[np.integer[Any]]:
+        """(samples,) row numbers of one micro-batch."""
+        first = micro_step - micro_step % self._micro_steps_per_unit
+        rows, sizes = self._read(first, first + self._micro_steps_per_unit, rank)
+        return np.split(rows, np.cumsum(sizes))[micro_step - first]
+
+    def batches(self, rank: int, start: int = 0) -> Iterator[list[int]]:
+        """The micro-batches of `rank` in training order, from micro-step `start` on, as lists of row numbers."""
+        for first, end in self._stretches(start):
+            rows, sizes = self._read(first, end, rank)
+            ends = np.cumsum(sizes).tolist()
+            batches = map(rows.tolist().__getitem__, map(slice, [0, *ends], ends))
+            yield from itertools.islice(batches, max(0, start - first), None)
+
+    def _stretches(self, start: int = 0) -> Iterator[tuple[int, int]]:
+        """First micro-step and end of stretches of whole units, from the unit that holds micro-step `start` on."""
+        per_unit = self._micro_steps_per_unit
+        units_at_once = max(1, _SAMPLES_AT_ONCE // (self.micro_batch_size * self.world_size * per_unit))
+        length = units_at_once * per_unit
+        for first in range(start - start % per_unit, self.num_micro_steps, length):
+            yield first, min(first + length, self.num_micro_steps)
+
+    @property
+    def _micro_steps_per_unit(self) -> int:
+        return max(1, self.micro_batches_per_unit // self.world_size)
+
+    def _read(
+        self, first: int, end: int, rank: int | None = None
+    ) -> tuple[NDArray[np.integer[Any]], NDArray[np.int64]]:
+        """The micro-batches from micro-step `first` to `end`, both the edge of a unit, of one rank or of all.
+
+        Returns:
+            Row numbers, one micro-batch after another, and (micro-steps, ranks) how many each micro-batch has.
+        """
+        ranks = slice(None) if rank is None else slice(rank, rank + 1)
+        if self.lengths is None:  # the samples of a unit are in random order: cut it into equal sizes
+            micro_batches = np.arange(first, end)[:, None] * self.world_size + np.arange(self.world_size)[ranks]
+            units, blocks = np.divmod(micro_batches, self.micro_batches_per_unit)
+            base, extra = np.divmod(self.unit_sizes[units], self.micro_batches_per_unit)
+            sizes = base + (blocks < extra)
+            starts = self.unit_starts[units] + blocks * base + np.minimum(blocks, extra)
+            return self._rows(self.unit_groups[units].ravel(), starts.ravel(), sizes.ravel()), sizes
+        here = slice(first // self._micro_steps_per_unit, end // self._micro_steps_per_unit)
+        rows = self._rows(self.unit_groups[here], self.unit_starts[here], self.unit_sizes[here])
+        order, sizes = arrange(self.lengths[rows], self.unit_sizes[here], self._micro_steps_per_unit, self.world_size)
+        sizes = sizes.reshape(-1, self.world_size)
+        starts = np.cumsum(sizes).reshape(sizes.shape) - sizes
+        starts, sizes = starts[:, ranks], sizes[:, ranks]
+        return rows[order[concatenated_ranges(starts.ravel(), sizes.ravel())]], sizes
+
+    def _rows(
+        self, groups: NDArray[np.int64], starts: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> NDArray[np.integer[Any]]:
+        """Row numbers of runs of draws, one run after another: the group, first draw and number of draws of each."""
+        group_sizes = self.group_sizes[groups]
+        draws = concatenated_ranges(starts, sizes)
+        if np.any(starts + sizes > group_sizes):  # only then is a sample repeated
+            draws %= np.repeat(group_sizes, sizes)
+        group_starts = np.cumsum(self.group_sizes) - self.group_sizes
+        draws += np.repeat(group_starts[groups], sizes)
+        return self.shuffled_rows[draws]
 
     def summary(self) -> PlanSummary:
         """Count what the epoch loses and repeats, per group and in all."""
-        seen = np.bincount(self.indices, minlength=len(self.group_ids))
-        groups = int(self.group_ids.max()) + 1
-        group_samples = np.bincount(self.group_ids, minlength=groups)
-        group_lost = np.bincount(self.group_ids[seen == 0], minlength=groups)
-        repeats = np.maximum(seen - 1, 0)
-        group_repeated = np.bincount(self.group_ids, weights=repeats, minlength=groups).astype(np.int64)
+        drawn, reached = np.zeros_like(self.group_sizes), np.zeros_like(self.group_sizes)
+        np.add.at(drawn, self.unit_groups, self.unit_sizes)
+        # The units of a group lie end to end, or overlap, from its draw 0 on.
+        np.maximum.at(reached, self.unit_groups, self.unit_starts + self.unit_sizes)
+        seen = np.minimum(reached, self.group_sizes)
         capacity = self.micro_batch_size * self.world_size * self.accumulation_steps
         return PlanSummary(
-            num_groups=int(np.count_nonzero(group_samples)),
+            num_groups=int(np.count_nonzero(self.group_sizes)),
             num_steps=self.num_steps,
             vanilla_steps=-(-len(self.group_ids) // capacity),
             num_samples=len(self.group_ids),
-            lost=int(group_lost.sum()),
-            repeated=int(repeats.sum()),
-            group_samples=group_samples,
-            group_lost=group_lost,
-            group_repeated=group_repeated,
+            lost=int((self.group_sizes - seen).sum()),
+            repeated=int((drawn - seen).sum()),
+            group_samples=self.group_sizes,
+            group_lost=self.group_sizes - seen,
+            group_repeated=drawn - seen,
         )
 
     def digest(self) -> str:
-        """A hash of every micro-batch of the epoch: equal digests mean equal plans."""
+        """A hash of all that decides the micro-batches: equal digests mean equal plans."""
+        geometry = np.array([self.micro_batches_per_unit, self.world_size, self.accumulation_steps])
+        arrays = [geometry, self.group_sizes, self.unit_groups, self.unit_starts, self.unit_sizes, self.shuffled_rows]
         content = hashlib.blake2b(digest_size=16)
-        for array in (self.indices, self.offsets, self.micro_batch_groups):
-            content.update(np.ascontiguousarray(array, dtype="<i8").data)
+        for array in arrays if self.lengths is None else [*arrays, self.lengths]:
+            content.update(str(len(array)).encode())
+            for start in range(0, len(array), _SAMPLES_AT_ONCE):
+                content.update(np.ascontiguousarray(array[start : start + _SAMPLES_AT_ONCE], dtype="<i8").data)
         return content.hexdigest()
 
 
@@ -166,18 +254,18 @@ def plan_epoch(
     """
     ids = np.asarray(group_ids)
     _check_arguments(ids, micro_batch_size, world_size, accumulation_steps, purity, remainder, weights, seed, epoch)
-    ids = ids.astype(np.int64, copy=False)
+    token_lengths = None if lengths is None else np.asarray(lengths)
+    if token_lengths is not None and token_lengths.shape != ids.shape:
+        raise ValueError(f"lengths has shape {token_lengths.shape}, group_ids {ids.shape}: give one for each row.")
     rng = np.random.default_rng([seed, epoch])
 
-    # Where each group's shuffled samples lie in `pool`.
-    sizes = np.bincount(ids)
-    shuffled = rng.permutation(len(ids))
-    sort_type = np.int16 if len(sizes) <= np.iinfo(np.int16).max else np.int64
-    pool = shuffled[np.argsort(ids[shuffled].astype(sort_type), kind="stable")]
-    group_starts = np.cumsum(sizes) - sizes
+    rows, sizes = _rows_by_group(ids)
+    for end, size in zip(np.cumsum(sizes).tolist(), sizes.tolist(), strict=True):
+        group = rows[end - size : end].astype(np.int64)  # numpy shuffles 8 bytes at a time faster than 4
+        rng.shuffle(group)
+        rows[end - size : end] = group
 
-    micro_steps_per_unit = accumulation_steps if purity == "step" else 1
-    micro_batches_per_unit = 1 if purity == "micro" else micro_steps_per_unit * world_size
+    micro_batches_per_unit = {"step": accumulation_steps * world_size, "global": world_size, "micro": 1}[purity]
     capacity = micro_batch_size * micro_batches_per_unit
     draws = _draws_per_group(sizes, weights)
     units = draws // capacity if remainder == "drop" else -(-draws // capacity)
@@ -202,32 +290,15 @@ def plan_epoch(
         unit_sizes = np.full(num_units, capacity)
 
     order = rng.permutation(num_units)
-    unit_groups, unit_starts, unit_sizes = unit_groups[order], unit_starts[order], unit_sizes[order]
-    first = np.cumsum(unit_sizes) - unit_sizes
-    # A run that goes past its group's last sample goes on at the first: only then is a sample repeated.
-    draw = np.arange(unit_sizes.sum()) + np.repeat(unit_starts - first, unit_sizes)
-    draw %= np.repeat(sizes[unit_groups], unit_sizes)
-    draw += np.repeat(group_starts[unit_groups], unit_sizes)
-    indices = pool[draw]
-
-    if lengths is None or micro_batches_per_unit == 1:
-        base, extra = np.divmod(unit_sizes, micro_batches_per_unit)
-        block_sizes = base[:, None] + (np.arange(micro_batches_per_unit) < extra[:, None])
-    else:
-        token_lengths = np.asarray(lengths)
-        if token_lengths.shape != ids.shape:
-            raise ValueError(f"lengths has shape {token_lengths.shape}, group_ids {ids.shape}: give one for each row.")
-        indices, block_sizes = _arrange_units(
-            indices, token_lengths[indices], unit_sizes, micro_steps_per_unit, world_size
-        )
-
-    offsets = np.concatenate([[0], np.cumsum(block_sizes.ravel())])
-    micro_batch_groups = np.repeat(unit_groups, micro_batches_per_unit).reshape(-1, world_size)
     return EpochPlan(
-        indices=indices,
-        offsets=offsets,
-        micro_batch_groups=micro_batch_groups,
         group_ids=ids,
+        lengths=token_lengths if micro_batches_per_unit > 1 else None,
+        group_sizes=sizes,
+        shuffled_rows=rows,
+        unit_groups=unit_groups[order],
+        unit_starts=unit_starts[order],
+        unit_sizes=unit_sizes[order],
+        micro_batches_per_unit=micro_batches_per_unit,
         micro_batch_size=micro_batch_size,
         world_size=world_size,
         accumulation_steps=accumulation_steps,
@@ -261,6 +332,28 @@ def _check_arguments(
             f"one step (world_size={world_size} x accumulation_steps={accumulation_steps}): use fewer ranks, less "
             "gradient accumulation or more data."
         )
+
+
+def _rows_by_group(ids: NDArray[np.integer[Any]]) -> tuple[NDArray[np.integer[Any]], NDArray[np.int64]]:
+    """(samples,) row numbers, group after group, ascending in each; and (groups,) rows of each group."""
+    groups = int(ids.max()) + 1
+    parts = range(0, len(ids), _SAMPLES_AT_ONCE)
+    sizes = np.zeros(groups, dtype=np.int64)
+    for start in parts:
+        part = ids[start : start + _SAMPLES_AT_ONCE].astype(np.int64, copy=False)
+        sizes += np.bincount(part, minlength=groups)
+    rows: NDArray[np.integer[Any]] = np.empty(
+        len(ids), dtype=np.int32 if len(ids) <= np.iinfo(np.int32).max else np.int64
+    )
+    free = np.cumsum(sizes) - sizes  # the next free place of each group
+    # A stable sort of 16-bit integers is a radix sort, many times faster than others.
+    sort_type = np.int16 if groups <= np.iinfo(np.int16).max else np.int64
+    for start in parts:
+        part = ids[start : start + _SAMPLES_AT_ONCE].astype(sort_type)
+        counts = np.bincount(part, minlength=groups)
+        rows[concatenated_ranges(free, counts)] = np.argsort(part, kind="stable") + start
+        free += counts
+    return rows, sizes
 
 
 def _draws_per_group(sizes: NDArray[np.int64], weights: Mapping[int, float] | str) -> NDArray[np.int64]:
@@ -298,126 +391,3 @@ def _round_to_world_size(units: NDArray[np.int64], draws: NDArray[np.int64], wor
     elif surplus:
         for _ in range(world_size - surplus):
             units[np.argmax(draws / np.maximum(units, 1))] += 1
-
-
-def _arrange_units(
-    indices: NDArray[np.int64],
-    lengths: NDArray[Any],
-    unit_sizes: NDArray[np.int64],
-    micro_steps: int,
-    world_size: int,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Arrange the samples of each unit into `micro_steps` x `world_size` micro-batches of equal padded cost.
-
-    Each unit is sorted by length and cut into contiguous blocks whose padded cost (longest x count) stays under the
-    lowest limit that needs no more blocks than there are micro-batches, found by bisection. In each micro-step the W
-    costliest blocks left go to the ranks, the costliest to the rank with the least so far.
-
-    Args:
-        indices, lengths: (samples,) rows of the units, unit after unit, and the tokens of each.
-        unit_sizes: (units,) samples of each unit, at least `micro_steps * world_size`.
-
-    Returns:
-        indices in their new order, and (units, micro_steps * world_size) samples of each micro-batch.
-    """
-    blocks = micro_steps * world_size
-    arranged = np.empty_like(indices)
-    block_sizes = np.empty((len(unit_sizes), blocks), dtype=np.int64)
-    width = int(unit_sizes.max())
-    unit_starts = np.cumsum(unit_sizes) - unit_sizes
-    units_at_once = max(1, _ARRANGED_AT_ONCE // width)
-    for low in range(0, len(unit_sizes), units_at_once):
-        units = slice(low, low + units_at_once)
-        sizes = unit_sizes[units]
-        samples = slice(unit_starts[low], unit_starts[low] + sizes.sum())
-        filled = np.arange(width) < sizes[:, None]  # (units, width) ragged rows, filled from the left
-        lengths_by_unit = np.zeros(filled.shape, dtype=np.int64)
-        indices_by_unit = np.zeros(filled.shape, dtype=np.int64)
-        lengths_by_unit[filled] = np.maximum(lengths[samples], 1)
-        indices_by_unit[filled] = indices[samples]
-
-        by_length = np.argsort(-lengths_by_unit, axis=1, kind="stable")
-        lengths_by_unit = np.take_along_axis(lengths_by_unit, by_length, axis=1)
-        block_of_sample, block_costs = _cut_into_blocks(lengths_by_unit, sizes, blocks)
-        place_of_block = _deal_to_ranks(block_costs, micro_steps, world_size)
-
-        place_of_sample = np.take_along_axis(place_of_block, block_of_sample, axis=1)
-        place_of_sample[~filled] = blocks  # behind all micro-batches
-        by_place = np.argsort(place_of_sample, axis=1, kind="stable")
-        by_length_and_place = np.take_along_axis(by_length, by_place, axis=1)
-        arranged[samples] = np.take_along_axis(indices_by_unit, by_length_and_place, axis=1)[filled]
-        flat_places = (place_of_sample + np.arange(len(sizes))[:, None] * (blocks + 1))[filled]
-        counts = np.bincount(flat_places, minlength=len(sizes) * (blocks + 1)).reshape(-1, blocks + 1)
-        block_sizes[units] = counts[:, :blocks]
-    return arranged, block_sizes
-
-
-def _cut_into_blocks(
-    lengths: NDArray[np.int64], sizes: NDArray[np.int64], blocks: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cut each row of `lengths` (units, width; descending, 0 behind the row's samples) into contiguous blocks.
-
-    Returns:
-        (units, width) block of each sample, and (units, blocks) padded cost of each block.
-    """
-    low = np.maximum(lengths[:, 0], lengths.sum(axis=1) // blocks) - 1  # one below the least possible limit
-    high = lengths[:, 0] * -(-sizes // blocks)  # equal counts always fit
-    for _ in range(_LIMIT_SEARCH_ROUNDS):
-        if np.all(high - low <= 1):
-            break
-        limit = low + np.maximum((high - low) // 2, 1)  # never below the longest sample
-        fits = _fill_blocks(lengths, sizes, blocks, limit)[1] <= blocks
-        low, high = np.where(fits, low, limit), np.where(fits, limit, high)
-    block_of_sample, _ = _fill_blocks(lengths, sizes, blocks, high, use_all=True)
-    costs = np.zeros((len(lengths), blocks), dtype=np.int64)
-    rows = np.broadcast_to(np.arange(len(lengths))[:, None], lengths.shape)
-    filled = lengths > 0
-    np.add.at(costs, (rows[filled], block_of_sample[filled]), 1)
-    longest = np.zeros_like(costs)
-    np.maximum.at(longest, (rows[filled], block_of_sample[filled]), lengths[filled])
-    return block_of_sample, costs * longest
-
-
-def _fill_blocks(
-    lengths: NDArray[np.int64],
-    sizes: NDArray[np.int64],
-    blocks: int,
-    limit: NDArray[np.int64],
-    use_all: bool = False,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Fill blocks up to `limit` (units,) from the longest sample down; `use_all` opens new blocks early where a unit
-    would otherwise end with fewer than `blocks`.
-
-    Returns:
-        (units, width) block of each sample (empty without `use_all`), and (units,) number of blocks.
-    """
-    block = np.zeros(len(lengths), dtype=np.int64)
-    longest = lengths[:, 0].copy()
-    count = np.zeros(len(lengths), dtype=np.int64)
-    block_of_sample = np.empty(lengths.shape, dtype=np.int64) if use_all else np.empty((0, 0), dtype=np.int64)
-    for place in range(lengths.shape[1]):
-        length = lengths[:, place]
-        present = length > 0
-        opens = present & (longest * (count + 1) > limit)
-        if use_all and place:
-            opens |= present & (sizes - place <= blocks - 1 - block)
-        block += opens
-        longest = np.where(opens, length, longest)
-        count = np.where(opens, 1, count + present)
-        if use_all:
-            block_of_sample[:, place] = block
-    return block_of_sample, block + 1
-
-
-def _deal_to_ranks(costs: NDArray[np.int64], micro_steps: int, world_size: int) -> NDArray[np.int64]:
-    """(units, blocks) place `micro_step * W + rank` of each block, from (units, blocks) costs."""
-    by_cost = np.argsort(-costs, axis=1, kind="stable")
-    places = np.empty_like(by_cost)
-    load = np.zeros((len(costs), world_size), dtype=np.int64)
-    for micro_step in range(micro_steps):
-        dealt = by_cost[:, micro_step * world_size : (micro_step + 1) * world_size]
-        ranks = np.argsort(load, axis=1, kind="stable")
-        np.put_along_axis(places, dealt, micro_step * world_size + ranks, axis=1)
-        dealt_costs = np.take_along_axis(costs, dealt, axis=1)
-        np.put_along_axis(load, ranks, np.take_along_axis(load, ranks, axis=1) + dealt_costs, axis=1)
-    return places

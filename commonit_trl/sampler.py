@@ -1,5 +1,6 @@
 """The torch batch sampler over epoch plans, and the dataloader that carries the epoch to it."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,14 +27,21 @@ class CommonITBatchSampler(BatchSampler):
         self.rank = rank
         self.current = plan(epoch=0)
         self.epoch = 0
+        self.skipped = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Take the next iteration's micro-batches from the plan of `epoch`."""
         if epoch != self.epoch:
-            self.epoch, self.current = epoch, self.plan(epoch=epoch)
+            self.epoch, self.current, self.skipped = epoch, self.plan(epoch=epoch), 0
+
+    def skip_first(self, count: int) -> None:
+        """Do not work out the first `count` micro-batches of the next iteration in this epoch; yield empty lists for
+        them. For a resumed run: the wrapper of `accelerate.skip_first_batches` asks for them and throws them away."""
+        self.skipped = count
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self.current.batches(self.rank)
+        skipped, self.skipped = self.skipped, 0
+        return itertools.chain(itertools.repeat([], skipped), self.current.batches(self.rank, skipped))
 
     def __len__(self) -> int:
         return self.current.num_micro_steps

@@ -262,6 +262,7 @@ COMMAND_LINES = {
         "commonit_remainder": "drop",
     },
     "--commonit_metric task --commonit_cache_dir there": {"commonit_cache_dir": "there"},
+    "--commonit_metric task --commonit_report false": {"commonit_report": False},
     "--commonit_metric length --commonit_num_groups 4 --commonit_length_of total": {
         "commonit_num_groups": 4,
         "commonit_length_of": "total",

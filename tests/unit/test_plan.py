@@ -3,17 +3,22 @@
 I1 pure, I2 lossless, I3 agreed, I4 reproducible, I5 honest length, I6 same samples in a step however arranged.
 """
 
+import collections
+import functools
 import math
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 
 import numpy as np
 import pytest
+from accelerate.data_loader import SkipBatchSampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commonit_trl.plan import plan_epoch
+from commonit_trl.sampler import CommonITBatchSampler
 
 PURITIES = ("step", "global", "micro")
 REMAINDERS = ("keep", "drop", "pad")
@@ -210,8 +215,73 @@ def test_i3_another_process_plans_the_same():
 def test_known_plan_stays():
     """I4 across versions: a checkpoint written today must find the same order tomorrow."""
     plan = plan_epoch(np.arange(11) % 2, micro_batch_size=2, world_size=2, seed=3, epoch=1)
-    assert list(plan.batches(0)) == [[7, 1], [0, 8], [4, 10], [9]]
-    assert list(plan.batches(1)) == [[5], [6], [2], [3]]
+    assert list(plan.batches(0)) == [[1, 9], [8, 10], [2, 4], [3]]
+    assert list(plan.batches(1)) == [[7], [6], [0], [5]]
+    assert plan.digest() == "116589a82b987d6167e3a7f2671881ee"
+    lengths = np.arange(20) * 7 % 31
+    arranged = plan_epoch(np.arange(20) % 2, lengths, micro_batch_size=3, world_size=2, accumulation_steps=2, seed=3)
+    assert list(arranged.batches(0)) == [[7, 11, 15], [13], [4, 8], [2, 6]]
+    assert list(arranged.batches(1)) == [[17, 3], [19, 1, 5, 9], [12, 16], [10, 14, 18, 0]]
+    assert arranged.digest() == "59cee687c3ea4a0c25e68391a82ba9ac"
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases(), st.data())
+def test_i4_read_from_anywhere(case, data):
+    """I4, I5: all micro-batches at once, each alone, and a rank's from any micro-step on are the same ones."""
+    plan = plan_or_none(*case)
+    if plan is None:
+        return
+    world = plan.world_size
+    micro_batches = np.split(plan.indices, plan.offsets[1:-1])
+    assert [batch.tolist() for batch in micro_batches] == [batch for micro_step in walk(plan) for batch in micro_step]
+    start = data.draw(st.integers(0, plan.num_micro_steps))
+    for rank in range(world):
+        left = [batch.tolist() for batch in micro_batches[start * world + rank :: world]]
+        assert list(plan.batches(rank, start)) == left
+        if left:
+            assert plan.micro_batch(start, rank).tolist() == left[0]
+
+
+@pytest.mark.parametrize("lengths", [None, np.arange(900) * 7 % 331], ids=["plain", "arranged"])
+def test_i4_how_much_is_read_at_once_makes_no_difference(lengths, monkeypatch):
+    plans = []
+    for samples_at_once in (1, 50, 1 << 16):
+        monkeypatch.setattr("commonit_trl.plan._SAMPLES_AT_ONCE", samples_at_once)
+        plan = plan_epoch(np.arange(900) % 7, lengths, micro_batch_size=3, world_size=2, accumulation_steps=2)
+        plans.append((walk(plan), plan.digest(), list(plan.batches(1, 21))))
+    assert plans[0] == plans[1] == plans[2]
+
+
+def test_a_resumed_run_reads_what_was_left():
+    """I4: the sampler yields nothing for what a wrapper will skip, then what was left, and later whole epochs."""
+    plan = functools.partial(plan_epoch, np.arange(70) % 3, np.arange(70), micro_batch_size=2, world_size=2)
+    sampler = CommonITBatchSampler(plan, rank=1)
+    whole = list(sampler)
+    sampler.skip_first(5)
+    assert list(SkipBatchSampler(sampler, skip_batches=5)) == whole[5:]
+    assert list(sampler) == whole
+    sampler.skip_first(5)
+    assert list(sampler) == [[]] * 5 + whole[5:]
+    sampler.skip_first(5)
+    sampler.set_epoch(0)  # the Trainer says again which epoch it is
+    assert list(sampler) == [[]] * 5 + whole[5:]
+    sampler.skip_first(5)
+    sampler.set_epoch(1)  # another epoch has nothing to skip
+    assert list(sampler) == list(plan(epoch=1).batches(1))
+
+
+@pytest.mark.parametrize("lengths", [None, np.arange(400_000) % 997], ids=["plain", "arranged"])
+def test_memory(lengths):
+    """A plan and a walk through it take at most 16 bytes a row at the peak, beside the arguments."""
+    group_ids = np.arange(400_000) % 64
+    tracemalloc.start()
+    try:
+        plan = plan_epoch(group_ids, lengths, micro_batch_size=8, world_size=8, accumulation_steps=4)
+        collections.deque(plan.batches(3), maxlen=0)
+        assert tracemalloc.get_traced_memory()[1] <= 16 * len(group_ids)
+    finally:
+        tracemalloc.stop()
 
 
 @settings(max_examples=200, deadline=None)
@@ -262,7 +332,8 @@ def test_equal_lengths_share_micro_batches_evenly():
 @settings(max_examples=100, deadline=None)
 @given(cases(), st.sampled_from(["uniform", "sqrt", "mapping"]))
 def test_weights_change_shares_not_the_epochs_size(case, kind):
-    """The epoch draws as many samples as the dataset has, in the shares that the weights say, to the nearest sample."""
+    """The epoch draws as many samples as the dataset has, in the shares that the weights say, to the nearest sample;
+    the summary counts what that loses and repeats as an outside count does."""
     group_ids, lengths, geometry, options = case
     options = {**options, "remainder": "keep", "purity": "step"}
     sizes = np.bincount(group_ids)
@@ -279,6 +350,12 @@ def test_weights_change_shares_not_the_epochs_size(case, kind):
     for group in present:
         assert abs(drawn[group] - expected[group]) <= 1 or drawn[group] - expected[group] < micro_batches + 1
         assert drawn[group] >= expected[group] - 1
+    seen = np.bincount(plan.indices, minlength=len(group_ids))
+    summary = plan.summary()
+    assert summary.group_lost.tolist() == [(seen[group_ids == group] == 0).sum() for group in range(len(sizes))]
+    assert summary.group_repeated.tolist() == [
+        np.maximum(seen[group_ids == group] - 1, 0).sum() for group in range(len(sizes))
+    ]
 
 
 def test_weights_epochs_draw_different_samples():

@@ -92,8 +92,8 @@ def test_train_batch_size_is_the_current_one(tmp_path):
 
 
 def test_trainer_hands_on_our_dataloader_before_each_epoch(tmp_path):
-    """`_EpochStart` finds the sampler through the `train_dataloader` of `on_epoch_begin`, which comes before the epoch's
-    first batch is read. Without it, a resumed run or every later epoch would repeat the order of epoch 0."""
+    """`_EpochStart` finds the sampler through the `train_dataloader` of `on_epoch_begin`, which comes before the
+    epoch's first batch is read. Without it, a resumed run or every later epoch would repeat the order of epoch 0."""
     begun, epochs = [], []
 
     class Watch(TrainerCallback):

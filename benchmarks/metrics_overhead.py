@@ -1,0 +1,170 @@
+"""What the metrics of each group cost: the time of an optimizer step with them and without, paired in one run.
+
+Steps: (1) make the demo's data and model, and a larger Llama on the same data; (2) train each, two optimizer steps with
+the metrics of `commonit_trl.metrics` and two without by turns, with everything logged after every step, which is the
+most that they can cost; (3) compare the medians, and the medians of the pairs' differences.
+
+    python benchmarks/metrics_overhead.py
+
+Cost: about five minutes of one CPU core; nothing is downloaded.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_dataset
+from real_data import RESULTS, machine, markdown_table
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
+from trl import SFTTrainer
+
+from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer
+from commonit_trl.demo import INITIAL_DIR, generate_rows, make_models, write_rows
+
+WARM_UP = 8
+TURN = 2  # steps with, then as many without; the first of each is timed
+
+
+class Toggled(CommonITSFTTrainer):
+    """Leaves the metrics out of every other turn."""
+
+    def metrics_on(self) -> bool:
+        return self.state.global_step // TURN % 2 == 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.metrics_on():
+            return super().training_step(*args, **kwargs)
+        return SFTTrainer.training_step(self, *args, **kwargs)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        if self.metrics_on():
+            return super()._get_grad_norm(*args, **kwargs)
+        return SFTTrainer._get_grad_norm(self, *args, **kwargs)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        if self.metrics_on():
+            return super().log(*args, **kwargs)
+        return SFTTrainer.log(self, *args, **kwargs)
+
+
+class Clock(TrainerCallback):
+    """(step, seconds) from the beginning of a step to that of the next, logging included."""
+
+    def __init__(self) -> None:
+        self.begun: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.begun.append(time.perf_counter())
+
+
+def step_times(folder: Path, model: Any, steps: int) -> tuple[list[float], list[float]]:
+    """Seconds of the steps with and without metrics, as many of each."""
+    args = CommonITSFTConfig(
+        output_dir=str(folder / "out"),
+        commonit_metric="task",
+        commonit_cache_dir=str(folder / "cache"),
+        max_steps=WARM_UP + steps,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+    )
+    clock = Clock()
+    trainer = Toggled(
+        model=model,
+        args=args,
+        train_dataset=load_dataset("json", data_files=str(folder / "data" / "train.jsonl"), split="train"),
+        processing_class=AutoTokenizer.from_pretrained(folder / INITIAL_DIR),
+        callbacks=[clock],
+    )
+    trainer.train()
+    seconds = [after - before for before, after in zip(clock.begun, clock.begun[1:])]
+    turns = ([], [])
+    for step in range(WARM_UP, len(seconds) - len(seconds) % (2 * TURN)):
+        if step % TURN == 0:  # the Trainer counts the step before it logs it
+            turns[step // TURN % 2].append(seconds[step])
+    return turns
+
+
+def larger_llama(vocabulary: int) -> LlamaForCausalLM:
+    """A Llama whose step takes about half a second on one core."""
+    set_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=512,
+            intermediate_size=1536,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=400, help="of the demo's model (default: %(default)s)")
+    parser.add_argument("--larger_steps", type=int, default=200, help="of the larger one (default: %(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train, held_out = generate_rows(seed=0)
+        write_rows(folder / "data", train, held_out)
+        make_models(folder, train, seed=0)
+        demo = AutoModelForCausalLM.from_pretrained(folder / INITIAL_DIR)
+        models = {"the demo's": (demo, arguments.steps), "larger": (larger_llama(512), arguments.larger_steps)}
+        for name, (model, steps) in models.items():
+            with_metrics, without = step_times(folder, model, steps)
+            difference = statistics.median(a - b for a, b in zip(with_metrics, without))
+            median = statistics.median(without)
+            rows.append(
+                {
+                    "model": name,
+                    "parameters": model.num_parameters(),
+                    "pairs": len(without),
+                    "median_ms": 1000 * median,
+                    "median_with_ms": 1000 * statistics.median(with_metrics),
+                    "median_difference_ms": 1000 * difference,
+                    "overhead": difference / median,
+                }
+            )
+            print(rows[-1])
+    today = datetime.date.today().isoformat()
+    table = markdown_table(
+        ["model", "weights", "pairs of steps", "step without, ms", "with, ms", "median difference, ms", "overhead"],
+        [
+            [
+                row["model"],
+                f"{row['parameters'] / 1e6:.1f} M",
+                row["pairs"],
+                f"{row['median_ms']:.1f}",
+                f"{row['median_with_ms']:.1f}",
+                f"{row['median_difference_ms']:.2f}",
+                f"{row['overhead']:.2%}",
+            ]
+            for row in rows
+        ],
+    )
+    text = (
+        f"# What the metrics of each group cost, {today}\n\n`python benchmarks/metrics_overhead.py`\n\n{machine()}\n\n"
+        f"{table}\n\nEverything is logged after every step. *median difference*: of neighbouring steps.\n"
+    )
+    (RESULTS / f"metrics_overhead-{today}.md").write_text(text, encoding="utf-8")
+    (RESULTS / f"metrics_overhead-{today}.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The commands as a user types them, `axolotl preprocess`, `train`, `evaluate` and `inference`, a line more or less.
+
+Runs are shared between tests: first Axolotl alone prepares and trains, then the recipes that differ from it.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recipes import PLUGIN, axolotl, make_rows, recipe, result, seen, write_recipe, write_rows
+
+TASKS = {"maths": 10, "code": 8, "chat": 6}
+RECORDER = "recorder.RecorderPlugin"
+
+
+class Shop:
+    """A folder with rows, a model, and recipes that differ in a line."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        rows = make_rows(TASKS)
+        self.tasks = [row["task"] for row in rows]
+        self.rows = write_rows(directory / "rows.jsonl", [{**row, "level": n % 2} for n, row in enumerate(rows)])
+
+    def recipe(self, name: str, **keys: Any) -> Path:
+        keys = {"plugins": [PLUGIN, RECORDER], "num_epochs": 1, "val_set_size": 4, "eval_strategy": "epoch", **keys}
+        keys["output_dir"] = str(self.directory / f"out-{name}")
+        return write_recipe(self.directory / f"{name}.yml", recipe(self.directory, self.rows, **keys))
+
+    def run(self, command: str, name: str, *flags: str, **keys: Any) -> subprocess.CompletedProcess[str]:
+        return axolotl(command, self.recipe(name, **keys), self.directory / name, *flags)
+
+    def trained(self, name: str, **keys: Any) -> str:
+        """Train, and what the run said."""
+        done = self.run("train", name, **keys)
+        assert done.returncode == 0, said(done)[-3000:]
+        return said(done)
+
+    def refused(self, name: str, *flags: str, command: str = "train", **keys: Any) -> str:
+        """Train in vain, and the last line that the run said."""
+        done = self.run(command, name, *flags, **keys)
+        assert done.returncode != 0, said(done)[-3000:]
+        assert not (self.directory / f"{name}.ids.rank0").exists(), "it trained"
+        return done.stderr.strip().splitlines()[-1]
+
+    def groups_of_steps(self, name: str, groups: list[Any]) -> list[set[Any]]:
+        return [{groups[n] for rank in ranks for batch in rank for n in batch} for ranks in self.seen(name).values()]
+
+    def seen(self, name: str) -> dict[int, list[list[list[int]]]]:
+        return seen(self.directory / name)
+
+    def result(self, name: str) -> dict[str, Any]:
+        return result(self.directory / name)
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return Shop(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture(scope="module")
+def plain(shop: Shop) -> str:
+    """What Axolotl alone says; it leaves prepared rows without labels."""
+    return shop.trained("plain", plugins=[RECORDER])
+
+
+def test_without_our_lines_nothing_of_ours_is_imported(shop: Shop, plain: str) -> None:
+    assert shop.result("plain")["ours"] == []
+    assert shop.result("plain")["trainer"] == "AxolotlTrainer"
+    assert "commonit" not in plain.lower()
+
+
+def test_none_is_axolotl_alone_byte_for_byte(shop: Shop, plain: str) -> None:
+    output = shop.trained("none", commonit_metric="none")
+    assert output.count("CommonIT is off (commonit_metric: none)") == 1 and "CommonIT is on" not in output
+    assert shop.seen("none") == shop.seen("plain")
+    both = [shop.result(name) for name in ("none", "plain")]
+    read = ("loss", "grad_norm", "learning_rate", "eval_loss")
+    logs = [[[entry.get(name) for name in read] for entry in one["log"]] for one in both]
+    assert logs[0] == logs[1] and len(logs[0]) > 10
+    assert [one["trainer"] for one in both] == ["AxolotlTrainer"] * 2
+    weights = [(shop.directory / f"out-{name}" / "model.safetensors").read_bytes() for name in ("none", "plain")]
+    assert weights[0] == weights[1]
+
+
+def test_length_trains_on_what_was_prepared_without_us(shop: Shop, plain: str) -> None:
+    output = shop.trained("length", commonit_metric="length", commonit_length_edges=[20])
+    assert "Tokenizing Prompts" not in output
+    lengths = [row.count("a") for row in re.findall(r'"output": "(a*)"', shop.rows.read_text(encoding="utf-8"))]
+    assert all(len(groups) == 1 for groups in shop.groups_of_steps("length", [n >= 20 for n in lengths]))
+
+
+def test_task_refuses_what_was_prepared_without_us_and_names_the_remedy(shop: Shop, plain: str) -> None:
+    line = shop.refused("task", commonit_metric="task")
+    recipe = shop.directory / "task.yml"
+    assert line.startswith("ValueError: commonit_metric='task' needs the task of each row"), line
+    assert "was made without task labels" in line
+    (remedy,) = re.findall("`(.*)`", line)
+    assert remedy == f"axolotl preprocess {recipe}"
+
+    command, path = shlex.split(remedy)[1:]
+    done = axolotl(command, Path(path))
+    assert done.returncode == 0 and "Tokenizing Prompts" in said(done), said(done)[-3000:]
+    output = shop.trained("task", commonit_metric="task")
+    assert "Tokenizing Prompts" not in output
+    assert all(len(groups) == 1 for groups in shop.groups_of_steps("task", shop.tasks))
+    on = [line for line in output.splitlines() if "CommonIT is on: " in line]
+    assert len(on) == 1 and "commonit_metric=task (columns=['commonit_task[default]']" in on[0]
+    losses = {name for entry in shop.result("task")["log"] for name in entry if name.startswith("eval_loss_")}
+    assert losses and losses <= {f"eval_loss_{task}" for task in TASKS}
+
+    line = shop.refused("level", commonit_metric="task", commonit_task_column="level")
+    assert "needs the task of each row (commonit_task[level])" in line
+    assert line.partition("was made ")[2] == (
+        "with other task labels (commonit_task[default]): make it again with "
+        f"`axolotl preprocess {shop.directory / 'level.yml'}`."
+    )
+
+    for command in ("evaluate", "inference"):
+        done = shop.run(command, "task", "--launcher", "python", commonit_metric="task")
+        assert done.returncode == 0, said(done)[-3000:]
+    assert (shop.directory / "out-task" / "eval_summary.csv").exists()
+
+
+def test_a_flag_that_axolotl_would_drop_is_refused(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    flag = ("--commonit-metric", "length")
+    line = shop.refused("flag", *flag, commonit_metric="none")
+    assert line == (
+        "ValueError: --commonit-metric on the command line is not read by Axolotl: write commonit_metric: into the "
+        "recipe."
+    )
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert "--commonit-metric" in shop.refused("flag", "--launcher", "accelerate", *flag, commonit_metric="none")
+    assert "No such option" in shop.refused("flag", *flag, command="preprocess", commonit_metric="none")
+
+
+def test_a_plugin_that_cannot_be_imported_does_not_train_without_it(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "commonit_trl.py").write_text("raise ImportError('broken')", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    line = shop.refused("broken", commonit_metric="length")
+    assert line.startswith("RuntimeError: axolotl_plugin.CommonITPlugin cannot be imported (ImportError: broken)"), line
+    assert "pip install" in line

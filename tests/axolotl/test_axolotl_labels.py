@@ -1,0 +1,425 @@
+"""Task labels through Axolotl's own data preparation.
+
+Every prepared row has the label of the raw row that it was made of, which its mark (`#12#`) tells, and the rows are
+those that Axolotl prepares without the plugin, in their order.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axolotl.cli.args import TrainerCliArgs
+from axolotl.cli.config import load_cfg
+from axolotl.common.datasets import load_datasets
+from axolotl.integrations.base import PluginManager
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from recipes import PLUGIN, recipe, write_recipe, write_rows
+from recorder import MARK
+from toys import tiny_tokenizer
+
+from axolotl_plugin.labels import CACHE_SUFFIX, label_columns, try_load_from_hub
+
+TOKENIZER = tiny_tokenizer()
+Entries = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("labels")
+
+
+def prepare(
+    directory: Path, entries: Entries, metric: str | None = "task", training: bool = True, **keys: Any
+) -> tuple[Any, Any]:
+    """The training and the evaluation rows of `axolotl train`, or of `axolotl evaluate`, which asks no plugin first."""
+    keys = {"plugins": [PLUGIN] if metric else None, "commonit_metric": metric, **keys}
+    path = write_recipe(directory / "recipe.yml", recipe(directory, entries, **keys))
+    manager = PluginManager.get_instance()
+    manager.plugins.clear()
+    cfg = load_cfg(str(path))
+    if cfg.plugins and training:
+        assert manager.load_datasets(cfg) is None
+    loaded = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+    return loaded.train_dataset, loaded.eval_dataset
+
+
+def tokens(dataset: Dataset) -> list[tuple[list[int], ...]]:
+    names = [name for name in ("input_ids", "attention_mask", "labels", "position_ids") if name in dataset.column_names]
+    return list(zip(*(dataset[name] for name in names), strict=True))
+
+
+def number_of(row: list[int]) -> int:
+    numbers = {int(number) for number in MARK.findall(TOKENIZER.decode(row))}
+    assert len(numbers) == 1, f"a row is made of the raw rows {numbers}"
+    return numbers.pop()
+
+
+def labels_of(dataset: Dataset) -> list[tuple[int, str]]:
+    """(number of the raw row, label) of each row."""
+    (column,) = label_columns(dataset)
+    return list(zip(map(number_of, dataset["input_ids"]), dataset[column], strict=True))
+
+
+def assert_labelled(
+    directory: Path, entries: Entries, label: Callable[[int], str], **keys: Any
+) -> tuple[Dataset, Dataset | None]:
+    """Prepare with the labels and without the plugin, and compare; returns the rows with labels.
+
+    Axolotl's cache does not tell all recipes apart: `place` and `plain_place` are for those that it takes for others.
+    """
+    ours = {name: keys.pop(name) for name in list(keys) if name.startswith("commonit")}
+    place = str(directory / keys.pop("place", "prepared"))
+    plain_place = str(directory / keys.pop("plain_place", "plain"))
+    plain = prepare(directory, entries, metric=None, dataset_prepared_path=plain_place, **keys)
+    labelled = prepare(directory, entries, dataset_prepared_path=place, **ours, **keys)
+    for with_labels, without in zip(labelled, plain, strict=True):
+        assert (with_labels is None) == (without is None)
+        if with_labels is not None:
+            assert len(with_labels)
+            assert tokens(with_labels) == tokens(without)
+            for number, said in labels_of(with_labels):
+                assert said == label(number), number
+    return labelled
+
+
+def write(directory: Path, name: str, rows: Entries) -> str:
+    return str(write_rows(directory / name, rows))
+
+
+# --- dataset types ----------------------------------------------------------------------------------------------------
+
+TOPICS = ["maths", "code", "chat"]
+
+
+def topic_of(number: int) -> str:
+    return TOPICS[number % len(TOPICS)]
+
+
+def rows_of(number: int, kind: str) -> dict[str, Any]:
+    """The raw row of this number, as the dataset type `kind` wants it."""
+    mark, answer = f"#{number}#", "a" * (1 + number % 7)
+    body = {
+        "alpaca": lambda: {"instruction": mark, "input": "", "output": answer},
+        "chat": lambda: {
+            "messages": [
+                {"role": "user", "content": mark},
+                {"role": "assistant", "content": answer},
+            ]
+            * (1 + number % 2)
+        },
+        "text": lambda: {"text": mark * (60 * (number % 4) + 1)},  # up to 4 rows of 256 tokens
+        "segments": lambda: {"segments": [{"label": False, "text": mark}, {"label": True, "text": answer}]},
+        "custom": lambda: {"question": mark, "reply": answer},
+        "summary": lambda: {"article": mark, "summary": answer},
+        "quiz": lambda: {"question": mark, "category": topic_of(number), "answer": answer},
+        "tokens": lambda: tokenized(f"{mark}{answer}", masked=len(mark)),
+    }[kind]()
+    return {**body, "topic": topic_of(number), "level": number % 2}
+
+
+def tokenized(text: str, masked: int) -> dict[str, list[int]]:
+    ids = TOKENIZER(text)["input_ids"]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * masked + ids[masked:]}
+
+
+TYPES: dict[str, Any] = {
+    "alpaca": "alpaca",
+    "chat": "chat_template",
+    "text": "completion",
+    "segments": "input_output",
+    "custom": {
+        "field_instruction": "question",
+        "field_output": "reply",
+        "format": "Q: {instruction}\nA: ",
+        "no_input_format": "Q: {instruction}\nA: ",
+    },
+    "summary": "summarizetldr",
+    "quiz": "jeopardy",
+    "tokens": None,
+}
+
+
+def entries_of_all_types(directory: Path) -> Entries:
+    entries = []
+    for place, (kind, type_) in enumerate(TYPES.items()):
+        rows = [rows_of(number, kind) for number in range(100 * place, 100 * place + 12)]
+        if kind == "tokens":
+            path = str(directory / kind)
+            types = {"input_ids": Value("int32"), "attention_mask": Value("int8"), "labels": Value("int64")}
+            features = Features({name: List(value) for name, value in types.items()}, topic=Value("string"))
+            Dataset.from_list([{name: row[name] for name in features} for row in rows], features).save_to_disk(path)
+        else:
+            path = write(directory, f"{kind}.jsonl", rows)
+        entry = {"path": path, "type": type_}
+        if kind == "chat":
+            entry |= {"chat_template": "tokenizer_default", "roles_to_train": ["assistant"]}
+        entries.append({name: value for name, value in entry.items() if value is not None})
+    return entries
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_type_carries_the_column(directory: Path, processes: int) -> None:
+    entries = entries_of_all_types(directory)
+    keys = {"sequence_len": 256, "dataset_num_proc": processes, "place": f"{processes} processes"}
+    rows, _ = assert_labelled(directory, entries, topic_of, commonit_task_column="topic", **keys)
+    numbers = [number for number, _ in labels_of(rows)]
+    expected = {number for place in range(len(TYPES)) for number in range(100 * place, 100 * place + 12)}
+    assert set(numbers) == expected
+    assert max(map(numbers.count, range(200, 212))) == 4, "long texts were not split"
+    assert label_columns(rows) == ["commonit_task[topic]"]
+    assert "topic" not in rows.column_names, "of rows that were tokenised before; packing would take it for numbers"
+
+
+def test_every_type_is_a_task_by_its_entry(directory: Path) -> None:
+    entries = entries_of_all_types(directory)
+    kinds = list(TYPES)
+    rows, _ = assert_labelled(directory, entries, lambda number: kinds[number // 100], sequence_len=256)
+    assert label_columns(rows) == ["commonit_task[datasets]"]
+
+
+def test_columns_are_joined(directory: Path) -> None:
+    entry = {"path": write(directory, "joined.jsonl", [rows_of(n, "alpaca") for n in range(12)]), "type": "alpaca"}
+    rows, _ = assert_labelled(
+        directory,
+        [entry],
+        lambda number: f"{topic_of(number)} / {number % 2}",
+        commonit_task_column=["topic", "level"],
+        training=False,
+    )
+    assert label_columns(rows) == ["commonit_task[topic+level]"]
+
+
+def test_labels_of_every_kind(directory: Path) -> None:
+    """Text, none, numbers, truth values and class labels, as text; a row without one has an empty label."""
+    given: dict[str, list[Any]] = {
+        "text": ["maths", None, "", "  ", " code "],
+        "numbers": [3, 0, None, -1, 10],
+        "truth": [True, False, None, True, True],
+    }
+    expected = ["maths", "", "", "", "code", "3", "0", "", "-1", "10", "True", "False", "", "True", "True"]
+    entries = []
+    for place, (name, values) in enumerate(given.items()):
+        rows = [{"instruction": f"#{5 * place + n}#", "output": "a", "kind": kind} for n, kind in enumerate(values)]
+        entries.append({"path": write(directory, f"kind-{name}.jsonl", rows), "type": "alpaca"})
+    classes = Features(instruction=Value("string"), output=Value("string"), kind=ClassLabel(names=["easy", "hard"]))
+    columns = {"instruction": [f"#{15 + n}#" for n in range(3)], "output": ["a"] * 3, "kind": [0, 1, -1]}
+    Dataset.from_dict(columns, features=classes).save_to_disk(directory / "classes")
+    expected += ["easy", "hard", ""]
+    entries.append({"path": str(directory / "classes"), "type": "alpaca"})
+    rows, _ = assert_labelled(directory, entries, lambda number: expected[number], commonit_task_column="kind")
+    assert len(rows) == len(expected)
+
+
+# --- entries as tasks -------------------------------------------------------------------------------------------------
+
+
+def test_entries_of_one_place_are_told_apart(directory: Path) -> None:
+    """By their splits, names and types; the shards in which an entry is prepared are one task."""
+    halves = {"easy": range(0, 10), "hard": range(10, 20)}
+    splits = {name: Dataset.from_list([rows_of(n, "alpaca") for n in numbers]) for name, numbers in halves.items()}
+    DatasetDict(splits).save_to_disk(directory / "splits")
+    named = directory / "named"
+    configs = []
+    for place, name in enumerate(["algebra", "geometry"]):
+        write(named, f"{name}.jsonl", [rows_of(n, "alpaca") for n in range(20 + 10 * place, 30 + 10 * place)])
+        configs.append({"config_name": name, "data_files": f"{name}.jsonl"})
+    (named / "README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\n", encoding="utf-8")
+    both = [{**rows_of(n, "alpaca"), "text": f"#{n + 100}#"} for n in range(40, 50)]
+    twice = write(directory, "twice.jsonl", both)
+    sharded = write(directory, "sharded.jsonl", [rows_of(n, "alpaca") for n in range(50, 60)])
+    half = write(directory, "half.jsonl", [rows_of(n, "alpaca") for n in range(60, 70)])
+    entries = [
+        {"path": str(directory / "splits"), "split": "easy", "type": "alpaca"},
+        {"path": str(directory / "splits"), "split": "hard", "type": "alpaca"},
+        {"path": str(named), "name": "algebra", "split": "train", "type": "alpaca"},
+        {"path": str(named), "name": "geometry", "split": "train", "type": "alpaca"},
+        {"path": twice, "type": "alpaca"},
+        {"path": twice, "type": "completion"},
+        {"path": sharded, "preprocess_shards": 3, "type": "alpaca"},
+        {"path": half, "shards": 2, "type": "alpaca"},
+    ]
+    place = str(directory / "splits")
+    labels = [place, f"{place} (2)", "named/algebra", "named/geometry", twice, "sharded", "half", *[None] * 7]
+    rows, _ = assert_labelled(
+        directory, entries, lambda number: f"{twice} (2)" if number >= 100 else str(labels[number // 10])
+    )
+    assert len(rows) == 75
+
+
+def test_one_entry_is_read_by_its_first_default_column(directory: Path) -> None:
+    rows = [{**rows_of(n, "alpaca"), "category": topic_of(n), "source": "one place"} for n in range(12)]
+    entry = {"path": write(directory, "default.jsonl", rows), "type": "alpaca", "preprocess_shards": 2}
+    prepared, _ = assert_labelled(directory, [entry], topic_of)
+    assert label_columns(prepared) == ["commonit_task[default]"]
+
+
+# --- what Axolotl does to rows afterwards -----------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "in order": {"shuffle_merged_datasets": False, "excess_length_strategy": "truncate", "dataset_num_proc": 2},
+    "shuffled": {"shuffle_before_merging_datasets": True, "val_set_size": 0.25},
+    "a shard": {"dataset_shard_num": 2, "dataset_shard_idx": 1},
+    "packed": {"sample_packing": True, "sample_packing_eff_est": 0.9, "val_set_size": 9, "eval_sample_packing": False},
+}
+
+
+def long_and_short(directory: Path) -> tuple[Entries, Callable[[int], str]]:
+    """Two entries, each with rows that are too long for 256 tokens."""
+    entries = []
+    for place, name in enumerate(["left", "right"]):
+        rows = [rows_of(number, "alpaca") for number in range(30 * place, 30 * place + 30)]
+        for row in rows[::5]:
+            row["output"] = "b" * 200
+        entries.append({"path": write(directory, f"{name}.jsonl", rows), "type": "alpaca"})
+    return entries, lambda number: "left" if number < 30 else "right"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_labels_stay_with_their_rows(directory: Path, variant: str) -> None:
+    entries, label = long_and_short(directory)
+    keys = {"sequence_len": 256, **VARIANTS[variant], "place": variant, "plain_place": f"{variant}, plain"}
+    rows, evaluation = assert_labelled(directory, entries, label, **keys)
+    numbers = [number for number, _ in labels_of(rows)]
+    in_all = numbers + ([] if evaluation is None else [number for number, _ in labels_of(evaluation)])
+    expected = {"in order": 60, "a shard": 24}.get(variant, 48)  # of 60 rows, 12 are too long
+    assert len(in_all) == len(set(in_all)) == expected
+    assert (numbers == sorted(numbers)) == (variant == "in order")
+    assert (evaluation is not None) == ("val_set_size" in keys)
+    assert ("position_ids" in rows.column_names) == (variant == "packed")
+
+
+def test_an_evaluation_set_of_its_own_has_labels(directory: Path) -> None:
+    entries, label = long_and_short(directory)
+    tests = [{**entry, "split": "train"} for entry in entries]
+    _, evaluation = assert_labelled(directory, entries, label, test_datasets=tests)
+    assert len(evaluation) == 60
+
+
+@pytest.mark.parametrize("validation", [0, 6])
+def test_equal_rows_are_dropped_as_without_labels(directory: Path, validation: int) -> None:
+    """They may have different tasks, which Axolotl knows nothing of: the first stays, with its task."""
+    once = [rows_of(number, "alpaca") for number in range(12)]
+    entries = [
+        {"path": write(directory, f"equal-{name}.jsonl", rows), "type": "alpaca"}
+        for name, rows in {"first": once[:8], "second": once[4:] + once[10:]}.items()
+    ]
+    keys = {"dataset_exact_deduplication": True, "val_set_size": validation}
+    keys |= {"shuffle_merged_datasets": False}
+    rows, evaluation = assert_labelled(
+        directory, entries, lambda number: "equal-first" if number < 8 else "equal-second", **keys
+    )
+    found = labels_of(rows) + (labels_of(evaluation) if evaluation else [])
+    assert sorted(number for number, _ in found) == list(range(12))
+
+
+# --- prepared data ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(directory: Path, request: pytest.FixtureRequest) -> tuple[Entries, dict[str, Any]]:
+    """An entry, and a place for what is prepared from it."""
+    rows = [rows_of(number, "alpaca") for number in range(12)]
+    place = directory / f"of-{request.node.name}"
+    entry = {"path": write(directory, "prepared.jsonl", rows), "type": "alpaca"}
+    return [entry], {"dataset_prepared_path": str(place)}
+
+
+def folders(keys: dict[str, Any]) -> set[str]:
+    return {path.name for path in Path(keys["dataset_prepared_path"]).iterdir() if path.is_dir()}
+
+
+def test_rows_with_labels_are_kept_apart(directory: Path, prepared: Any) -> None:
+    """A recipe with the metric `task` and one without it do not read each other's rows."""
+    entries, keys = prepared
+    labelled, _ = prepare(directory, entries, commonit_task_column="topic", **keys)
+    (folder,) = folders(keys)
+    assert folder.endswith(CACHE_SUFFIX)
+    again, _ = prepare(directory, entries, commonit_task_column="topic", **keys)
+    assert again["commonit_task[topic]"] == labelled["commonit_task[topic]"]
+    assert folders(keys) == {folder}, "prepared twice"
+    for metric in (None, "none", "length"):
+        rows, _ = prepare(directory, entries, metric=metric, **keys)
+        assert label_columns(rows) == []
+        assert tokens(rows) == tokens(labelled)
+    assert folders(keys) == {folder, folder.removesuffix(CACHE_SUFFIX)}
+
+
+def test_rows_without_these_labels_are_refused(directory: Path, prepared: Any) -> None:
+    entries, keys = prepared
+    remedy = f"make it again with `axolotl preprocess {directory / 'recipe.yml'}`."
+    prepare(directory, entries, metric=None, **keys)
+    (plain,) = folders(keys)
+    with pytest.raises(ValueError) as error:
+        prepare(directory, entries, commonit_task_column="topic", **keys)
+    place = Path(keys["dataset_prepared_path"]) / plain
+    assert str(error.value) == (
+        "commonit_metric='task' needs the task of each row (commonit_task[topic]), and the prepared dataset in "
+        f"{place} was made without task labels: {remedy}"
+    )
+    assert folders(keys) == {plain}
+    elsewhere = {"dataset_prepared_path": f"{place}-labelled"}
+    prepare(directory, entries, commonit_task_column="topic", **elsewhere)
+    with pytest.raises(ValueError) as error:
+        prepare(directory, entries, commonit_task_column="level", **elsewhere)
+    assert "was made with other task labels (commonit_task[topic]): " + remedy in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_rows_from_the_hub_are_checked(directory: Path, prepared: Any) -> None:
+    entries, keys = prepared
+    labelled, _ = prepare(directory, entries, commonit_task_column="topic", **keys)
+    (folder,) = folders(keys)
+    hub = directory / "hub"
+    labelled.to_parquet(hub / "rows.parquet")
+    config = {"configs": [{"config_name": folder, "data_files": "rows.parquet"}]}
+    (hub / "README.md").write_text(f"---\n{json.dumps(config)}\n---\n", encoding="utf-8")
+    keys = {
+        "dataset_prepared_path": str(directory / "empty"),
+        "push_dataset_to_hub": str(hub),
+        "hf_use_auth_token": True,
+    }
+    again, _ = prepare(directory, entries, commonit_task_column="topic", **keys)
+    assert labels_of(again) == labels_of(labelled)
+    with pytest.raises(ValueError, match=r"with other task labels \(commonit_task\[topic\]\): make it again") as error:
+        prepare(directory, entries, commonit_task_column="level", **keys)
+    assert str(hub) in str(error.value)
+    cfg = load_cfg(str(directory / "recipe.yml"))
+    cfg.is_preprocess = True
+    assert try_load_from_hub(cfg, folder, "train") is None, "the remedy would be refused too"
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_column_that_an_entry_lacks_is_named(directory: Path) -> None:
+    rows = [rows_of(number, "alpaca") for number in range(4)]
+    with_topic = write(directory, "with.jsonl", rows)
+    without = write(directory, "without.jsonl", [{"topics": row.pop("topic"), **row} for row in rows])
+    entries = [{"path": path, "type": "alpaca"} for path in (with_topic, without)]
+    with pytest.raises(ValueError) as error:
+        prepare(directory, entries, commonit_task_column="topic")
+    said = str(error.value)
+    assert said.startswith(f"datasets: path={without!r}: commonit_task_column='topic' is not a column"), said
+    assert said.endswith("did you mean 'topics'?") and "\n" not in said
+    with pytest.raises(ValueError, match="found none of the columns task, task_name") as error:
+        prepare(directory, entries[1:])
+    assert str(error.value).startswith(f"datasets: path={without!r}: ")
+
+
+def test_labels_that_are_lists_are_refused(directory: Path) -> None:
+    rows = [{**rows_of(number, "alpaca"), "topic": ["a"]} for number in range(4)]
+    path = write(directory, "lists.jsonl", rows)
+    with pytest.raises(ValueError, match="name a column of text, numbers or class labels") as error:
+        prepare(directory, [{"path": path, "type": "alpaca"}], commonit_task_column="topic")
+    assert path in str(error.value)
+
+
+def test_a_type_that_makes_rows_of_its_own_needs_an_entry_for_each_task(directory: Path) -> None:
+    made = {"path": "synthetic", "type": "_synthetic", "length": 6, "sequence_length": 16, "max_input_id": 200}
+    with pytest.raises(ValueError, match="found none of the columns"):
+        prepare(directory, [made])
+    path = write(directory, "beside.jsonl", [rows_of(number, "alpaca") for number in range(4)])
+    rows, _ = prepare(directory, [made, {"path": path, "type": "alpaca"}])
+    assert sorted(rows["commonit_task[datasets]"]) == ["beside"] * 4 + ["synthetic"] * 6

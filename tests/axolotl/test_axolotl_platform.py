@@ -1,0 +1,214 @@
+"""What the plugin takes for granted of Axolotl's private parts; each test says what to look at when one changes."""
+
+import inspect
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import axolotl.utils.data.sft as sft
+import axolotl.utils.data.shared as shared
+import axolotl.utils.data.wrappers as wrappers
+import pytest
+from axolotl.core.builders import HFCausalTrainerBuilder
+from axolotl.core.trainers import AxolotlTrainer
+from axolotl.integrations.base import PluginManager
+from axolotl.integrations.config import merge_training_args
+from axolotl.utils.collators import V2BatchSamplerDataCollatorForSeq2Seq
+from axolotl.utils.dict import DictDefault
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from recipes import PLUGIN
+from torch.utils.data import SequentialSampler
+from toys import QUIET, id_rows, tiny_model, tiny_tokenizer
+from transformers import Trainer, TrainingArguments
+
+from axolotl_plugin import labels
+from axolotl_plugin.trainer import CommonITAxolotlTrainer, accepts_loss_kwargs
+
+# --- data preparation: what axolotl_plugin/labels.py replaces and calls -----------------------------------------------
+
+CALLERS = [
+    (sft._load_and_process_single_dataset, sft, ["get_dataset_wrapper"]),
+    (
+        sft._load_tokenized_prepared_datasets,
+        sft,
+        ["generate_dataset_hash_from_config", "load_preprocessed_dataset", "try_load_from_hub"],
+    ),
+    (sft._load_raw_datasets, sft, ["generate_dataset_hash_from_config", "deduplicate_and_log_datasets"]),
+    (shared.create_train_validation_split, shared, ["deduplicate_and_log_datasets"]),
+    (wrappers._handle_loaded_strategy, wrappers, ["wrap_dataset_for_tokenized_prompt"]),
+    (wrappers._handle_custom_dataset_type, wrappers, ["wrap_dataset_for_tokenized_prompt"]),
+    *((handler, wrappers, ["wrap_dataset_for_tokenized_prompt"]) for handler in wrappers.DATASET_HANDLERS.values()),
+]
+
+
+@pytest.mark.parametrize("name", sorted({name for _, name in labels._REPLACED}))
+def test_the_replaced_functions_take_what_ours_take(name: str) -> None:
+    ours = inspect.signature(getattr(labels, name)).parameters.values()
+    for (module, replaced), theirs in labels._REPLACED.items():
+        if replaced == name:
+            parameters = inspect.signature(theirs).parameters.values()
+            described = [[(p.name, p.kind, p.default) for p in side] for side in (ours, parameters)]
+            assert described[0] == described[1], f"{module.__name__}.{name} takes other arguments than labels.{name}"
+            assert module.__name__.startswith("axolotl.") and theirs is not getattr(labels, name)
+
+
+def test_axolotl_calls_what_we_replace() -> None:
+    """By its name in that module; what is bound elsewhere would not be replaced."""
+    replaced = set()
+    for caller, module, names in CALLERS:
+        caller = inspect.unwrap(caller)
+        for name in names:
+            said = f"{caller.__module__}.{caller.__name__} does not call {module.__name__}.{name} by its name any more"
+            assert caller.__globals__ is vars(module) and name in caller.__code__.co_names, said
+            replaced.add((module, name))
+    assert replaced == set(labels._REPLACED), "what labels.py replaces and what is checked here differ"
+
+
+def test_the_helpers_of_the_data_preparation() -> None:
+    rows = Dataset.from_dict({"input_ids": [[1]], "attention_mask": [[1]], "labels": [[1]]})
+    assert wrappers._is_dataset_already_tokenized(rows)
+    assert not wrappers._is_dataset_already_tokenized(rows.remove_columns("attention_mask"))
+    entries = [DictDefault(path="a", preprocess_shards=2), DictDefault(path="b")]
+    expanded = list(shared.datasets_with_name_generator(entries))
+    assert [entry.path for entry in expanded] == ["a", "a", "b"]
+    assert set(expanded[0]) - set(entries[0]) == {"shards", "shards_idx"}, "the keys that labels._key leaves out"
+    path = shared.get_prepared_dataset_path(DictDefault(dataset_prepared_path="prepared"), "hash")
+    assert path == Path("prepared/hash")
+
+
+# --- plugins ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_plugin_that_cannot_be_imported_is_left_out_unless_it_says_so_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why `axolotl_plugin/__init__.py` makes another error of an ImportError."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, error in {"commonit_lost": "ImportError", "commonit_broken": "RuntimeError"}.items():
+        (tmp_path / f"{name}.py").write_text(f"raise {error}('cannot be imported')", encoding="utf-8")
+    manager = PluginManager.get_instance()
+    manager.register("commonit_lost.Plugin")
+    assert not manager.plugins
+    with pytest.raises(RuntimeError, match="cannot be imported"):
+        manager.register("commonit_broken.Plugin")
+
+
+def test_a_broken_import_of_ours_is_not_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "axolotl_plugin"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "commonit_trl.config", None)  # its import raises ModuleNotFoundError
+    manager = PluginManager.get_instance()
+    with pytest.raises(
+        RuntimeError, match=r"^axolotl_plugin.CommonITPlugin cannot be imported \(ModuleNotFound"
+    ) as error:
+        manager.register(PLUGIN)
+    assert "pip install 'commonit-trl[axolotl]'" in str(error.value) and "\n" not in str(error.value)
+
+
+# --- training arguments -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"warmup_ratio": 0.1, "logging_steps": 3}, {"warmup_steps": 5, "logging_steps": 3}),
+        ({"warmup_steps": 7}, {"warmup_steps": 7, "logging_steps": 1}),
+        ({}, {"warmup_steps": 2, "logging_steps": 1}),
+    ],
+)
+def test_warm_up_and_logging_come_from_the_recipe_and_the_number_of_steps(
+    keys: dict[str, Any], expected: dict[str, int]
+) -> None:
+    """Of a builder that has nothing but `cfg`: `plugin._steps_of_axolotl` calls it so."""
+    builder, arguments = SimpleNamespace(cfg=DictDefault(keys)), {}
+    assert HFCausalTrainerBuilder._configure_warmup_and_logging(builder, 50, arguments) is None
+    assert arguments == expected
+
+
+# --- the trainer ------------------------------------------------------------------------------------------------------
+
+
+def arguments(tmp_path: Path, **settings: Any) -> Any:
+    """Training arguments as Axolotl makes them for a recipe with our plugin."""
+    PluginManager.get_instance().register(PLUGIN)
+
+    @dataclass
+    class Arguments(merge_training_args(), TrainingArguments):
+        pass
+
+    quiet = {name: value for name, value in QUIET.items() if name != "max_length"}
+    return Arguments(output_dir=str(tmp_path), commonit_cache_dir=str(tmp_path), **{**quiet, **settings})
+
+
+def adapted() -> Any:
+    return get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+MODELS = {name: lambda name=name: tiny_model(name) for name in ("llama", "qwen2", "bloom")} | {"peft": adapted}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_take_the_token_count_as_in_transformers(tmp_path: Path, name: str) -> None:
+    """`AxolotlTrainer` says of the same models that they do not, which would make a step's loss a mean of means."""
+    args = arguments(tmp_path)
+    rows = id_rows([6, 6]).remove_columns(["task", "row"])
+    expected = Trainer(model=MODELS[name](), args=args, train_dataset=rows).model_accepts_loss_kwargs
+    assert accepts_loss_kwargs(MODELS[name]()) == expected
+    plain = AxolotlTrainer(model=MODELS[name](), args=args, train_dataset=rows)
+    assert not plain.model_accepts_loss_kwargs, "axolotl_plugin.trainer.accepts_loss_kwargs is not needed any more"
+    args.commonit_metric = "length"
+    args.commonit_num_groups = 2
+    ours = CommonITAxolotlTrainer(
+        model=MODELS[name](), args=args, train_dataset=rows, processing_class=tiny_tokenizer()
+    )
+    assert ours.model_accepts_loss_kwargs == expected
+
+
+@pytest.mark.parametrize("real_batches", [True, False])
+def test_bins_are_as_large_as_axolotls(tmp_path: Path, real_batches: bool) -> None:
+    args = arguments(
+        tmp_path,
+        sample_packing=True,
+        multipack_real_batches=real_batches,
+        max_seq_length=64,
+        per_device_train_batch_size=4,
+        dataset_num_proc=1,
+    )
+    rows = id_rows([20, 20])
+    given = {"train_dataset": rows, "processing_class": tiny_tokenizer()}
+    plain = AxolotlTrainer(model=tiny_model(), args=args, **given)
+    sampler = plain._create_multipack_sampler(SequentialSampler(rows), rows)
+    args.commonit_metric = "task"
+    args.commonit_task_column = ["task"]
+    ours = CommonITAxolotlTrainer(model=tiny_model(), args=args, **given)
+    assert ours._commonit_bins().capacity == sampler.batch_max_len == (64 if real_batches else 256)
+    assert ours.commonit_plan().micro_batch_size == sampler.batch_size == (4 if real_batches else 1)
+    taken = inspect.signature(type(sampler)).parameters
+    assert {"group_size", "bin_size", "sequential", "num_processes", "mp_start_method"} <= set(taken)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_packed_rows_keep_every_column(tmp_path: Path, packing: bool) -> None:
+    """Why the labels are taken off before training: the collators of packed rows take each column for numbers."""
+    args = arguments(tmp_path, sample_packing=packing, max_seq_length=64, dataset_num_proc=1)
+    rows = id_rows([6, 6]).remove_columns("row")
+    collator = V2BatchSamplerDataCollatorForSeq2Seq(tiny_tokenizer())
+    given = {"train_dataset": rows, "processing_class": tiny_tokenizer(), "data_collator": collator}
+    loader = AxolotlTrainer(model=tiny_model(), args=args, **given).get_train_dataloader()
+    assert ("task" in loader.dataset.column_names) == packing
+    if packing:
+        with pytest.raises(ValueError, match="zero-dimensional arrays"):
+            collator([[loader.dataset[0], loader.dataset[1]]])
+
+
+def test_the_hooks_of_the_trainer_that_we_override() -> None:
+    for name, expected in {
+        "_get_train_sampler": ["self", "train_dataset"],
+        "_get_dataloader": ["self", "dataset", "description", "batch_size", "sampler_fn", "is_training"],
+        "_create_multipack_sampler": ["self", "base_sampler", "dataset"],
+    }.items():
+        found = list(inspect.signature(getattr(AxolotlTrainer, name)).parameters)
+        assert found[: len(expected)] == expected, f"AxolotlTrainer.{name} takes {found} now"
