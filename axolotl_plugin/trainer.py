@@ -61,8 +61,8 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's; with `eval_sample_packing` Axolotl collects garbage five times for each group's rows, so what is
-        alive now is kept out of that."""
+        """The parent's; with `eval_sample_packing` Axolotl collects garbage five times for each group's rows, so what
+        is alive now is kept out of that."""
         gc.freeze()
         try:
             return super().evaluation_loop(*args, **kwargs)

@@ -1,0 +1,149 @@
+"""What a training run leaves for people: the ledger in the log and in `groups.json`, the report, the model card."""
+
+import json
+import logging
+import re
+from collections import Counter
+
+import pytest
+from helpers import make_trainer
+from toys import id_rows, plan_of
+from transformers import TrainerCallback
+
+from commonit_trl import load_grouper
+from commonit_trl.report import ledger, ledger_table, model_card_section
+
+SIZES = [13, 9, 1]
+EVIL = '<script>document.title="ran"</script>|`[x](javascript:1)`'
+
+
+def expected_ledger(rows, **geometry):
+    """The same numbers, counted over the batches of the plan that anyone can compute."""
+    plan = plan_of(rows, seed=7, **geometry)
+    seen = Counter(row for batch in plan.batches(0) for row in batch)
+    tasks = rows["task"]
+    steps = Counter(tasks[batch[0]] for batch in plan.batches(0))
+    return {
+        name: {
+            "samples": tasks.count(name),
+            "steps": steps[name] / geometry.get("accumulation_steps", 1),
+            "lost": sum(tasks[row] == name and row not in seen for row in range(len(tasks))),
+            "repeated": sum(count - 1 for row, count in seen.items() if tasks[row] == name),
+        }
+        for name in sorted(set(tasks))
+    }
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    directory, rows = tmp_path_factory.mktemp("report"), id_rows(SIZES)
+    trainer = make_trainer(
+        directory, rows, commonit_report=True, gradient_accumulation_steps=3, save_strategy="epoch", num_train_epochs=2
+    )
+    before = []
+    report = directory / "out" / "commonit" / "report.html"
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if not before:
+                before.append(report.read_text(encoding="utf-8"))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    return directory / "out", rows, trainer, before[0], report.read_text(encoding="utf-8")
+
+
+def test_the_ledger_in_groups_json_is_that_of_the_batches(run):
+    out, rows, trainer, *_ = run
+    checkpoint = f"checkpoint-{trainer.state.global_step}"
+    for directory in (out / "commonit", out / checkpoint / "commonit"):
+        entry = json.loads((directory / "groups.json").read_text(encoding="utf-8"))["ledger"]
+        groups = {group.pop("name"): group for group in entry.pop("groups")}
+        assert groups == expected_ledger(rows, accumulation_steps=3)
+        assert entry == {
+            "samples": sum(SIZES),
+            "steps": trainer.state.global_step / 2,
+            "vanilla_steps": -(-sum(SIZES) // 6),
+            "lost": 0,
+            "repeated": 2,
+        }
+        assert load_grouper(directory).names == ["g000", "g001", "g002"]
+
+
+def test_the_log_has_the_ledger_once_and_repeats_are_a_warning(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="commonit_trl"):
+        make_trainer(tmp_path, id_rows(SIZES), gradient_accumulation_steps=3)
+    (table,) = [record for record in caplog.records if "plain batches" in record.getMessage()]
+    assert table.levelno == logging.INFO
+    lines = table.getMessage().splitlines()
+    assert lines[1].split() == ["group", "samples", "steps", "lost", "repeated"]
+    assert [line.split() for line in lines[2:]] == [
+        ["g000", "13", "3", "0", "0"],
+        ["g001", "9", "2", "0", "0"],
+        ["g002", "1", "1", "0", "2"],
+    ]
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "repeats 2 of 23 samples" in warning and "'g002'" in warning
+
+
+def test_the_report_is_there_before_the_first_step_and_gets_the_losses(run):
+    *_, before, after = run
+    charts = [json.loads(re.search(r'id="charts"[^>]*>(.*?)</script>', text, re.S)[1]) for text in (before, after)]
+    titles = [[figure["layout"].get("yaxis", {}).get("title") for figure in chart.values()] for chart in charts]
+    assert len(charts[1]) == len(charts[0]) + 1, titles  # the chart of the losses
+    for text in (before, after):
+        assert all(name in text for name in ("g000", "g001", "g002"))
+
+
+def test_the_losses_of_the_report_are_the_logged_ones(run):
+    *_, trainer, _, after = run
+    charts = json.loads(re.search(r'id="charts"[^>]*>(.*?)</script>', after, re.S)[1])
+    logged = {
+        (entry["step"], name.removeprefix("loss_")): value
+        for entry in trainer.state.log_history
+        for name, value in entry.items()
+        if name.startswith("loss_")
+    }
+    drawn = {
+        (step, trace["name"]): loss
+        for figure in charts.values()
+        for trace in figure["data"]
+        if trace.get("name") in ("g000", "g001", "g002") and isinstance(trace.get("x"), list)
+        for step, loss in zip(trace["x"], trace["y"], strict=False)
+        if (step, trace["name"]) in logged
+    }
+    assert drawn == pytest.approx(logged, rel=1e-3)
+
+
+def test_the_model_card_says_what_was_trained_once(run):
+    out, *_ = run
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert card.count("## CommonIT") == 1 and "commonit\\_metric=task" not in card and "`commonit_metric=task`" in card
+    assert "| g000 | 13 | 3 |" in card and "@inproceedings{rao-etal-2024-commonit" in card
+
+
+def test_no_report_where_it_is_switched_off(tmp_path):
+    trainer = make_trainer(tmp_path, id_rows(SIZES), max_steps=1)
+    trainer.train()
+    assert sorted(file.name for file in (tmp_path / "out" / "commonit").iterdir()) == ["groups.json", "run.json"]
+
+
+def test_packed_runs_have_a_report_of_rows_and_packs(tmp_path):
+    options = {"packing": True, "max_length": 24, "commonit_report": True, "max_steps": 2}
+    make_trainer(tmp_path, id_rows(SIZES), **options).train()
+    assert "g002" in (tmp_path / "out" / "commonit" / "report.html").read_text(encoding="utf-8")
+
+
+def test_names_of_the_data_cannot_act_in_log_or_card():
+    names = [EVIL, "\x1b[31mred\nline"]
+    entry = ledger(plan_of(id_rows([3, 2])), names)
+    table, card = ledger_table(entry), model_card_section(entry, {"commonit_metric": "task"})
+    assert "\x1b" not in table + card and len(table.splitlines()) == 3
+    assert "<script>" not in card and "](javascript" not in card
+    assert len([line for line in card.splitlines() if line.startswith("| ")]) == 4
+
+
+def test_many_groups_are_summed_up():
+    rows = id_rows([1] * 25)
+    lines = ledger_table(ledger(plan_of(rows), [f"g{number}" for number in range(25)])).splitlines()
+    assert len(lines) == 22 and lines[-1].split() == ["5", "smaller", "groups", "5", "5", "0", "0"]
