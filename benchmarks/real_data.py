@@ -184,6 +184,7 @@ def train_epoch(
         report_to=[],
         disable_tqdm=True,
         logging_strategy="no",
+        commonit_report=False,
         **options,
     )
     start = time.process_time()

@@ -17,6 +17,7 @@ most 100 groups, 400 characters of each; an embedding map of at most 500 rows, w
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -195,8 +196,9 @@ def inspect_groups(
     members = np.split(np.argsort(group_ids, kind="stable"), np.cumsum(sizes)[:-1])
     present = np.flatnonzero(sizes)
     rng = np.random.default_rng(seed)
+    total = rows.token_counts("total") if rows.tokenized else None
     response = rows.token_counts("response") if rows.tokenized else None
-    prompt = None if response is None else rows.token_counts("total") - response
+    prompt = None if response is None or total is None else total - response
     examples = _examples(rows, members, present, rng)
     micro_batches = np.bincount(plan.micro_batch_groups.ravel(), minlength=count)
     lost, repeated = (_padded(counts, count) for counts in (summary.group_lost, summary.group_repeated))
@@ -215,7 +217,10 @@ def inspect_groups(
         )
         for group in present.tolist()
     )
-    planned = _measure(plan.indices, plan.offsets, plan, lengths, padding_free)
+    # A collator that pads to a multiple makes rows cost more than their tokens.
+    tokens = lengths if total is None or len(total) != summary.num_samples else total
+    measure = functools.partial(_measure, plan=plan, lengths=lengths, tokens=tokens, padding_free=padding_free)
+    planned = measure(plan.indices, plan.offsets)
     inspection = Inspection(
         metric=grouper.metric,
         rows=len(group_ids),
@@ -223,10 +228,8 @@ def inspect_groups(
         possible_groups=count,
         groups=groups,
         planned=planned,
-        random=_measure(*_plain_batches(rng.permutation(summary.num_samples), plan), plan, lengths, padding_free),
-        by_length=None
-        if lengths is None
-        else _measure(*_plain_batches(_order_by_length(lengths, plan, seed), plan), plan, lengths, padding_free),
+        random=measure(*_plain_batches(rng.permutation(summary.num_samples), plan)),
+        by_length=None if lengths is None else measure(*_plain_batches(_order_by_length(lengths, plan, seed), plan)),
         longest_run=_longest_run(plan.step_groups),
         lost=summary.lost,
         repeated=summary.repeated,
@@ -331,9 +334,14 @@ def _measure(
     offsets: NDArray[np.int64],
     plan: EpochPlan,
     lengths: NDArray[np.int64] | None,
+    tokens: NDArray[np.int64] | None,
     padding_free: bool,
 ) -> BatchNumbers:
-    """The numbers of the micro-batches that `indices` and `offsets` hold, in the geometry and groups of `plan`."""
+    """The numbers of the micro-batches that `indices` and `offsets` hold, in the geometry and groups of `plan`.
+
+    Args:
+        lengths, tokens: (samples,) tokens that each costs, and that it has.
+    """
     starts = offsets[:-1]
     groups = plan.group_ids[indices]
     lowest = np.minimum.reduceat(groups, starts).reshape(-1, plan.world_size)
@@ -342,14 +350,14 @@ def _measure(
     in_micro_steps = lowest.min(axis=1), highest.max(axis=1)
     in_steps = np.minimum.reduceat(in_micro_steps[0], steps), np.maximum.reduceat(in_micro_steps[1], steps)
     padding_ratio = straggler_ratio = None
-    if lengths is not None and lengths.any():
-        tokens = np.asarray(lengths, dtype=np.int64)[indices]
+    if lengths is not None and tokens is not None and tokens.any():
+        each = np.asarray(lengths, dtype=np.int64)[indices]
         costs = (
-            np.add.reduceat(tokens, starts) if padding_free else np.maximum.reduceat(tokens, starts) * np.diff(offsets)
+            np.add.reduceat(each, starts) if padding_free else np.maximum.reduceat(each, starts) * np.diff(offsets)
         ).reshape(-1, plan.world_size)
         of_ranks = np.add.reduceat(costs, steps, axis=0)
         means = np.maximum(of_ranks.mean(axis=1), 1e-9)  # a step of rows without a token
-        padding_ratio = float(costs.sum() / tokens.sum())
+        padding_ratio = float(costs.sum() / tokens[indices].sum())
         straggler_ratio = float((of_ranks.max(axis=1) / means).mean())
     return BatchNumbers(
         steps=len(steps),

