@@ -1,6 +1,7 @@
 """These tests run the real Axolotl, and are skipped where it is not installed."""
 
 import importlib.metadata
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,11 @@ import pytest
 INSTALLED = any(importlib.metadata.distributions(name="axolotl"))  # to import, this folder would do: tests/ is a path
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # read when axolotl is imported
 sys.path.insert(0, str(Path(__file__).parent))
+
+if INSTALLED:
+    import axolotl.cli  # noqa: F401 - sets up logging as it is imported, and hides other packages' messages from then on
+
+    logging.setLoggerClass(logging.Logger)
 
 
 class _Skipped(pytest.Module):

@@ -1,0 +1,96 @@
+"""Axolotl's other features with CommonIT on: padding to a length, packed evaluation, LoRA with checkpointing and token
+counts, `max_steps`; and what a run leaves in its output folder."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from recipes import axolotl, launch, make_rows, recipe, result, seen, write_recipe, write_rows
+
+ROWS = make_rows({"x": 31, "y": 17, "z": 9})
+LENGTH = 512
+PACKED = {"sample_packing": True, "sequence_len": LENGTH}
+RUNS = {
+    "padded": {"pad_to_sequence_len": True, "sequence_len": LENGTH, "micro_batch_size": 4},
+    "packed-padded": {**PACKED, "pad_to_sequence_len": True, "multipack_real_batches": False},
+    "packed-eval": {**PACKED, "eval_sample_packing": True, "val_set_size": 12, "eval_strategy": "epoch"},
+    "lora": {
+        "adapter": "lora",
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_target_linear": True,
+        **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False),  # they need a GPU
+        "gradient_checkpointing": True,
+        "include_tkps": True,
+        "commonit_report": True,
+        "save_strategy": "epoch",
+    },
+    "max-steps": {"max_steps": 5, "warmup_ratio": 0.4, "num_epochs": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("features")
+    data = write_rows(directory / "rows.jsonl", ROWS)
+    runs = []
+    for name, keys in RUNS.items():
+        keys = {"commonit_metric": "task", "num_epochs": 1, "output_dir": str(directory / f"{name}-out"), **keys}
+        path = write_recipe(directory / f"{name}.yml", recipe(directory, data, **keys))
+        runs.append({"name": name, "recipe": str(path)})
+    launch(runs, directory)
+    return directory
+
+
+def shapes(directory, name):
+    lines = Path(f"{directory / name}.ids.rank0").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["shape"] for line in lines]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_step_holds_one_task(directory, name):
+    for step in seen(directory / name).values():
+        assert len({ROWS[number]["task"] for batch in step[0] for number in batch}) == 1
+
+
+def test_rows_that_are_padded_to_one_length_are_not_crowded_into_a_micro_batch(directory):
+    """Arranged by their own lengths, short rows would share a micro-batch that is then padded beyond its budget."""
+    for rows, tokens in shapes(directory, "padded"):
+        assert tokens == LENGTH and rows <= 4
+    assert {tokens for _, tokens in shapes(directory, "packed-padded")} <= {LENGTH, 2 * LENGTH}
+
+
+def test_packed_evaluation_has_the_loss_of_each_task(directory):
+    (evaluated,) = [
+        entry for entry in result(directory / "packed-eval")["log"] if entry.get("epoch") == 1 and "eval_loss" in entry
+    ]
+    tasks = {name.removeprefix("eval_loss_") for name in evaluated if name.startswith("eval_loss_")}
+    assert tasks and tasks <= {"x", "y", "z"}
+
+
+def test_lora_with_checkpointing_counts_its_tokens(directory):
+    told, trained = result(directory / "lora"), defaultdict(int)
+    for line in Path(f"{directory / 'lora'}.ids.rank0").read_text(encoding="utf-8").splitlines():
+        trained[json.loads(line)["step"]] += json.loads(line)["trained"]
+    logged = [entry["tokens/trainable"] for entry in told["log"] if "tokens/trainable" in entry]
+    assert logged[-1] == sum(trained.values())
+    assert (directory / "lora-out" / "adapter_model.safetensors").exists()
+
+
+def test_a_run_leaves_groups_and_report(directory):
+    files = {file.name for file in (directory / "lora-out" / "commonit").iterdir()}
+    assert files == {"groups.json", "run.json", "report.html"}
+    card = (directory / "lora-out" / "README.md").read_text(encoding="utf-8")
+    assert card.count("## CommonIT") == 1
+
+
+def test_max_steps_and_its_warm_up(directory):
+    told = result(directory / "max-steps")
+    assert (told["global_step"], told["max_steps"], told["warmup_steps"]) == (5, 5, 2)
+
+
+def test_evaluate_loads_a_packed_recipe(directory):
+    done = axolotl("evaluate", directory / "packed-eval.yml", None, "--launcher", "python")
+    assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-2000:])
+    assert "eval_loss_x" in done.stdout + done.stderr
