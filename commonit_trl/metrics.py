@@ -73,24 +73,26 @@ class GroupMetrics:
         if group >= 0 and grad_norm is not None:
             self._grad_norms[group].append(grad_norm)
 
-    def take(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+    def take(self, sum_over_ranks: Callable[[list[float]], list[float]]) -> dict[str, float]:
         """The values to log, and start anew.
 
         Args:
             sum_over_ranks: the sum of a vector over the data-parallel ranks; called once, on every rank.
         """
-        losses, trained = torch.zeros(2, len(self.names), dtype=torch.float64)
-        data = computed = 0.0
+        count = len(self.names)
+        sums = [0.0] * (2 * count + 2)  # losses of each group, trained tokens of each group, data, computed
         if self._micro_batches:
-            groups, sums, counts = zip(*self._micro_batches, strict=True)
-            index = torch.tensor(groups)
-            losses.index_add_(0, index, torch.stack(sums).double().cpu())
-            trained.index_add_(0, index, torch.stack([count.trained for count in counts]).double().cpu())
-            data = float(torch.stack([count.data for count in counts]).sum())
-            computed = float(sum(count.computed for count in counts))
-        total = sum_over_ranks(torch.cat([losses, trained, torch.tensor([data, computed], dtype=torch.float64)]))
-        (*_, data, computed), (losses, trained) = total.tolist(), total[:-2].view(2, -1)
-        logs = {f"loss_{self.names[group]}": float(losses[group] / trained[group]) for group in trained.nonzero()[:, 0]}
+            groups, losses, tokens = zip(*self._micro_batches, strict=True)
+            trained = torch.stack([counts.trained for counts in tokens]).tolist()
+            for group, loss, number in zip(groups, torch.stack(losses).tolist(), trained, strict=True):
+                sums[group] += loss
+                sums[count + group] += number
+            sums[-2] = sum(torch.stack([counts.data for counts in tokens]).tolist())
+            sums[-1] = sum(counts.computed for counts in tokens)
+        *sums, data, computed = sum_over_ranks(sums)
+        logs = {
+            f"loss_{name}": loss / number for name, loss, number in zip(self.names, sums, sums[count:]) if number > 0
+        }
         for group, norms in sorted(self._grad_norms.items()):
             logs[f"grad_norm_{self.names[group]}"] = sum(map(float, norms)) / len(norms)
         logs["commonit_group"] = self._last_group

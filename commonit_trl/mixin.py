@@ -303,11 +303,12 @@ class CommonITMixin(_Mixed):
             logs = {**logs, **self._commonit_metrics.take(self._commonit_sum_over_ranks)}
         super().log(logs, *args, **kwargs)
 
-    def _commonit_sum_over_ranks(self, vector: torch.Tensor) -> torch.Tensor:
+    def _commonit_sum_over_ranks(self, values: list[float]) -> list[float]:
         if self.args.world_size == 1:
-            return vector
-        total = self.accelerator.reduce(vector.to(self.args.device), reduction="sum").cpu()
-        return total * self._commonit_world_size / self.args.world_size  # ranks that share a batch count once
+            return values
+        vector = torch.tensor(values, dtype=torch.float64, device=self.args.device)
+        shared_by = self.args.world_size / self._commonit_world_size  # ranks that share a batch count once
+        return (self.accelerator.reduce(vector, reduction="sum") / shared_by).tolist()
 
     # --- what it says of the run ------------------------------------------------------------------------------------
 
