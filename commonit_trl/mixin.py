@@ -281,7 +281,7 @@ class CommonITMixin(_Mixed):
                 tokens = self.current_gradient_accumulation_steps * counts.trained.to(loss.device)
             else:
                 ranks = self._commonit_world_size if self.args.average_tokens_across_devices else 1
-                tokens = num_items_in_batch / ranks
+                tokens = torch.as_tensor(num_items_in_batch).flatten()[0] / ranks  # nn.DataParallel has one a device
             group = int(plan.micro_batch_groups[micro_step, self._commonit_rank])
             self._commonit_metrics.add_micro_batch(group, loss.detach() * tokens, counts)
         return loss

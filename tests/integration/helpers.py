@@ -3,6 +3,7 @@ sees."""
 
 import atexit
 import gc
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -27,6 +28,16 @@ QUIET = {
     "seed": 7,
 }
 RUN_TIME = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+def rows_of_task(task, count):
+    """Rows with `task`, `prompt` and `completion`, whose lengths differ."""
+    return [{"task": task, "prompt": f"Do {task} {n}:", "completion": f" {task}" * (n % 7 + 1)} for n in range(count)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path.name
 
 
 def make_trainer(directory, rows, *, trainer_class=CommonITSFTTrainer, model="llama", extra=None, **options):

@@ -10,13 +10,14 @@ import torch
 import yaml
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
-from toys import tiny_model, tiny_tokenizer
 
 from commonit_trl import CommonITSFTTrainer, __version__, cli, launch, sft
 from commonit_trl.config import CommonITArguments
 
 EXAMPLES = Path(__file__).parents[2] / "example_configs"
 TASKS = ("add", "sort", "spell")
+
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 def rows_of(task, count, text="Do it"):
@@ -27,25 +28,6 @@ def write_jsonl(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    directory = str(tmp_path_factory.mktemp("model"))
-    tiny_model().save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    """Relative paths, outputs and caches are the test's own; one thread, as the models are tiny."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """`commonit group` saves groups and assignment, gives new rows to fitted groups, and training then loads them."""
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
+from helpers import rows_of_task, write_jsonl
 from safetensors.numpy import load_file
-from toys import tiny_model, tiny_tokenizer
 
 from commonit_trl import cli, load_grouper
 from commonit_trl.config import _READ_BY
@@ -16,39 +14,13 @@ from commonit_trl.grouping.build import GROUPERS
 
 TASKS = ("add", "sort", "spell")
 
-
-def rows_of(task, count):
-    return [{"task": task, "prompt": f"Do {task} {n}:", "completion": f" {task}" * (n % 7 + 1)} for n in range(count)]
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path.name
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    directory = str(tmp_path_factory.mktemp("model"))
-    tiny_model().save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    """Paths and caches are the test's own; one thread."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 @pytest.fixture
 def data(tmp_path):
     """24 rows of three tasks."""
-    return write_jsonl(tmp_path / "data.jsonl", [row for task in TASKS for row in rows_of(task, 8)])
+    return write_jsonl(tmp_path / "data.jsonl", [row for task in TASKS for row in rows_of_task(task, 8)])
 
 
 def group(*argv):
@@ -106,15 +78,15 @@ def test_new_rows_join_fitted_groups(data, model, tmp_path, capfd):
         group(data, "--commonit_metric", "length", "--commonit_num_groups", 3, "--tokenizer", model, "--output", "a")
         == 0
     )
-    new = write_jsonl(tmp_path / "new.jsonl", rows_of("walk", 10))
+    new = write_jsonl(tmp_path / "new.jsonl", rows_of_task("walk", 10))
     assert group(new, "--load", "a", "--tokenizer", model, "--output", "b") == 0
     assert load_grouper("a").description() == load_grouper("b").description()
     edges = load_grouper("b").edges
-    lengths = [len(row["completion"]) + 1 for row in rows_of("walk", 10)]  # and the end of the text
+    lengths = [len(row["completion"]) + 1 for row in rows_of_task("walk", 10)]  # and the end of the text
     assert assignment("b") == [sum(edge <= length for edge in edges) for length in lengths]
 
     assert group(data, "--commonit_metric", "task", "--output", "c") == 0
-    new = write_jsonl(tmp_path / "more.jsonl", [*rows_of("walk", 2), *rows_of("sort", 2)])
+    new = write_jsonl(tmp_path / "more.jsonl", [*rows_of_task("walk", 2), *rows_of_task("sort", 2)])
     capfd.readouterr()
     assert group(new, "--load", "c", "--output", "d") == 0
     out, err = capfd.readouterr()
@@ -158,7 +130,7 @@ def test_loaded_groups_take_the_options_they_were_fitted_with(data):
 
 def test_rows_of_other_tasks_only_are_an_error(data, tmp_path, capfd):
     assert group(data, "--commonit_metric", "task", "--output", "saved") == 0
-    new = write_jsonl(tmp_path / "new.jsonl", rows_of("walk", 4))
+    new = write_jsonl(tmp_path / "new.jsonl", rows_of_task("walk", 4))
     assert group(new, "--load", "saved", "--output", "b") == 2
     assert "none of the 4 rows belongs to one of its 3 groups" in capfd.readouterr().err
 

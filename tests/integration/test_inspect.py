@@ -7,31 +7,14 @@ import sys
 import time
 
 import pytest
-import torch
 import yaml
 from datasets import Dataset
-from toys import tiny_model, tiny_tokenizer
+from helpers import rows_of_task, write_jsonl
+from toys import tiny_tokenizer
 
 from commonit_trl import CommonITSFTTrainer, cli
 
 TASKS = ("add", "sort", "spell")
-
-
-def rows_of(task, count):
-    return [{"task": task, "prompt": f"Do {task} {n}:", "completion": f" {task}" * (n % 7 + 1)} for n in range(count)]
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path.name
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    directory = str(tmp_path_factory.mktemp("model"))
-    tiny_model().save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="session")
@@ -42,22 +25,15 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    """Paths and caches are the test's own; a wide terminal; one thread."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+def wide_terminal(in_tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def data(tmp_path):
     """60 rows of three tasks."""
     return write_jsonl(
-        tmp_path / "data.jsonl", [row for n, task in enumerate(TASKS) for row in rows_of(task, 10 + 10 * n)]
+        tmp_path / "data.jsonl", [row for n, task in enumerate(TASKS) for row in rows_of_task(task, 10 + 10 * n)]
     )
 
 
@@ -146,7 +122,7 @@ def test_geometry_comes_from_the_recipe_and_the_flags_override_it(model, data, t
 
 def test_each_kind_of_column_is_read(tokenizer, tmp_path, capsys):
     kinds = {
-        "plain": rows_of("add", 20),
+        "plain": rows_of_task("add", 20),
         "alpaca": [
             {"instruction": f"Add {n}", "input": "" if n % 2 else "now", "output": "a" * (n + 1)} for n in range(20)
         ],
@@ -180,7 +156,7 @@ def test_without_a_tokenizer_task_works_and_tokens_are_a_dash(data, capsys):
 
 
 def test_several_files_are_a_mixture(data, tmp_path, capsys):
-    other = write_jsonl(tmp_path / "other.jsonl", rows_of("add", 12))
+    other = write_jsonl(tmp_path / "other.jsonl", rows_of_task("add", 12))
     (shown,) = numbers(capsys, data, other, "--commonit_metric", "task")
     assert [(group["name"], group["rows"]) for group in shown["groups"]] == [("data", 60), ("other", 12)]
 
@@ -209,7 +185,7 @@ def test_nothing_but_json_is_on_stdout(data, tokenizer):
 def test_groups_that_were_saved_are_used(data, tokenizer, tmp_path, capsys):
     assert cli.main(["group", data, "--commonit_metric", "task", "--output", "saved"]) == 0
     capsys.readouterr()
-    new = write_jsonl(tmp_path / "new.jsonl", [*rows_of("add", 20), *rows_of("walk", 5)])
+    new = write_jsonl(tmp_path / "new.jsonl", [*rows_of_task("add", 20), *rows_of_task("walk", 5)])
     (shown,) = numbers(capsys, new, "--load", "saved", "--tokenizer", tokenizer)
     assert [(group["name"], group["rows"]) for group in shown["groups"]] == [("add", 20)]
     assert shown["warnings"][0] == "5 of 25 rows belong to none of the loaded groups and are left out here."
