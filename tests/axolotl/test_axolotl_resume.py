@@ -30,8 +30,9 @@ def runs(request, tmp_path_factory):
         return {"name": name, "recipe": str(path)}
 
     whole, killed, resumed = run("whole", "whole-out"), run("killed", "killed-out"), run("resumed", "killed-out")
-    prepared = axolotl("preprocess", directory / "whole.yml")
-    assert prepared.returncode == 0, prepared.stderr[-3000:]
+    if world_size > 1:  # Axolotl hangs where ranks on CPUs prepare rows
+        prepared = axolotl("preprocess", directory / "whole.yml")
+        assert prepared.returncode == 0, prepared.stderr[-3000:]
     launch([whole], directory, world_size)
     per_epoch = result(directory / "whole")["global_step"] // 2
     killed["kill_at"] = per_epoch + KILLED_IN_SECOND_EPOCH

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from recipes import axolotl, launch, recipe, result, seen, write_recipe, write_rows
+from recipes import launch, recipe, result, seen, write_recipe, write_rows
 
 QUESTIONS = {
     "capital": "What is the capital city of {}?",
@@ -92,7 +92,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory, minilm) -> Path:
-    """All runs of `CASES`, in one launch for each number of ranks, from datasets prepared by `axolotl preprocess`."""
+    """All runs of `CASES`, in one launch for each number of ranks."""
     directory = tmp_path_factory.mktemp("axolotl")
     write_rows(directory / "reference.jsonl", make_reference())
     data = [{"path": str(write_rows(directory / "rows.jsonl", ROWS)), "type": FORMAT}]
@@ -111,9 +111,6 @@ def directory(tmp_path_factory, minilm) -> Path:
         keys |= {"output_dir": str(directory / f"{name}-out")}
         return write_recipe(directory / f"{name}.yml", recipe(directory, data, **keys))
 
-    for packing in ("plain", "packed"):  # what is prepared with task labels serves the other metrics too
-        prepared = axolotl("preprocess", write(f"preprocess-{packing}", "task", packing))
-        assert prepared.returncode == 0, prepared.stderr[-3000:]
     runs = [
         (
             case.world_size,
@@ -128,7 +125,7 @@ def directory(tmp_path_factory, minilm) -> Path:
     ]
     again = write("again", "task", "packed", gradient_accumulation_steps=3)
     runs.append((2, {"name": "again", "recipe": str(again)}))
-    for world_size in (1, 2):
+    for world_size in (1, 2):  # one rank prepares the rows that two then load
         launch([run for size, run in runs if size == world_size], directory, world_size)
     return directory
 
