@@ -85,8 +85,8 @@ def _read(path: str) -> Recipe:
         **{key: getattr(AxolotlTrainingMixins, key) if cfg[key] is None else cfg[key] for key in _PACKING},
     )
 
-    def pack(grouper: Any, group_ids: Any) -> tuple[Any, Any]:
-        bins = pack_for_training(settings, group_ids, counts, cfg.micro_batch_size, cfg.world_size)
+    def pack(grouper: Any, group_ids: Any, world_size: int) -> tuple[Any, Any]:
+        bins = pack_for_training(settings, group_ids, counts, cfg.micro_batch_size, world_size)
         return bins.group_ids, bins.lengths
 
     return Recipe(**recipe, micro_batch_size=bin_shape(settings, cfg.micro_batch_size)[1], lengths=counts, pack=pack)

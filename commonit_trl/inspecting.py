@@ -67,7 +67,7 @@ def inspect_recipe(
     if recipe.pack is not None:
         if homeless:
             raise ValueError(f"--load {load}: packing needs every row in a group, and {homeless} are in none.")
-        sample_groups, lengths = recipe.pack(grouper, group_ids)
+        sample_groups, lengths = recipe.pack(grouper, group_ids, recipe.world_size)
     plan = plan_epoch(
         sample_groups,
         lengths if recipe.arranged else None,

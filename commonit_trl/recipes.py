@@ -82,8 +82,8 @@ class Recipe:
     """Whether training arranges the samples of a step by these lengths."""
     padding_free: bool = False
     """Whether micro-batches are computed without padding."""
-    pack: Callable[[Grouper, NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.int64]]] | None = None
-    """With packing: from the fitted grouper and (rows,) group ids to (packs,) group ids and (packs,) tokens."""
+    pack: Callable[[Grouper, NDArray[np.int64], int], tuple[NDArray[np.int64], NDArray[np.int64]]] | None = None
+    """With packing: from the fitted grouper, (rows,) group ids and ranks to (packs,) group ids and (packs,) tokens."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -227,7 +227,9 @@ def _rehearse(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: A
     trainer = _Rehearsal(model=model, args=args, train_dataset=train, processing_class=tokenizer)
     prepared = trainer.train_dataset
 
-    def pack(grouper: Grouper, group_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def pack(
+        grouper: Grouper, group_ids: NDArray[np.int64], world_size: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         trainer.commonit_grouper = grouper
         packs = trainer._commonit_pack(prepared, group_ids, args)
         assert trainer.commonit_group_ids is not None

@@ -8,8 +8,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from recipes import ENVIRONMENT, launch, make_rows, recipe, result, seen, write_recipe, write_rows
+
+from axolotl_plugin.recipe import read_recipe
+from commonit_trl.grouping.task import TaskGrouper
 
 ROWS = make_rows({"x": 23, "y": 14, "z": 3})
 CASES = {
@@ -58,6 +62,16 @@ def test_the_steps_are_those_of_training(directory, name):
     else:
         bins = sum(len(batch) > 0 for step in steps.values() for batch in step[0])
         assert shown["samples"] == bins < len(ROWS)
+
+
+def test_rows_are_packed_for_the_ranks_that_are_asked_for(directory):
+    read = read_recipe(str(directory / "packed.yml"))
+    grouper = TaskGrouper(columns=read.options.commonit_task_column).fit(read.rows)
+    for world_size in (1, 4):
+        group_ids, tokens = read.pack(grouper, grouper.assign(read.rows), world_size)
+        bins = np.bincount(group_ids)
+        assert all(count % world_size == 0 or group == 2 for group, count in enumerate(bins)), bins  # z has three rows
+        assert tokens.sum() == read.lengths.sum()
 
 
 def test_a_recipe_without_the_plugin_is_refused_in_one_line(directory):
