@@ -6,7 +6,7 @@ weights and rows, train with the metrics `task`, `length` and `embedding`; (3) p
 the batches are beside plain random ones, and each group's held-out loss before and after; (4) load a saved
 model again and let it answer.
 
-Cost: about 40 s of one CPU core, 7 MB on disk; no GPU, no download.
+Cost: about 40 s of one CPU core, 22 MB on disk; no GPU, no download.
 """
 
 import argparse
@@ -534,8 +534,8 @@ def _answer_table(questions: list[Row], answers: list[str]) -> Any:
 def _print_end(console: Any, output_dir: Path, max_steps: int, seconds: float) -> None:
     console.print(
         f"{max_steps} steps from random weights show the mechanism; they do not rank the metrics.\n"
-        f"Took {seconds:.0f} s. Models: {output_dir}/{{{','.join(METRICS)}}}; the libraries' messages: "
-        f"{output_dir / LOG_FILE}.\n\n"
+        f"Took {seconds:.0f} s. Models: {output_dir}/{{{','.join(METRICS)}}}; in each, commonit/report.html shows its "
+        f"groups and their losses. The libraries' messages: {output_dir / LOG_FILE}.\n\n"
         "Next, train a model and data of your own, or these (from the repository's root):",
         soft_wrap=True,
         markup=False,

@@ -142,6 +142,9 @@ def test_files_hold_the_data_and_models_that_answer(demo):
         assert answer.shape[1] > inputs["input_ids"].shape[1]
         weights[name] = model.get_input_embeddings().weight.detach().numpy()
     assert len({array.tobytes() for array in weights.values()}) == 4
+    for name in METRICS:
+        report = (output / name / "commonit" / "report.html").read_text(encoding="utf-8")
+        assert "Order of the groups in the epoch" in report
 
 
 def test_recommended_command_runs(demo, tmp_path):
