@@ -72,12 +72,11 @@ $(1)/bin/python -m pip install -q -c $(2) -e '.[$(3)]'
 @touch $(1)/.ready
 endef
 
-# $(1) folder, $(2) end of the range. Files in their own order: by default those with few tests come last, which are the
-# long ones.
+# $(1) folder, $(2) end of the range
 define run-tests
 @echo "Tests on the $(2) supported versions ($(1)):"
 @$(1)/bin/python -m pip list 2>/dev/null | awk '/^(torch|trl|transformers|accelerate|datasets) / { print "  " $$1, $$2 }'
-$(TEST_ENV) $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+$(TEST_ENV) $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 endef
 
 # $(1) end of the range, $(2) what to install. Left out: this package, torch's local version (2.13.0+cpu) and

@@ -137,11 +137,13 @@ def _messages() -> Iterator[None]:
     logger, handler = logging.getLogger("commonit_trl"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s commonit: %(message)s"))
     logger.addHandler(handler)
+    level = logger.level
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _read_recipe(

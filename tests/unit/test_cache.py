@@ -330,6 +330,7 @@ def flip(file: Path) -> None:
     "damage", [truncate, garble, flip, Path.unlink, Path.mkdir], ids=lambda damage: damage.__name__
 )
 def test_a_damaged_entry_is_told_and_computed_again(file: str, damage: Any, tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level(logging.WARNING, "commonit_trl")
     make = GROUPERS["embedding"]
     _, group_ids = fit_assign_cached(make(), some_rows(), tmp_path)
     entry = entry_of(tmp_path)
