@@ -21,6 +21,7 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from axolotl_plugin.packing import Bins, PackedBatchSampler, bin_shape, pack_for_training
 from commonit_trl.mixin import CommonITMixin
+from commonit_trl.plan import EpochPlan
 from commonit_trl.sampler import CommonITBatchSampler
 from commonit_trl.text import Rows
 
@@ -98,8 +99,8 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
             return super()._commonit_batch_sampler()
         return PackedBatchSampler(self._commonit_bins(), self._commonit_plan_of(), self._commonit_rank)
 
-    def _commonit_run(self) -> dict[str, Any]:
-        run = super()._commonit_run()
+    def _commonit_run(self, plan: EpochPlan) -> dict[str, Any]:
+        run = super()._commonit_run(plan)
         if self._commonit_packs:
             run["order of samples"] += f", bins {self._commonit_bins().digest()}"
         return run

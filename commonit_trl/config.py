@@ -28,7 +28,7 @@ _CHOICES = {
     "commonit_remainder": ("keep", "drop", "pad"),
 }
 WEIGHT_NAMES = ("proportional", "uniform", "sqrt")
-_READ_BY = {
+READ_BY = {
     "commonit_task_column": ("task",),
     "commonit_num_groups": ("length", "embedding"),
     "commonit_length_of": ("length",),
@@ -221,7 +221,7 @@ def _parse_mapping(option: str, text: str) -> dict[str, Any]:
 
 def _check_combinations(options: CommonITArguments) -> None:
     metric = options.commonit_metric
-    for name, metrics in _READ_BY.items():
+    for name, metrics in READ_BY.items():
         if metric not in metrics and getattr(options, name) != OPTIONS[name].default:
             raise ValueError(
                 f"{name}={getattr(options, name)!r} is read by "

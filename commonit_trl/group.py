@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from commonit_trl.config import _READ_BY, METRICS, OPTIONS, CommonITArguments, check_choice
+from commonit_trl.config import METRICS, OPTIONS, READ_BY, CommonITArguments, check_choice
 from commonit_trl.grouping import Grouper, build_grouper, fit_assign_cached, load_grouper
 from commonit_trl.recipes import Recipe
 from commonit_trl.report import print_sizes
@@ -98,7 +98,7 @@ def options_for(given: Any, metric: str, *, compared: bool = False) -> CommonITA
     """
     values = {name: getattr(given, name) for name in OPTIONS} | {"commonit_metric": metric}
     if compared:
-        values = {name: value for name, value in values.items() if metric in _READ_BY.get(name, METRICS)}
+        values = {name: value for name, value in values.items() if metric in READ_BY.get(name, METRICS)}
     return CommonITArguments(**values)
 
 

@@ -254,7 +254,7 @@ class CommonITMixin(_Mixed):
         """
         if self._commonit_world_size == 1:
             return
-        run = {**self._commonit_run(), "order of samples": self._commonit_sampler.current.digest()}
+        run = self._commonit_run(self._commonit_sampler.current)
         digests = [int(_digest(json.dumps(value).encode()), 16) >> 1 for value in run.values()]
         by_rank = self.accelerator.gather(torch.tensor([digests], device=self.args.device)).cpu()
         differs = by_rank != by_rank[0]
@@ -395,9 +395,8 @@ class CommonITMixin(_Mixed):
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _commonit_run(self) -> dict[str, Any]:
-        """What a resumed run must share with the run that wrote the checkpoint."""
-        plan = self.commonit_plan()
+    def _commonit_run(self, plan: EpochPlan) -> dict[str, Any]:
+        """What the batches of `plan` follow from: all ranks, and a resumed run, must share it."""
         assert self.commonit_grouper is not None and self.commonit_group_ids is not None
         return {
             "commonit_metric": self.args.commonit_metric,
@@ -427,8 +426,9 @@ class CommonITMixin(_Mixed):
         if self._commonit_on and self.args.should_save:
             assert self.commonit_grouper is not None
             directory = Path(output_dir) / COMMONIT_DIR
-            self.commonit_grouper.save(directory, ledger=self._commonit_ledger())
-            (directory / RUN_FILE).write_text(json.dumps(self._commonit_run(), indent=2), encoding="utf-8")
+            plan = self.commonit_plan()
+            self.commonit_grouper.save(directory, ledger=ledger(plan, self.commonit_grouper.names))
+            (directory / RUN_FILE).write_text(json.dumps(self._commonit_run(plan), indent=2), encoding="utf-8")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the parent does; a checkpoint to resume from must come from the same groups and plan."""
@@ -460,7 +460,7 @@ class CommonITMixin(_Mixed):
             return
         try:
             saved = json.loads(saved_path.read_text(encoding="utf-8"))
-            current = self._commonit_run()
+            current = self._commonit_run(self.commonit_plan())
             # B may be what an earlier run found out; the Trainer takes it from the checkpoint.
             skipped = {"per-device batch size", "order of samples"} if self.args.auto_find_batch_size else set()
             differences = [

@@ -121,7 +121,7 @@ def read_foreign_recipe(front_end: str, path: str) -> Recipe:
         raise ValueError(missing)
     try:
         read = readers[0].load()
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the plugin makes one of the other, for Axolotl
         raise ValueError(f"{missing} ({error})") from error
     return read(path)
 

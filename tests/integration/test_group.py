@@ -8,7 +8,7 @@ from helpers import rows_of_task, write_jsonl
 from safetensors.numpy import load_file
 
 from commonit_trl import cli, load_grouper
-from commonit_trl.config import _READ_BY
+from commonit_trl.config import READ_BY
 from commonit_trl.group import FITTED_WITH
 from commonit_trl.grouping.build import GROUPERS
 
@@ -136,12 +136,12 @@ def test_rows_of_other_tasks_only_are_an_error(data, tmp_path, capfd):
 
 
 def test_each_option_that_fits_groups_has_its_name_among_the_groupers():
-    assert set(FITTED_WITH) == {*_READ_BY, "commonit_min_group_size"}
+    assert set(FITTED_WITH) == {*READ_BY, "commonit_min_group_size"}
     made = {
         "task": GROUPERS["task"](columns=["task"]),
         "length": GROUPERS["length"](),
         "embedding": GROUPERS["embedding"](model="any"),
     }
     for option, name in FITTED_WITH.items():
-        for metric in _READ_BY.get(option, made):
+        for metric in READ_BY.get(option, made):
             assert name in made[metric].options
