@@ -1,11 +1,13 @@
 """`commonit group`: groups fitted, or loaded and given new rows, ahead of training.
 
 What it writes is what `load_grouper` reads, `groups.json` with its arrays, and the assignment of the rows beside it.
-Fitting also fills the cache of groups, so that a training run on the same rows and options loads them.
+Fitting also fills the cache of groups, so that a training run on the same rows and options loads them. Started by
+`torchrun` or `accelerate launch`, the ranks share the encoding of texts through that cache, and the first one writes.
 """
 
 import argparse
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from commonit_trl.config import METRICS, OPTIONS, READ_BY, CommonITArguments, check_choice
+from commonit_trl.files import replacing
 from commonit_trl.grouping import Grouper, build_grouper, fit_assign_cached, load_grouper
 from commonit_trl.recipes import Recipe
 from commonit_trl.report import print_sizes
+from commonit_trl.shown import shown
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,7 @@ FITTED_WITH = {
     "commonit_length_edges": "edges",
     "commonit_embedding_model": "model",
     "commonit_embedding_text": "text",
+    "commonit_embedding_dtype": "dtype",
     "commonit_reference_dataset": "reference",
     "commonit_reference_task_column": "reference_task_column",
     "commonit_min_group_size": "min_size",
@@ -55,16 +60,19 @@ def run(recipe: Recipe, asked: argparse.Namespace) -> int:
     """Fit or load the groups, assign the rows, save both; returns the exit code."""
     (metric,) = asked_metrics(recipe.options.commonit_metric, load=asked.load)
     grouped = group_rows(recipe, metric, load=asked.load)
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     directory = Path(asked.output)
     try:
         grouped.grouper.save(directory)
-        save_file({"group_ids": grouped.group_ids}, directory / ASSIGNMENT_FILE)
+        with replacing(directory / ASSIGNMENT_FILE) as temporary:
+            save_file({"group_ids": grouped.group_ids}, temporary)
     except OSError as error:
         raise ValueError(
             f"--output {directory} cannot be written ({error.strerror}): name a directory that this user may write."
         ) from error
     print_sizes(grouped.grouper, grouped.group_ids)
-    print(f"Saved in {directory}.")
+    print(f"Saved in {shown(str(directory))}.")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""What every metric's grouper is: read rows, measure them, fit groups, assign rows to them; save and load.
+"""What every metric's grouper is: read rows, fit groups, assign rows to them; save and load.
 
-    rows --read--> values (what the cache hashes) --measure--> features --fit--> groups --assign--> group ids
+    rows --read--> values (what the cache hashes) --fit--> groups --assign--> group ids
 
 A saved grouper is `groups.json` (metric, options, group names, fitted numbers) and, where it holds arrays,
 `groups.safetensors`. No pickle.
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from commonit_trl.files import replacing, write_text
+from commonit_trl.grouping.work import ALONE, Work
 from commonit_trl.text import Rows
 
 logger = logging.getLogger(__name__)
@@ -43,19 +45,28 @@ class Grouper(ABC):
 
     @abstractmethod
     def read(self, rows: Rows) -> Any:
-        """The values of `rows` that this metric looks at: a numpy array, or a list of strings and None."""
+        """What this metric looks at in `rows`."""
 
-    def measure(self, values: Any) -> Any:
-        """The features that `fit_features` and `assign_features` take; here the values themselves."""
+    def hashed(self, values: Any) -> Any:
+        """What decides the groups in what `read` returned: a numpy array, a list of strings, or a tuple of them."""
         return values
 
     @abstractmethod
-    def fit_features(self, features: Any) -> None:
-        """Find the groups, set `names` and add to `notices`."""
+    def fit_values(self, values: Any) -> None:
+        """Find the groups in what `read` returned, set `names` and add to `notices`."""
 
     @abstractmethod
-    def assign_features(self, features: Any) -> NDArray[np.int64]:
-        """(rows,) group ids, -1 for a row that belongs to none of the fitted groups."""
+    def assign_values(self, values: Any) -> NDArray[np.int64]:
+        """(rows,) group ids of what `read` returned, -1 for a row that belongs to none of the fitted groups."""
+
+    def fit_assign(self, values: Any, work: Work = ALONE) -> NDArray[np.int64]:
+        """Fit to what `read` returned and assign the same rows.
+
+        Args:
+            work: how processes that do the same share what takes long.
+        """
+        self.fit_values(values)
+        return self.assign_values(values)
 
     def identity(self) -> dict[str, Any]:
         """What decides the groups besides the rows' values: metric, options, state of model and reference."""
@@ -75,19 +86,13 @@ class Grouper(ABC):
 
     def fit(self, rows: Rows) -> Self:
         """Fit the groups to `rows`; returns the grouper."""
-        self.fit_features(self.measure(self.read(rows)))
+        self.fit_values(self.read(rows))
         self.log_notices()
         return self
 
     def assign(self, rows: Rows) -> NDArray[np.int64]:
         """(rows,) the group id of each row, -1 where it belongs to none (a task that `fit` did not see)."""
-        return self.assign_features(self.measure(self.read(rows)))
-
-    def fit_assign(self, values: Any) -> NDArray[np.int64]:
-        """Fit to what `read` returned and assign the same rows, measuring them once."""
-        features = self.measure(values)
-        self.fit_features(features)
-        return self.assign_features(features)
+        return self.assign_values(self.read(rows))
 
     def log_notices(self) -> None:
         """Tell the user what fitting noticed; loaded groups tell it again."""
@@ -116,11 +121,12 @@ class Grouper(ABC):
         directory.mkdir(parents=True, exist_ok=True)
         arrays = self.fitted_arrays()
         if arrays:
-            save_file(arrays, directory / ARRAYS_FILE)
+            with replacing(directory / ARRAYS_FILE) as temporary:
+                save_file(arrays, temporary)
         else:
             (directory / ARRAYS_FILE).unlink(missing_ok=True)  # of another grouper that was saved here before
         text = json.dumps({**self.description(), **notes}, indent=2, ensure_ascii=False)
-        (directory / GROUPS_FILE).write_text(text, encoding="utf-8")
+        write_text(directory / GROUPS_FILE, text)
 
 
 def load_grouper(directory: str | Path) -> Grouper:

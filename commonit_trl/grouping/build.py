@@ -36,6 +36,7 @@ def build_grouper(options: CommonITArguments, columns: Sequence[str], seed: int 
         num_groups=num_groups,
         reference=options.commonit_reference_dataset,
         reference_task_column=options.commonit_reference_task_column,
+        dtype=options.commonit_embedding_dtype,
         seed=seed,
         min_size=min_size,
     )

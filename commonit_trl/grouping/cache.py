@@ -3,14 +3,15 @@
 An entry is a directory named by a fingerprint of what decides its content: the values that the metric reads
 from the rows, the metric's options, and the identity of its model and reference data. It holds the saved
 grouper, the assignment and a checksum of each file. Entries are written to a temporary directory and renamed,
-under a file lock, so processes that race for one compute it once, and no reader sees half of one. Waiting is
-on the lock, never in a collective, so a long encoding on one rank cannot run into the process group's
-timeout.
+under a file lock, so no reader sees half of one. Processes that want the same entry share the work (work.py)
+in a directory beside it, and go on from what an interrupted run has left there; whoever is ready first writes
+the entry. Nobody waits in a collective, so a long encoding cannot run into the process group's timeout.
 
 Cost: hashing, about 0.5 GB of text a second.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -28,13 +29,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from commonit_trl.grouping.base import Grouper, load_grouper
+from commonit_trl.grouping.work import SharedWork, WorkIsDone
 from commonit_trl.text import Rows
 
 logger = logging.getLogger(__name__)
 
 _ASSIGNMENT_FILE = "assignment.safetensors"
 _CHECKSUM_FILE = "checksums.json"
-_VERSION = 1
+_VERSION = 2
 
 
 def default_cache_dir() -> Path:
@@ -56,18 +58,28 @@ def fit_assign_cached(
     cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     values = grouper.read(rows)
     entry = cache_dir / fingerprint(grouper, values)
-    with _named_errors(cache_dir):
+    named_errors = functools.partial(_named_errors, cache_dir)
+    with named_errors():
         cache_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{entry}.lock").acquire()
-    with lock:
-        with _named_errors(cache_dir):
+    lock = FileLock(f"{entry}.lock")
+    work = SharedWork(entry.with_name(f"{entry.name}.work"), entry.exists, named_errors)
+    while True:
+        with named_errors(), lock:
             cached = _load_entry(entry, len(rows))
         if cached is not None:
             return cached
-        group_ids = grouper.fit_assign(values)
-        with _named_errors(cache_dir):
-            _write_entry(entry, grouper, group_ids)
-    return grouper, group_ids
+        try:
+            group_ids = grouper.fit_assign(values, work)
+        except WorkIsDone:  # by another process: load it
+            continue
+        else:
+            with named_errors(), lock:
+                if not entry.exists():
+                    _write_entry(entry, grouper, group_ids)
+            return grouper, group_ids
+        finally:
+            if entry.exists():
+                work.remove()
 
 
 @contextlib.contextmanager
@@ -86,13 +98,14 @@ def fingerprint(grouper: Grouper, values: Any) -> str:
     """A hash of everything that decides the groups of rows whose `Grouper.read` gave `values`."""
     content = hashlib.blake2b(digest_size=16)
     content.update(json.dumps([_VERSION, grouper.identity()], sort_keys=True).encode())
-    if isinstance(values, np.ndarray):
-        content.update(values.tobytes())
-    else:
-        for value in values:
-            text = b"" if value is None else value.encode()
-            content.update(b"%d:" % (-1 if value is None else len(text)))
-            content.update(text)
+    hashed = grouper.hashed(values)
+    for part in hashed if isinstance(hashed, tuple) else (hashed,):
+        if isinstance(part, np.ndarray):
+            content.update(part.tobytes())
+        else:
+            for text in part:
+                content.update(b"%d:" % len(text.encode()))
+                content.update(text.encode())
     return content.hexdigest()
 
 

@@ -41,22 +41,22 @@ class LengthGrouper(Grouper):
     def read(self, rows: Rows) -> NDArray[np.int64]:
         return rows.token_counts(self.options["of"])
 
-    def fit_features(self, features: NDArray[np.int64]) -> None:
+    def fit_values(self, values: NDArray[np.int64]) -> None:
         asked = self.options["num_groups"]
         if self.options["edges"] is not None:
             edges = np.asarray(self.options["edges"], dtype=np.int64)
         else:
-            edges = _quantile_edges(features, asked)
+            edges = _quantile_edges(values, asked)
             if len(edges) + 1 < asked:
                 self.notices.append(
                     f"commonit_num_groups={asked}: many rows have the same length, so equal bin edges "
                     f"collapse to {len(edges) + 1} groups."
                 )
-        self.edges = _merge_small_bins(features, edges, self.options["min_size"])
+        self.edges = _merge_small_bins(values, edges, self.options["min_size"])
         self.names = _bin_names(self.edges, self.options["of"])
 
-    def assign_features(self, features: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.searchsorted(self.edges, features, side="right").astype(np.int64)
+    def assign_values(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self.edges, values, side="right").astype(np.int64)
 
     def fitted_numbers(self) -> dict[str, Any]:
         return {"edges": self.edges.tolist()}

@@ -2,10 +2,9 @@
 
 Rows without a label become a group of their own, `(no label)`; with a minimum group size, smaller tasks are
 merged into `other`. Rows that the data itself labels so are in these groups too. Cost: one pass over the
-labels, about 0.2 microseconds a row.
+labels, well under a second for 10^6 rows.
 """
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -31,28 +30,31 @@ class TaskGrouper(Grouper):
     def __init__(self, *, columns: list[str], min_size: int = 1) -> None:
         super().__init__(columns=list(columns), min_size=min_size)
 
-    def read(self, rows: Rows) -> list[str | None]:
-        return rows.labels(self.options["columns"])
+    def read(self, rows: Rows) -> tuple[NDArray[np.int64], list[str]]:
+        return rows.label_codes(self.options["columns"])
 
-    def fit_features(self, features: list[str | None]) -> None:
-        missing = features.count(None)
-        counts = Counter(label or NO_LABEL for label in features)
+    def fit_values(self, values: tuple[NDArray[np.int64], list[str]]) -> None:
+        codes, labels = values
+        missing = int(np.count_nonzero(codes < 0))
+        counts = dict(zip(labels, np.bincount(codes[codes >= 0], minlength=len(labels)).tolist(), strict=True))
+        if missing:
+            counts[NO_LABEL] = counts.get(NO_LABEL, 0) + missing
         self.names = sorted(label for label, count in counts.items() if count >= self.options["min_size"])
         if len(self.names) < len(counts) and OTHER not in self.names:
             self.names.append(OTHER)
         if missing:
             group = NO_LABEL if NO_LABEL in self.names else OTHER
             self.notices.append(
-                f"commonit_task_column={'+'.join(self.options['columns'])}: {missing} of {len(features)} "
+                f"commonit_task_column={'+'.join(self.options['columns'])}: {missing} of {len(codes)} "
                 f"rows have no label; they are in the group {group!r}."
             )
 
-    def assign_features(self, features: list[str | None]) -> NDArray[np.int64]:
+    def assign_values(self, values: tuple[NDArray[np.int64], list[str]]) -> NDArray[np.int64]:
+        codes, labels = values
         ids = {name: number for number, name in enumerate(self.names)}
         # `other` takes the tasks that were too small, so also those that `fit` did not see.
         elsewhere = ids.get(OTHER, -1) if self.options["min_size"] > 1 else -1
-        found = (ids.get(label or NO_LABEL, elsewhere) for label in features)
-        return np.fromiter(found, dtype=np.int64, count=len(features))
+        return np.array([ids.get(label, elsewhere) for label in [*labels, NO_LABEL]], dtype=np.int64)[codes]
 
     def restore(self, numbers: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         pass  # the names are all there is

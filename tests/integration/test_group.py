@@ -1,5 +1,7 @@
 """`commonit group` saves groups and assignment, gives new rows to fitted groups, and training then loads them."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +147,22 @@ def test_each_option_that_fits_groups_has_its_name_among_the_groupers():
     for option, name in FITTED_WITH.items():
         for metric in READ_BY.get(option, made):
             assert name in made[metric].options
+
+
+def test_ranks_group_together_as_one_does(minilm, tmp_path):
+    """Two ranks under torchrun, which know nothing of each other but the cache: the same groups, written and told once,
+    and each rank encoded a part."""
+    rows = [{"prompt": f"Question {row}: what is {row} plus {row * 7 % 50}?", "completion": "I see."} for row in range(600)]
+    data = write_jsonl(tmp_path / "many.jsonl", rows * 2)
+    options = (data, "--commonit_metric", "embedding", "--commonit_embedding_model", minilm, "--commonit_num_groups", "4")
+    cache = ("--commonit_cache_dir", tmp_path / "cache of two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "commonit_trl", "group", *options, *cache, "--output", tmp_path / "by two"]
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("Saved in") == 1
+    assert group(*options, "--commonit_cache_dir", tmp_path / "cache of one", "--output", tmp_path / "by one") == 0
+    assert assignment(tmp_path / "by two") == assignment(tmp_path / "by one")
+    assert len(set(assignment(tmp_path / "by two"))) == 4
+    for name in ("groups.json", "groups.safetensors"):
+        assert (tmp_path / "by two" / name).read_bytes() == (tmp_path / "by one" / name).read_bytes()

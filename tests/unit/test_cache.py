@@ -2,7 +2,7 @@
 
 1. A second call loads and measures nothing; it has the same notices.
 2. The fingerprint follows all that decides the groups, and nothing else.
-3. Processes that race for an entry compute it once and agree; one that is killed leaves the others free.
+3. Processes that race for an entry share the work and agree; one that is killed leaves what it has finished.
 4. A damaged entry is noticed, told and computed again; a damaged saved grouper is an error with its path.
 5. A directory that can't be used is an error of one line with the option's name.
 """
@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from commonit_trl.grouping import (
     LengthGrouper,
     TaskGrouper,
     default_cache_dir,
+    embedding,
     fit_assign_cached,
     load_grouper,
 )
@@ -44,28 +44,29 @@ class FakeEncoder(EmbeddingGrouper):
 
     measured = 0
 
-    def measure(self, values: list[str]) -> Any:
+    def _encode(self, texts: list[str]) -> Any:
         type(self).measured += 1
-        features = np.array([FEATURES[value] for value in values], dtype=np.float32)
+        features = np.array([FEATURES[text] for text in texts], dtype=np.float32)
         return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
 class CountingTask(TaskGrouper):
     measured = 0
 
-    def measure(self, values: Any) -> Any:
+    def fit_values(self, values: Any) -> None:
         type(self).measured += 1
-        return super().measure(values)
+        super().fit_values(values)
 
 
 class CountingLength(LengthGrouper):
     measured = 0
 
-    def measure(self, values: Any) -> Any:
+    def fit_values(self, values: Any) -> None:
         type(self).measured += 1
-        return super().measure(values)
+        super().fit_values(values)
 
 
+X = Dataset.from_dict({"text": ["x"]})
 GROUPERS: dict[str, Callable[[], Any]] = {
     "task": lambda: CountingTask(columns=["task"]),
     "length": lambda: CountingLength(num_groups=6),
@@ -161,21 +162,25 @@ def test_the_fingerprint_follows_what_the_metric_reads_and_nothing_else() -> Non
     assert print_of(GROUPERS["task"](), same) == print_of(GROUPERS["task"](), dataset)
 
 
+@pytest.mark.parametrize("make", [lambda: TaskGrouper(columns=["text"]), lambda: EmbeddingGrouper(model="org/x")])
 @pytest.mark.parametrize(
     "one, other",
     [
         (["ab", "c"], ["a", "bc"]),
         (["a", ""], ["a"]),
-        (["a", None], ["a", ""]),
         (["1:a"], ["a"]),
+        (["a", "b"], ["b", "a"]),
         (["a", "b"], ["a", "b", None]),
+        (["a", "a", "b"], ["a", "b", "b"]),
         (["ü"], ["u"]),
     ],
 )
-def test_texts_that_differ_have_different_fingerprints(one: list[Any], other: list[Any]) -> None:
-    grouper = TaskGrouper(columns=["task"])
-    assert fingerprint(grouper, one) != fingerprint(grouper, other)
-    assert fingerprint(grouper, one) == fingerprint(TaskGrouper(columns=["task"]), list(one))
+def test_texts_that_differ_have_different_fingerprints(make: Any, one: list[Any], other: list[Any]) -> None:
+    def of(texts: list[Any]) -> str:
+        return print_of(make(), Dataset.from_dict({"text": texts}))
+
+    assert of(one) != of(other)
+    assert of(one) == of(list(one))
 
 
 def test_labels_of_different_types_that_read_the_same_are_the_same_groups() -> None:
@@ -196,15 +201,16 @@ def test_every_option_changes_the_fingerprint(tmp_path: Path) -> None:
         *(EmbeddingGrouper(model=model) for model in ("org/x", "org/y")),
         EmbeddingGrouper(model="org/x", text="both"),
         EmbeddingGrouper(model="org/x", num_groups=3),
+        EmbeddingGrouper(model="org/x", dtype="float16"),
         EmbeddingGrouper(model="org/x", seed=1),
         EmbeddingGrouper(model="org/x", **reference),
         EmbeddingGrouper(model="org/x", reference=str(tmp_path / "b.jsonl")),
         EmbeddingGrouper(model="org/x", reference_task_column="subject", **reference),
     ]
-    values = ["x"]
-    prints = [fingerprint(grouper, values) for grouper in variants]
+    dataset = Dataset.from_dict({"text": ["x"], "a": ["x"], "b": ["x"], "input_ids": [[1]]})
+    prints = [print_of(grouper, dataset) for grouper in variants]
     assert len(set(prints)) == len(variants)
-    assert prints == [fingerprint(grouper, values) for grouper in variants]
+    assert prints == [print_of(grouper, dataset) for grouper in variants]
 
 
 def test_the_fingerprint_follows_the_references_content(tmp_path: Path) -> None:
@@ -213,7 +219,7 @@ def test_the_fingerprint_follows_the_references_content(tmp_path: Path) -> None:
     for text in ("one", "two", "one"):
         path.write_text(json.dumps({"task": "t", "text": text}))
         os.utime(path, (len(prints), len(prints)))  # datasets tells files by their time
-        prints.append(fingerprint(EmbeddingGrouper(model="org/x", reference=str(path)), ["x"]))
+        prints.append(print_of(EmbeddingGrouper(model="org/x", reference=str(path)), X))
     assert prints[0] == prints[2] != prints[1]
 
 
@@ -222,11 +228,11 @@ def test_the_fingerprint_follows_a_local_models_files(tmp_path: Path) -> None:
     (model / "1_Pooling").mkdir(parents=True)
     (model / "1_Pooling" / "config.json").write_text("{}")
     (model / "model.safetensors").write_bytes(b"0")
-    prints = [fingerprint(EmbeddingGrouper(model=str(model)), ["x"]) for _ in range(2)]
+    prints = [print_of(EmbeddingGrouper(model=str(model)), X) for _ in range(2)]
     (model / "model.safetensors").write_bytes(b"12")
-    prints.append(fingerprint(EmbeddingGrouper(model=str(model)), ["x"]))
+    prints.append(print_of(EmbeddingGrouper(model=str(model)), X))
     os.utime(model / "1_Pooling" / "config.json", (1, 1))
-    prints.append(fingerprint(EmbeddingGrouper(model=str(model)), ["x"]))
+    prints.append(print_of(EmbeddingGrouper(model=str(model)), X))
     assert prints[0] == prints[1] and len(set(prints)) == 3
 
 
@@ -241,57 +247,102 @@ def test_the_fingerprint_follows_a_hub_models_revision(file: str, tmp_path: Path
         snapshot.mkdir(parents=True, exist_ok=True)
         (snapshot / file).write_text("[]")
         (repository / "refs" / "main").write_text(revision)
-        prints.append(fingerprint(EmbeddingGrouper(model="org/name"), ["x"]))
+        prints.append(print_of(EmbeddingGrouper(model="org/name"), X))
     assert prints[0] == prints[2] != prints[1]
 
 
 # --- races --------------------------------------------------------------------------------------------------
 
 
-class SlowTask(TaskGrouper):
-    """Writes down that it measures, and takes its time."""
-
-    def measure(self, values: Any) -> Any:
-        with open(os.environ["MEASURED"], "a") as stream:
-            stream.write(f"{os.getpid()}\n")
-        time.sleep(float(os.environ["SECONDS_TO_MEASURE"]))
-        return values
+CHUNKS, CHUNK = 8, 4
+SHARED = [f"{number}" for number in range(CHUNKS * CHUNK)]
 
 
-def race(cache_dir: str, result: str) -> None:
-    grouper, group_ids = fit_assign_cached(SlowTask(columns=["task"]), some_rows(), cache_dir)
-    Path(f"{result}.{os.getpid()}").write_text(json.dumps([grouper.description(), group_ids.tolist()]))
+class SharedEncoder(EmbeddingGrouper):
+    """The real grouper but for the encoder, which writes down its texts and first calls `before`."""
+
+    def __init__(self, log: Path, before: Callable[[int], Any] = lambda chunk: None) -> None:
+        super().__init__(model="fake", num_groups=3, dtype="float32")
+        self.log, self.before, self.calls = log, before, 0
+
+    def _encode(self, texts: list[str]) -> Any:
+        self.calls += 1
+        self.before(self.calls)
+        with self.log.open("a") as stream:  # one write: processes do not mix their lines
+            stream.write("".join(f"{text}\n" for text in texts))
+        features = np.array([np.random.default_rng(int(text)).normal(size=4) for text in texts], dtype=np.float32)
+        return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def test_processes_that_race_compute_once_and_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEASURED", str(tmp_path / "measured"))
-    monkeypatch.setenv("SECONDS_TO_MEASURE", "1")
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=race, args=(str(tmp_path / "cache"), str(tmp_path / "of"))) for _ in range(3)]
-    for process in processes:
+def group_shared(cache_dir: Path, log: Path, before: Callable[[int], Any] = lambda chunk: None) -> list[Any]:
+    embedding._CHUNK = CHUNK
+    grouper, group_ids = fit_assign_cached(
+        SharedEncoder(log, before), Rows(Dataset.from_dict({"text": SHARED * 2})), cache_dir
+    )
+    return [grouper.names, grouper.fitted_arrays()["centroids"].tolist(), group_ids.tolist()]
+
+
+def race(folder: Path, barrier: Any, results: Any) -> None:
+    def meet(chunk: int) -> None:
+        if chunk == 1:
+            barrier.wait(timeout=120)
+
+    results.put(group_shared(folder / "cache", folder / "encoded", meet))
+
+
+def die_in_the_third_chunk(folder: Path, here: Any) -> None:
+    def stop(chunk: int) -> None:
+        if chunk == 3:
+            here.send(True)
+            signal.pause()
+
+    group_shared(folder / "cache", folder / "encoded", stop)
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Processes that have what is slow to import."""
+    monkeypatch.setattr(embedding, "_CHUNK", CHUNK)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["commonit_trl.grouping", "sklearn.cluster"])
+    return context
+
+
+def test_processes_that_race_share_the_work_and_agree(processes: Any, tmp_path: Path) -> None:
+    barrier, results = processes.Barrier(CHUNKS), processes.Queue()
+    started = [processes.Process(target=race, args=(tmp_path, barrier, results)) for _ in range(CHUNKS)]
+    for process in started:
         process.start()
-    for process in processes:
+    found = [results.get(timeout=120) for _ in started]
+    for process in started:
         process.join(timeout=120)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert len((tmp_path / "measured").read_text().splitlines()) == 1
-    results = {file.read_text() for file in tmp_path.glob("of.*")}
-    assert len(results) == 1 and len(list(tmp_path.glob("of.*"))) == 3
-    entry_of(tmp_path / "cache")
+    assert [process.exitcode for process in started] == [0] * CHUNKS
+    # The barrier let go when each of them was at a chunk; together they encoded every text once.
+    assert sorted((tmp_path / "encoded").read_text().split()) == sorted(SHARED)
+    assert all(result == found[0] for result in found)
+    assert found[0] == group_shared(tmp_path / "alone", tmp_path / "encoded alone")
+    entry = entry_of(tmp_path / "cache")
+    assert {path.name for path in entry.parent.iterdir()} <= {entry.name, f"{entry.name}.lock"}
 
 
-def test_a_killed_process_leaves_the_others_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEASURED", str(tmp_path / "measured"))
-    monkeypatch.setenv("SECONDS_TO_MEASURE", "300")
-    process = multiprocessing.get_context("spawn").Process(target=race, args=(str(tmp_path / "cache"), ""))
+@pytest.mark.parametrize("damage", [None, "truncate", "garble"])
+def test_a_killed_process_leaves_its_finished_work_to_the_next(
+    damage: str | None, processes: Any, tmp_path: Path, caplog: Any
+) -> None:
+    receives, sends = processes.Pipe(duplex=False)
+    process = processes.Process(target=die_in_the_third_chunk, args=(tmp_path, sends))
     process.start()
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "measured").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert receives.poll(120)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    monkeypatch.setenv("SECONDS_TO_MEASURE", "0")
-    fit_assign_cached(SlowTask(columns=["task"]), some_rows(), tmp_path / "cache")
-    assert len((tmp_path / "measured").read_text().splitlines()) == 2
+    assert len((tmp_path / "encoded").read_text().split()) == 2 * CHUNK
+    if damage:
+        globals()[damage](next((tmp_path / "cache").glob("*.work/features-0.safetensors")))
+    result = group_shared(tmp_path / "cache", tmp_path / "encoded")
+    encoded = (tmp_path / "encoded").read_text().split()
+    assert set(encoded) == set(SHARED) and len(encoded) == len(SHARED) + (CHUNK if damage else 0)
+    assert result == group_shared(tmp_path / "alone", tmp_path / "encoded alone")
+    assert ["is damaged" in record.getMessage() for record in caplog.records] == ([True] if damage else [])
     entry_of(tmp_path / "cache")
 
 
@@ -356,9 +407,8 @@ def test_an_entry_of_another_number_of_rows_is_not_used(tmp_path: Path, caplog: 
     for rows in ([0, 1], [0]):
         dataset = Dataset.from_dict({"task": values}).select(rows)
         grouper = Blind(columns=["task"])
-        grouper.read = lambda rows: values[: len(rows)]  # type: ignore[method-assign]
         fit_assign_cached(grouper, Rows(dataset), tmp_path)
-        shutil.move(entry_of(tmp_path), tmp_path / fingerprint(grouper, values[:1]))
+        shutil.move(entry_of(tmp_path), tmp_path / print_of(grouper, dataset.select([0])))
     assert "2 assignments for 1 rows" in caplog.text
 
 
@@ -452,6 +502,6 @@ def test_a_full_disk_is_told_as_the_cache_s_and_an_error_of_the_metric_is_not(tm
         patched.setattr(Grouper, "save", fail)
         with pytest.raises(ValueError, match=r"commonit_cache_dir=.*No space left on device"):
             fit_assign_cached(GROUPERS["task"](), some_rows(), tmp_path)
-    monkeypatch.setattr(CountingTask, "measure", fail)
+    monkeypatch.setattr(CountingTask, "fit_values", fail)
     with pytest.raises(OSError, match="No space left"):
         fit_assign_cached(GROUPERS["task"](), some_rows(), tmp_path)

@@ -19,6 +19,7 @@ import datasets
 import numpy as np
 import pytest
 import sklearn.cluster
+import torch
 from datasets import Dataset
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
@@ -27,6 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from commonit_trl.config import CommonITArguments
 from commonit_trl.grouping import EmbeddingGrouper, build_grouper, load_grouper
+from commonit_trl.grouping.embedding import best_dtype
 from commonit_trl.text import Rows
 
 WORDS = ["sun", "moon", "star", "cat", "dog", "bird"]
@@ -63,6 +65,21 @@ def write_reference(path: Path, tasks: dict[str, list[str]], column: str = "task
     return str(path)
 
 
+class FromVectors(EmbeddingGrouper):
+    """The real grouper but for the encoder: the text of row i is "i", its embedding `vectors[i]`."""
+
+    def __init__(self, vectors: Any, reference: dict[str, Any] | None = None, **options: Any) -> None:
+        super().__init__(model="none", reference="not a file" if reference else None, **options)
+        self.vectors = [*np.asarray(vectors), *(reference or {}).values()]
+        self._reference = (
+            ([str(len(vectors) + task) for task in range(len(reference))], [*reference]) if reference else None
+        )
+        self.group_ids = self.fit_assign(self.read(rows_of([str(row) for row in range(len(vectors))]))).tolist()
+
+    def _encode(self, texts: list[str]) -> Any:
+        return np.array([self.vectors[int(text)] for text in texts], dtype=np.float32)
+
+
 def by_group(grouper: EmbeddingGrouper, texts: list[str]) -> set[frozenset[str]]:
     group_ids = grouper.assign(rows_of(texts))
     return {frozenset(text for text, group in zip(texts, group_ids) if group == one) for one in group_ids}
@@ -95,9 +112,10 @@ QUESTIONS = [
 ]
 
 
-def test_a_row_joins_the_nearest_reference_task(minilm: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 5e-3)])
+def test_a_row_joins_the_nearest_reference_task(dtype: str, tolerance: float, minilm: str, tmp_path: Path) -> None:
     reference = write_reference(tmp_path / "reference.jsonl", REFERENCE)
-    grouper = EmbeddingGrouper(model=minilm, reference=reference)
+    grouper = EmbeddingGrouper(model=minilm, reference=reference, dtype=dtype)
     group_ids = grouper.fit(rows_of(QUESTIONS)).assign(rows_of(QUESTIONS))
 
     model = SentenceTransformer(minilm, device="cpu")  # independently: means, then the angle, in float64
@@ -113,8 +131,30 @@ def test_a_row_joins_the_nearest_reference_task(minilm: str, tmp_path: Path) -> 
     assert group_ids.tolist() == cosines.argmax(axis=1).tolist()
     assert [names[group] for group in group_ids[:3]] == ["astronomy", "cooking", "law"]
     np.testing.assert_allclose(
-        grouper.centroids, centroids / np.linalg.norm(centroids, axis=1, keepdims=True), atol=1e-5
+        grouper.centroids, centroids / np.linalg.norm(centroids, axis=1, keepdims=True), atol=tolerance
     )
+    assert grouper.description()["fitted"] == {"dtype": dtype}
+
+
+@pytest.mark.parametrize(
+    "cuda, can, expected",
+    [
+        (None, {"avx512_bf16": True}, "bfloat16"),
+        (None, {"avx512_bf16": False, "amx_bf16": True}, "bfloat16"),
+        (None, {"avx512_bf16": False}, "float32"),
+        (True, {}, "bfloat16"),
+        (False, {"amx_bf16": True}, "float16"),
+    ],
+)
+def test_the_precision_is_what_the_device_calculates_in(
+    cuda: bool | None, can: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cuda)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+    assert best_dtype() == expected
+    assert EmbeddingGrouper(model="any").identity()["dtype"] == expected
+    assert EmbeddingGrouper(model="any", dtype="float32").identity()["dtype"] == "float32"
 
 
 def test_the_centroid_is_the_mean_of_directions_and_the_row_s_length_does_not_matter(tmp_path: Path) -> None:
@@ -167,15 +207,13 @@ def test_k_means_finds_the_groups_that_are_there_and_finds_them_again(static: st
 
 
 def test_k_means_of_real_embeddings_is_the_same_twice_and_follows_the_seed(minilm: str) -> None:
-    features = EmbeddingGrouper(model=minilm).measure(
-        QUESTIONS + [text for texts in REFERENCE.values() for text in texts]
-    )
+    texts = QUESTIONS + [text for texts in REFERENCE.values() for text in texts]
+    features = EmbeddingGrouper(model=minilm).encode(texts)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
     found = []
     for seed in (0, 0, 1, 2, 3):
-        grouper = EmbeddingGrouper(model=minilm, num_groups=4, seed=seed)
-        grouper.fit_features(features)
-        found.append(grouper.assign_features(features).tolist())
+        grouper = FromVectors(features, num_groups=4, seed=seed)
+        found.append(grouper.group_ids)
     assert found[0] == found[1]
     assert any(other != found[0] for other in found[2:])
 
@@ -185,14 +223,11 @@ def test_many_rows_are_clustered_in_mini_batches(monkeypatch: pytest.MonkeyPatch
     blob = rng.integers(0, 5, size=50_000)
     features = np.eye(8)[blob] + rng.normal(scale=0.02, size=(50_000, 8))
     features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
-    grouper = EmbeddingGrouper(model="not loaded", num_groups=5)
     monkeypatch.setattr(sklearn.cluster, "KMeans", None)
-    grouper.fit_features(features)
-    group_ids = grouper.assign_features(features)
-    pairs = set(zip(blob.tolist(), group_ids.tolist()))
+    pairs = set(zip(blob.tolist(), FromVectors(features, num_groups=5).group_ids))
     assert len(pairs) == len({group for _, group in pairs}) == 5
     with pytest.raises(TypeError):  # one row fewer takes the way that is switched off here
-        grouper.fit_features(features[1:])
+        FromVectors(features[1:], num_groups=5)
 
 
 def test_fewer_different_rows_than_clusters_is_told(static: str, caplog: Any) -> None:
@@ -205,8 +240,7 @@ def test_fewer_different_rows_than_clusters_is_told(static: str, caplog: Any) ->
 
 def test_default_number_of_clusters_and_their_names() -> None:
     features = np.eye(40, dtype=np.float32)
-    grouper = EmbeddingGrouper(model="not loaded")
-    grouper.fit_features(features)
+    grouper = FromVectors(features)
     assert grouper.names == [f"cluster {number:02d}" for number in range(32)]
 
 
@@ -218,10 +252,9 @@ def test_default_number_of_clusters_and_their_names() -> None:
 def test_small_groups_dissolve_one_by_one_into_the_nearest(seed: int, min_size: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(seed)
     features, centroids = (rng.normal(size=(size, 4)).astype(np.float32) for size in (100, 12))
+    centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
     names = [f"task {number:02d}" for number in range(12)]
-    grouper = EmbeddingGrouper(model="not loaded", reference="not read", min_size=min_size)
-    grouper._reference_centroids = lambda: (names, centroids)  # type: ignore[method-assign]
-    grouper.fit_features(features)
+    grouper = FromVectors(features, reference=dict(zip(names, centroids)), min_size=min_size)
 
     kept = list(range(12))
     while len(kept) > 1:
@@ -234,7 +267,7 @@ def test_small_groups_dissolve_one_by_one_into_the_nearest(seed: int, min_size: 
         del kept[sizes.index(min(sizes))]
     assert grouper.names == [names[one] for one in kept]
     expected = [max(kept, key=lambda one: features[row] @ centroids[one]) for row in range(100)]
-    assert [grouper.names[group] for group in grouper.assign_features(features)] == [names[one] for one in expected]
+    assert [grouper.names[group] for group in grouper.group_ids] == [names[one] for one in expected]
     assert len(kept) == 1 or min_size == 1 or min(expected.count(one) for one in kept) >= min_size
 
 
@@ -257,14 +290,15 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def test_equal_texts_are_encoded_once(static: str, encoded: list[list[str]]) -> None:
     texts = ["sun", "cat", "sun", "sun", "moon", "cat"]
-    features = EmbeddingGrouper(model=static).measure(texts)
+    grouper = EmbeddingGrouper(model=static, num_groups=3).fit(rows_of(texts))
     assert [sorted(call) for call in encoded] == [["cat", "moon", "sun"]]
-    np.testing.assert_array_equal(features, np.eye(7)[[1, 4, 1, 1, 2, 4]])
+    assert by_group(grouper, texts) == {frozenset([text]) for text in texts}
+    assert [sorted(call) for call in encoded] == [["cat", "moon", "sun"]] * 2
 
 
 def test_fit_assign_encodes_once(static: str, encoded: list[list[str]]) -> None:
     grouper = EmbeddingGrouper(model=static, num_groups=2)
-    assert len(set(grouper.fit_assign(["sun", "cat"]))) == 2
+    assert len(set(grouper.fit_assign(grouper.read(rows_of(["sun", "cat"]))))) == 2
     assert len(encoded) == 1
 
 
@@ -278,8 +312,8 @@ def test_rows_without_text_are_in_some_group(static: str, minilm: str) -> None:
 
 
 def test_progress_is_shown(static: str, capfd: pytest.CaptureFixture) -> None:
-    EmbeddingGrouper(model=static).measure(["sun", "cat"])
-    assert "Batches" in capfd.readouterr().err
+    EmbeddingGrouper(model=static).fit(rows_of(["sun", "cat"]))
+    assert "Encoding texts: 100%" in capfd.readouterr().err
 
 
 # --- errors -------------------------------------------------------------------------------------------------
@@ -394,6 +428,7 @@ def test_build_grouper_takes_the_options(static: str) -> None:
         commonit_metric="embedding",
         commonit_embedding_model=static,
         commonit_embedding_text="both",
+        commonit_embedding_dtype="float32",
         commonit_reference_dataset="r.csv",
         commonit_reference_task_column="subject",
         commonit_min_group_size=7,
@@ -404,6 +439,7 @@ def test_build_grouper_takes_the_options(static: str) -> None:
         "num_groups": 32,
         "reference": "r.csv",
         "reference_task_column": "subject",
+        "dtype": "float32",
         "seed": 3,
         "min_size": 7,
     }

@@ -32,13 +32,13 @@ def rows_of(response_lengths: Any, prompt_length: int = 2) -> Rows:
 
 def bins_of(grouper: LengthGrouper, lengths: Any) -> list[list[int]]:
     """The sorted lengths in each bin."""
-    group_ids = grouper.assign_features(np.asarray(lengths))
+    group_ids = grouper.assign_values(np.asarray(lengths))
     return [sorted(np.asarray(lengths)[group_ids == group].tolist()) for group in range(len(grouper.names))]
 
 
 def fitted(lengths: Any, **options: Any) -> LengthGrouper:
     grouper = LengthGrouper(**options)
-    grouper.fit_features(np.asarray(lengths, dtype=np.int64))
+    grouper.fit_values(np.asarray(lengths, dtype=np.int64))
     return grouper
 
 
@@ -68,7 +68,7 @@ def test_the_paper_s_length_is_the_default_and_says_so_in_the_names() -> None:
 @given(lengths=LENGTHS, edges=st.lists(st.integers(1, 30), min_size=1, unique=True).map(sorted))
 def test_a_row_is_in_the_bin_that_its_length_is_in(lengths: list[int], edges: list[int]) -> None:
     grouper = fitted(lengths, edges=edges)
-    assert grouper.assign_features(np.asarray(lengths)).tolist() == [
+    assert grouper.assign_values(np.asarray(lengths)).tolist() == [
         sum(length >= edge for edge in edges) for length in lengths
     ]
     assert len(grouper.names) == len(set(grouper.names)) == len(edges) + 1
