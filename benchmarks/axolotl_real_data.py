@@ -7,20 +7,16 @@ reach the model's forward pass which rows it sees, and from their responses of w
 Axolotl prepare the whole mixture, and pack it as the plugin does and as Axolotl does, in several geometries; (6) write
 a report.
 
-    python -m benchmarks.axolotl_real_data --data FOLDER
+    python -m benchmarks axolotl_real_data --data FOLDER --set rows=1000
 
-FOLDER holds gsm8k_train.jsonl, codealpaca.jsonl and apibench.jsonl, with task, instruction, input and output in each
-line. Cost: some minutes of one CPU core for 1,000 rows; nothing is downloaded.
+Cost: some minutes of one CPU core for 1,000 rows; nothing is downloaded.
 """
 
-import argparse
-import datetime
 import json
 import os
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +26,20 @@ from numpy.typing import NDArray
 
 os.environ |= {"ACCELERATE_USE_CPU": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
 
-if __name__ != "__mp_main__":  # not where datasets starts processes to write a file
-    from benchmarks.real_data import (
-        FILES,
-        RESULTS,
-        machine,
-        markdown_table,
-        pure_share,
-        read_mixture,
-        reuse_freed_memory,
-        stratified_slice,
-        tiny_llama,
-        train_tokenizer,
-    )
+from benchmarks.common import Report, Settings, Skipped, Table, installed
+from benchmarks.mixture import (
+    FILES,
+    VOCABULARY,
+    read_mixture,
+    reuse_freed_memory,
+    stratified_slice,
+    tiny_llama,
+    train_tokenizer,
+)
+from benchmarks.real_data import pure_share
 
-VOCABULARY = 8_000
+TITLE = "One epoch on real data with Axolotl"
+SIZES = {"quick": {"rows": 300}, "full": {"rows": 1_000}}
 SEQUENCE_LEN = 2048
 PLUGIN_LINES = {"plugins": ["axolotl_plugin.CommonITPlugin"], "commonit_metric": "task"}
 PACKED = {"sample_packing": True, "micro_batch_size": 2}
@@ -286,11 +281,11 @@ def pack_all(lengths: NDArray[np.int64], groups: dict[str, NDArray[np.int64]]) -
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def tables(trained: dict[str, dict[str, Any]], packed: list[dict[str, Any]]) -> Iterator[str]:
-    """The report's parts: headings, tables and what their columns mean."""
-    yield "## Seen by the model, one rank"
-    yield markdown_table(
-        [
+def parts(trained: dict[str, dict[str, Any]], packed: list[dict[str, Any]]) -> Iterator[Table | str]:
+    """Tables and what their columns mean."""
+    yield Table(
+        heading="Seen by the model, one rank",
+        header=[
             "recipe",
             "steps (Axolotl's)",
             "pure steps (Axolotl's)",
@@ -298,7 +293,7 @@ def tables(trained: dict[str, dict[str, Any]], packed: list[dict[str, Any]]) -> 
             "tokens computed per token (Axolotl's)",
             "CPU seconds (Axolotl's)",
         ],
-        [
+        rows=[
             [
                 name,
                 f"{ours['steps']} ({plain['steps']})",
@@ -315,11 +310,11 @@ def tables(trained: dict[str, dict[str, Any]], packed: list[dict[str, Any]]) -> 
         "*pure steps*: optimizer steps in which all rows are of one task. *tokens computed*: with padding, for each "
         "token of the rows that are trained. *CPU seconds*: of training, without preparation."
     )
-    yield "## Packing efficiency"
-    yield markdown_table(
-        ["micro_batch_size", "Axolotl's"]
+    yield Table(
+        heading="Packing efficiency",
+        header=["micro_batch_size", "Axolotl's"]
         + [f"by {metric}, {count}" for metric in packed[0]["ours"] for count in MICRO_BATCHES_PER_STEP],
-        [
+        rows=[
             [
                 f"{row['micro_batch_size']}{', multipack_real_batches' if row['multipack_real_batches'] else ''}",
                 f"{row['axolotl']:.1%}",
@@ -337,50 +332,37 @@ def tables(trained: dict[str, dict[str, Any]], packed: list[dict[str, Any]]) -> 
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data")
-    parser.add_argument("--rows", type=int, default=1_000, help="rows to train on (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    args = parser.parse_args()
-
+def run(settings: Settings) -> Report:
+    if installed("axolotl") is None:
+        raise Skipped("axolotl is not installed; it has an environment of its own: CONTRIBUTING.md")
+    data = settings.data
     import torch
 
     torch.set_num_threads(1)
     reuse_freed_memory()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer = train_tokenizer(read_mixture(args.data), VOCABULARY)
+        tokenizer = train_tokenizer(read_mixture(data), VOCABULARY)
         tiny_llama(tokenizer).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
-        rows = write_entries(args.data, folder / "slice", args.rows)
+        rows = write_entries(data, folder / "slice", settings["rows"])
         trained = train_all(rows, folder / "slice")
-        everything = write_entries(args.data, folder / "all", None)
+        everything = write_entries(data, folder / "all", None)
         lengths, groups = prepare(write_recipe(folder / "all", "prepare", PLUGIN_LINES | {"micro_batch_size": 1}))
         packed = pack_all(lengths, groups)
 
-    date = datetime.date.today().isoformat()
     sizes = {name: np.bincount(group_ids).tolist() for name, group_ids in groups.items()}
-    head = {
-        "command": f"python -m benchmarks.axolotl_real_data --data FOLDER --rows {args.rows}",
-        "machine": f"{machine()}, axolotl {version('axolotl')}",
-        "data": f"{len(rows)} rows of GSM8K, CodeAlpaca and APIBench, each with its share, as Alpaca prompts in three "
-        f"entries of datasets:; byte-level BPE of {len(tokenizer)} tokens",
-        "training": f"one epoch of a random Llama of two layers, sequence_len {SEQUENCE_LEN}, "
-        f"gradient_accumulation_steps {ACCUMULATION_STEPS}; unpacked: micro_batch_size "
-        f"{RECIPES['unpacked']['micro_batch_size']}; packed: {PACKED['micro_batch_size']}",
-        "packing": f"all {len(lengths)} of {len(everything)} rows with at most {SEQUENCE_LEN} tokens, "
-        f"{lengths.sum()} tokens in all; rows of each group: {sizes}",
-    }
-    lines = "\n".join(f"- {key}: {value}" for key, value in head.items())
-    report = "\n\n".join([f"# One epoch on real data with Axolotl, {date}", lines, *tables(trained, packed)]) + "\n"
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = f"axolotl_real_data-{date}-{len(rows)}-rows"
-    (args.out / f"{stem}.md").write_text(report, encoding="utf-8")
-    content = json.dumps({"date": date, **head, "trained": trained, "packed": packed}, indent=2)
-    (args.out / f"{stem}.json").write_text(content + "\n", encoding="utf-8")
-    print(report)
-
-
-if __name__ == "__main__":
-    main()
+    return Report(
+        head={
+            "data": f"{len(rows)} rows of GSM8K, CodeAlpaca and APIBench, each with its share, as Alpaca prompts in "
+            f"three entries of datasets:; byte-level BPE of {len(tokenizer)} tokens",
+            "training": f"one epoch of a random Llama of two layers, sequence_len {SEQUENCE_LEN}, "
+            f"gradient_accumulation_steps {ACCUMULATION_STEPS}; unpacked: micro_batch_size "
+            f"{RECIPES['unpacked']['micro_batch_size']}; packed: {PACKED['micro_batch_size']}",
+            "packing": f"all {len(lengths)} of {len(everything)} rows with at most {SEQUENCE_LEN} tokens, "
+            f"{lengths.sum()} tokens in all; rows of each group: {sizes}",
+        },
+        parts=list(parts(trained, packed)),
+        results={"trained": trained, "packed": packed},
+        packages=("axolotl",),
+    )

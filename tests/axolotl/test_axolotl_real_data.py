@@ -26,11 +26,12 @@ def found(real_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     command = [
         "-m",
-        "benchmarks.axolotl_real_data",
+        "benchmarks",
+        "axolotl_real_data",
         "--data",
         str(real_data),
-        "--rows",
-        str(ROWS),
+        "--set",
+        f"rows={ROWS}",
         "--out",
         str(folder),
     ]
@@ -44,7 +45,7 @@ def found(real_data, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     [path] = folder.glob("*.json")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8"))["results"]
 
 
 @pytest.mark.parametrize("name", ["unpacked", "packed", "packed, multipack_real_batches"])

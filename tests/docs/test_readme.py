@@ -174,8 +174,8 @@ def check_pip(words, monkeypatch):
 
 
 def check_python(words, monkeypatch):
-    name = Path(*words[1].split(".")).with_suffix(".py") if words[0] == "-m" else words[0]
-    script = read(ROOT / name)
+    name = ROOT.joinpath(*words[1].split(".")) if words[0] == "-m" else ROOT / words[0]
+    script = read(name / "__main__.py" if name.is_dir() else name.with_suffix(".py"))
     assert all(f'"{word}"' in script for word in words if word.startswith("--"))
 
 

@@ -66,7 +66,11 @@ def by_nearest_reference_task(dataset, tokenizer, epoch, *, reference, encoder):
 def test_the_model_sees_pure_steps_and_every_row(metric, expected_groups, prepared, real_data, minilm, tmp_path):
     dataset, tokenizer = prepared
     reference = real_data / benchmark.REFERENCE
-    options = {"commonit_embedding_model": str(minilm), "commonit_reference_dataset": str(reference)}
+    options = {
+        "commonit_embedding_model": str(minilm),
+        "commonit_embedding_dtype": "float32",  # as the encoding here that it is compared to
+        "commonit_reference_dataset": str(reference),
+    }
     epoch = benchmark.train_epoch(metric, dataset, tokenizer, tmp_path, **(options if metric == "embedding" else {}))
 
     groups = np.asarray(expected_groups(dataset, tokenizer, epoch, reference=reference, encoder=str(minilm)))
