@@ -16,15 +16,19 @@ def read_options(recipe: Mapping[str, Any]) -> CommonITArguments:
     Raises:
         ValueError: on a missing metric, an unknown `commonit*` key or a wrong value.
     """
-    check_option_names(recipe)
+    check_option_names(filter(_is_name, recipe))
     return CommonITArguments(**{name: recipe[name] for name in OPTIONS if recipe.get(name) is not None})
+
+
+def _is_name(key: Any) -> bool:
+    return isinstance(key, str)  # what else a YAML key may be is for Axolotl to judge
 
 
 class _Checked(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_commonit_options(cls, recipe: Any) -> Any:
-        if not any(name.startswith("commonit") for name in recipe):
+        if not any(name.startswith("commonit") for name in filter(_is_name, recipe)):
             return recipe  # a later recipe of the same process; one of ours without a metric is refused in `register`
         return {**recipe, **asdict(read_options(recipe))}
 

@@ -10,8 +10,13 @@ Cost: that of `axolotl preprocess`; the prepared rows are then there for trainin
 import contextlib
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import yaml
+from datasets.exceptions import DatasetsError
+from pydantic import ValidationError
 
 from commonit_trl.recipes import Recipe
 from commonit_trl.text import Rows
@@ -20,6 +25,7 @@ from commonit_trl.text import Rows
 _OFF = {"bf16": False, "fp16": False, "tf32": False, "load_in_8bit": False, "load_in_4bit": False} | {
     key: None for key in ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "fp8", "torch_compile")
 }
+_PLUGINS = {"axolotl_plugin.CommonITPlugin", "axolotl_plugin.plugin.CommonITPlugin"}
 _PACKING = ("sample_packing_group_size", "sample_packing_bin_size", "sample_packing_sequentially")
 
 
@@ -27,10 +33,38 @@ def read_recipe(path: str) -> Recipe:
     """The recipe in the YAML file `path`.
 
     Raises:
-        ValueError: on a recipe that does not name the plugin, and on what Axolotl or the plugin refuse.
+        ValueError: on a file that is no recipe or does not name the plugin, on what Axolotl or the plugin refuse, and
+            on data that cannot be read.
     """
-    with contextlib.redirect_stdout(sys.stderr):  # whose place Axolotl's log handlers keep
-        return _read(path)
+    _check_file(path)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # whose place Axolotl's log handlers keep
+            return _read(path)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(map(str, wrong["loc"])) or "the recipe"
+        raise ValueError(f"--axolotl {path}: {key}: {wrong['msg']}: change it in the recipe.") from error
+    except (DatasetsError, StopIteration) as error:
+        reason = ": ".join(filter(None, (type(error).__name__, str(error.__cause__ or error))))
+        raise ValueError(
+            f"--axolotl {path}: datasets: a file cannot be read ({reason}): name one that has rows."
+        ) from error
+
+
+def _check_file(path: str) -> None:
+    try:
+        keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--axolotl {path} cannot be read ({error.strerror}): name a recipe's YAML file.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the second: not UTF-8
+        raise ValueError(f"--axolotl {path} is not YAML: {error}") from error
+    if not isinstance(keys, dict):
+        raise ValueError(f"--axolotl {path} holds no keys: write lines such as 'commonit_metric: length'.")
+    plugins = keys.get("plugins")
+    if not isinstance(plugins, list) or not _PLUGINS & {*map(str, plugins)}:
+        raise ValueError(
+            f"--axolotl {path}: the recipe trains with plain batches: add axolotl_plugin.CommonITPlugin to its plugins."
+        )
 
 
 def _read(path: str) -> Recipe:
@@ -44,15 +78,9 @@ def _read(path: str) -> Recipe:
     from axolotl_plugin.args import read_options
     from axolotl_plugin.labels import TaskLabels
     from axolotl_plugin.packing import bin_shape, pack_for_training
-    from axolotl_plugin.plugin import CommonITPlugin
 
     cfg = load_cfg(path, **_OFF)
-    manager = PluginManager.get_instance()
-    if not any(isinstance(plugin, CommonITPlugin) for plugin in manager.plugins.values()):
-        raise ValueError(
-            f"--axolotl {path}: the recipe trains with plain batches: add axolotl_plugin.CommonITPlugin to its plugins."
-        )
-    manager.load_datasets(cfg, preprocess=False)
+    PluginManager.get_instance().load_datasets(cfg, preprocess=False)
     dataset = load_datasets(cfg=cfg).train_dataset
     options = read_options(cfg)
     if options.commonit_metric == "task":

@@ -9,15 +9,18 @@ import argparse
 import contextlib
 import itertools
 import logging
+import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from commonit_trl import __version__
-from commonit_trl.config import check_option_names, nearest
+from commonit_trl.config import OPTIONS, check_option_names, nearest
+from commonit_trl.shown import escaped, shown
 
 
 class UserError(Exception):
@@ -33,7 +36,7 @@ def user_errors(*also: type[Exception], when: Callable[[], bool] = lambda: True)
     except kinds as error:
         if not when():
             raise
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(str(error)) from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         with _messages():
             return COMMANDS[given.command](given.options)
     except UserError as error:
-        print(f"commonit: error: {error}", file=sys.stderr)
+        print(f"commonit: error: {shown(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -67,15 +70,18 @@ def _sft(argv: list[str]) -> int:
         from commonit_trl import launch
 
         processes = launch.prepare(launch_flags, argv)
-    if processes is not None:
-        launch.start(processes)
-        return 0
     with user_errors():
+        if processes is not None:
+            launch.start(processes)
+            return 0
+        _check_places(training_args)
         trainer = _make_trainer(script_args, training_args, model_args, mixture)
-    with user_errors(when=lambda: trainer.state.max_steps == 0):  # the steps are counted as training begins
+    begun = _begun_callback()
+    trainer.add_callback(begun)
+    with user_errors(when=lambda: not begun.training):
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    trainer.accelerator.print(f"Model saved to {shown(training_args.output_dir)}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
@@ -131,11 +137,18 @@ def _raise_value_error(message: str) -> NoReturn:
     raise ValueError(message)
 
 
+class _Formatter(logging.Formatter):
+    """The names of files and groups in a message do not act on the terminal; a message may have several lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record), but="\n")
+
+
 @contextlib.contextmanager
 def _messages() -> Iterator[None]:
     """Show this package's messages on stderr: on rank 0 from INFO up, on the others warnings."""
     logger, handler = logging.getLogger("commonit_trl"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s commonit: %(message)s"))
+    handler.setFormatter(_Formatter("%(levelname)s commonit: %(message)s"))
     logger.addHandler(handler)
     level = logger.level
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
@@ -218,16 +231,24 @@ def _parse_sft(
             raise ValueError(f"{flag!r} is neither an option nor the value of one.")
     if given.config is None:
         *options, _ = parser.parse_args_and_config(flags, return_remaining_strings=True)
+        _check_numbers(options[1])
         return tuple(options), launch_flags
     config = _read_yaml(given.config)
     _check_names(config, [*known, "env"], from_launch)
-    for entry in config.get("datasets") or ():
+    for kind in kinds:
+        _check_types(config, _scalars(kind))
+    entries = config.get("datasets") or []
+    if not isinstance(entries, list):
+        raise ValueError(f"datasets={entries!r} is no list: write '- path: NAME_OR_FILE' for each entry.")
+    for entry in entries:
         if not isinstance(entry, dict) or "path" not in entry:
             raise ValueError(f"datasets: the entry {entry!r} has no path: write '- path: NAME_OR_FILE'.")
         _check_names(entry, [option.name for option in fields(DatasetConfig)])
+        _check_types(entry, {**get_type_hints(DatasetConfig), "split": str | None}, "datasets: ")
     overridden = {_name(flag) for flag in launch_flags}
     launch_config = ((name, value) for name, value in config.items() if name not in {*known, "env", *overridden})
     *options, _ = parser.parse_args_and_config(["--config", given.config, *flags], return_remaining_strings=True)
+    _check_numbers(options[1])
     return tuple(options), [*launch.as_flags(launch_config), *launch_flags]
 
 
@@ -240,25 +261,93 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read ({error.strerror}): name a YAML file of options.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the second: not UTF-8
         raise ValueError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"--config {path} holds no options: write lines such as 'commonit_metric: length'.")
     return config
 
 
+def _check_types(config: dict[str, Any], hints: dict[str, Any], place: str = "") -> None:
+    """Check the values of a YAML file, which neither argparse nor TRL's dataclasses do."""
+    from pydantic import TypeAdapter, ValidationError
+
+    for name, value in config.items():
+        try:
+            TypeAdapter(hints.get(name, Any)).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise ValueError(f"{place}{name}={value!r} in the YAML file: {reason}. Change or remove it.") from None
+
+
+def _scalars(kind: Any) -> dict[str, Any]:
+    """The types of the fields of a dataclass of TRL's that are a text or a number; others it reads in its own ways, and
+    our own are checked with the other options."""
+    scalar = {str, int, float, bool, type(None)}
+    hints = get_type_hints(kind).items()
+    return {name: hint for name, hint in hints if name not in OPTIONS and {*(get_args(hint) or [hint])} <= scalar}
+
+
 def _check_names(names: Iterable[str], known: list[str], also_known: Iterable[str] = ()) -> None:
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"Unknown option {name!r}: options are names, such as commonit_metric.")
     check_option_names(names)
     for name in names:
         if name not in known and name not in also_known:
             raise ValueError(f"Unknown option {name}: did you mean {nearest(name, [*known, *also_known])}?")
 
 
+def _check_numbers(args: Any) -> None:
+    """Refuse what would fail when the model is loaded, or train something else: TRL cuts at a negative length too."""
+    limits = {name: (1, math.inf) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    limits |= {"max_length": (1, math.inf), "seed": (0, 2**32 - 1), "data_seed": (0, 2**32 - 1)}
+    for name, (least, most) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            up_to = f" and at most {most}" if most < math.inf else ""
+            raise ValueError(f"{name}={value} must be at least {least}{up_to}.")
+
+
+def _check_places(args: Any) -> None:
+    """Refuse an output directory that cannot be made, and a checkpoint that is not there, before anything is loaded."""
+    path = Path(args.output_dir)
+    try:
+        there = next(place for place in (path, *path.parents) if place.exists())
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={args.output_dir!r} cannot be written ({error.strerror}): name a directory that this user may "
+            "write."
+        ) from error
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint!r} is no directory: name a checkpoint, such as "
+            f"{path / 'checkpoint-500'}."
+        )
+
+
+def _begun_callback() -> Any:
+    """A callback whose `training` says whether training has begun."""
+    from transformers import TrainerCallback
+
+    class Begun(TrainerCallback):
+        training = False
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.training = True
+
+    return Begun()
+
+
 def _make_trainer(script_args: Any, training_args: Any, model_args: Any, mixture: Any) -> Any:
     from transformers import AutoConfig
     from trl import get_peft_config, get_quantization_config
 
-    from commonit_trl.sft import load_splits
+    from commonit_trl.sft import check_rows, load_splits, named_data
     from commonit_trl.trainer import CommonITSFTTrainer
 
     model = model_args.model_name_or_path
@@ -267,9 +356,9 @@ def _make_trainer(script_args: Any, training_args: Any, model_args: Any, mixture
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     try:  # before the data are loaded; and the error for a hub out of reach does not name the model
         AutoConfig.from_pretrained(model, **source)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"model_name_or_path={model!r} is not found: give a hub name or a directory. {error}"
+            f"model_name_or_path={model!r} is not found, or is no model: give a hub name or a directory. {error}"
         ) from error
     training_args.model_init_kwargs = {
         **source,
@@ -278,6 +367,8 @@ def _make_trainer(script_args: Any, training_args: Any, model_args: Any, mixture
         **(training_args.model_init_kwargs or {}),
     }
     train_dataset, eval_dataset = load_splits(script_args, mixture, training_args)
+    for rows in (train_dataset, eval_dataset):
+        check_rows(rows, named_data(script_args, mixture), training_args.dataset_text_field)
     return CommonITSFTTrainer(
         model=model,
         args=training_args,

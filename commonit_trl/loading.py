@@ -1,5 +1,6 @@
 """Rows by name: `datasets.load_dataset` for hub names and directories, and for single local files."""
 
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ def load_rows(option: str, path: str, **options: Any) -> Any:
             return load_dataset(path, **options)
         if not Path(path).is_file():
             raise FileNotFoundError("no such file")
-        return load_dataset(file_format, **options | {"data_files": path})
+        if not Path(path).stat().st_size:
+            raise ValueError("it is empty")
+        return load_dataset(file_format, **options | {"data_files": glob.escape(path)})
     except Exception as error:  # whatever datasets, the hub or a parser raises: the user needs the option
         reason = error.__cause__ or error
-        said = " ".join(str(reason).split())[:300]
+        said = ": ".join(filter(None, (type(reason).__name__, " ".join(str(reason).split())[:300])))
         raise ValueError(
-            f"{option}={path!r} cannot be loaded ({type(reason).__name__}: {said}): give a hub name, a directory or a "
+            f"{option}={path!r} cannot be loaded ({said}): give a hub name, a directory or a "
             f"file ({', '.join(FILE_FORMATS)}) that has rows."
         ) from error

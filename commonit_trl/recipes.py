@@ -25,7 +25,7 @@ from trl import SFTConfig
 
 from commonit_trl.grouping import Grouper
 from commonit_trl.mixin import data_seed
-from commonit_trl.sft import load_splits
+from commonit_trl.sft import check_rows, load_splits, named_data
 from commonit_trl.text import Rows
 from commonit_trl.trainer import CommonITSFTConfig, CommonITSFTTrainer, sft_rows
 
@@ -149,8 +149,9 @@ def sft_recipe(
     """
     training_args.commonit_metric = "task" if "task" in metrics else metrics[0]
     train, _ = load_splits(script_args, mixture, training_args)
+    data = named_data(script_args, mixture)
     if len(train) == 0:
-        raise ValueError("The data has no rows.")
+        raise ValueError(f"{data}: there are no rows: give some.")
     name = tokenizer or model_args.model_name_or_path
     recipe = Recipe(
         options=training_args,
@@ -163,7 +164,9 @@ def sft_recipe(
     if name is None:
         lengths = recipe.rows.token_counts() if recipe.rows.tokenized else None
         return replace(recipe, lengths=lengths, arranged=lengths is not None and training_args.commonit_balance_lengths)
-    return _rehearse(recipe, _trainable(train, training_args.dataset_text_field), name, model_args)
+    train = _trainable(train, training_args.dataset_text_field)
+    check_rows(train, data, training_args.dataset_text_field)
+    return _rehearse(recipe, train, name, model_args)
 
 
 def _trainable(rows: Dataset, text_field: str) -> Dataset:
@@ -208,11 +211,12 @@ def _rehearse(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: A
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
     args = recipe.options
-    source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    trust = {"trust_remote_code": args.trust_remote_code}
+    source = {"revision": model_args.model_revision, **trust}
     is_models = tokenizer_name == model_args.model_name_or_path
     option = "model_name_or_path" if is_models else "--tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **(source if is_models else {}))
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **(source if is_models else trust))
         model_name = model_args.model_name_or_path
         config = (
             LlamaConfig(vocab_size=len(tokenizer))
@@ -221,9 +225,11 @@ def _rehearse(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: A
         )
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())[:300]
-        raise ValueError(f"{option}={tokenizer_name!r} is not found: give a hub name or a directory. {said}") from error
+        raise ValueError(
+            f"{option}={tokenizer_name!r} is not found, or is none: give a hub name or a directory. {said}"
+        ) from error
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, **trust)
     trainer = _Rehearsal(model=model, args=args, train_dataset=train, processing_class=tokenizer)
     prepared = trainer.train_dataset
 

@@ -8,16 +8,26 @@ train-test split follows `seed`, so that all ranks, and a resumed run, make the 
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDatasetDict, concatenate_datasets
 
 from commonit_trl.loading import FILE_FORMATS, load_rows
 
 ENTRY_COLUMN = "dataset"
+_KINDS = {
+    **dict.fromkeys(("input_ids", "labels"), ("token ids",)),
+    **dict.fromkeys(("messages", "conversations"), ("messages",)),
+    **dict.fromkeys(("prompt", "completion"), ("text", "messages")),
+}
+# What TRL reads of a row, by the column that it looks for first; without any of these, plain text.
+_FORMS = (("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",))
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +75,82 @@ def load_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple[Any
     return train, _split(splits, test_split, evaluation, f"{test_option}, or eval_strategy='no'")
 
 
+def named_data(script_args: Any, mixture: Any) -> str:
+    """The option that names the data, and its value."""
+    if mixture.datasets:
+        return f"datasets: {', '.join(map(repr, entry_labels(mixture.datasets)))}"
+    return f"dataset_name={script_args.dataset_name!r}"
+
+
 def _split(splits: Any, name: str, reader: str, way_out: str) -> Any:
     if name not in splits:
         raise ValueError(f"{reader} needs the split {name!r}, and the data has: {', '.join(splits)}. Set {way_out}.")
     return splits[name]
+
+
+def check_rows(rows: Any, option: str, text_field: str) -> None:
+    """Refuse rows of which TRL's preparation would fail, by their columns, types, missing values and encoding.
+
+    Cost: one pass over the columns that are read. Streams are not looked at.
+
+    Args:
+        option: that names the data, and its value.
+        text_field: `dataset_text_field`, for rows of plain text.
+
+    Raises:
+        ValueError: naming the column and the row.
+    """
+    if not isinstance(rows, Dataset):
+        return
+    read = next((form for form in _FORMS if form[0] in rows.column_names), (text_field,))
+    missing = [column for column in read if column not in rows.column_names]
+    if missing:
+        raise ValueError(
+            f"{option}: there is no column {missing[0]!r} among {', '.join(map(repr, rows.column_names))}: give prompt "
+            "and completion, messages, or text in the column that dataset_text_field names."
+        )
+    for column in rows.column_names:
+        values = rows.data.column(column)
+        if column in (*read, "labels"):
+            _check_values(values, column, option)
+        if column in read or _kind_of(values.type) == "text":
+            try:
+                values.validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{option}: the column {column!r} is damaged ({error}): save it as UTF-8.") from error
+    if {"input_ids", "labels"} <= {*rows.column_names}:
+        tokens, labels = (pc.list_value_length(rows.data.column(column)) for column in ("input_ids", "labels"))
+        row = pc.index(pc.equal(tokens, labels), False).as_py()
+        if row >= 0:
+            raise ValueError(f"{option}: in row {row}, input_ids and labels differ in length: give each token a label.")
+
+
+def _check_values(values: pa.ChunkedArray, column: str, option: str) -> None:
+    found, wanted = _kind_of(values.type), _KINDS.get(column, ("text",))
+    if values.null_count:
+        row = pc.index(pc.is_null(values), True).as_py()
+        raise ValueError(
+            f"{option}: the column {column!r} has no value in {values.null_count} of {len(values)} rows, first in row "
+            f"{row}: fill or remove them."
+        )
+    if found not in (*wanted, "JSON"):
+        raise ValueError(f"{option}: the column {column!r} holds {found}: make that {' or '.join(wanted)}.")
+    if found == "messages" and len(values[0]) == 0:  # TRL looks at the first row
+        raise ValueError(f"{option}: the column {column!r} has no message in row 0: remove it.")
+    if column == "input_ids" and pc.any(pc.less(pc.list_flatten(values), 0)).as_py():
+        raise ValueError(f"{option}: the column 'input_ids' has numbers below 0: make them token ids.")
+
+
+def _kind_of(kind: pa.DataType) -> str:
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return "text"
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        if pa.types.is_struct(kind.value_type):
+            return "messages"
+        if pa.types.is_integer(kind.value_type):
+            return "token ids"
+    # The datasets library has a type of its own for values of several types.
+    return "JSON" if isinstance(kind, pa.BaseExtensionType) else f"values of type {kind}"
 
 
 def load_mixture(mixture: Any, entry_column: str | None, seed: int) -> DatasetDict | IterableDatasetDict:
@@ -97,6 +179,12 @@ def load_mixture(mixture: Any, entry_column: str | None, seed: int) -> DatasetDi
             streaming=streaming,
         )
         if entry.columns is not None:
+            unknown = [column for column in entry.columns if column not in part.column_names]
+            if unknown or len({*entry.columns}) < len(entry.columns):
+                raise ValueError(
+                    f"datasets: columns={entry.columns!r} of {entry.path!r} must be some of "
+                    f"{', '.join(part.column_names)}, each once."
+                )
             part = part.select_columns(entry.columns)
         if entry_column is not None:
             if entry_column in part.column_names:
@@ -105,7 +193,10 @@ def load_mixture(mixture: Any, entry_column: str | None, seed: int) -> DatasetDi
         parts.append(part)
     if any(entry.fraction is not None for entry in entries):
         parts = _take_fractions(parts, [entry.fraction for entry in entries], streaming)
-    joined = concatenate_datasets(parts)
+    try:
+        joined = concatenate_datasets(parts)
+    except ValueError as error:  # the entries' columns have other types
+        raise ValueError(f"datasets: the entries do not go together: {error}. Name shared columns: in each.") from error
     if test_size is not None:
         return joined.train_test_split(test_size=test_size, seed=seed)
     return (IterableDatasetDict if streaming else DatasetDict)({"train": joined})
@@ -113,11 +204,11 @@ def load_mixture(mixture: Any, entry_column: str | None, seed: int) -> DatasetDi
 
 def _take_fractions(parts: list[Dataset], fractions: list[float | None], streaming: bool) -> list[Dataset]:
     """The first rows of each part, in these proportions and as many as there are without repeating any."""
-    given = [fraction for fraction in fractions if fraction is not None and fraction >= 0]
+    given = [fraction for fraction in fractions if fraction is not None and 0 <= fraction < math.inf]
     if len(given) < len(parts) or not any(given) or streaming:
         raise ValueError(
-            f"datasets: the fractions {fractions} must be numbers >= 0, for every entry or for none, and "
-            "without streaming."
+            f"datasets: the fractions {fractions} must be numbers >= 0, not all 0, for every entry or for none, "
+            "and without streaming."
         )
     shares = [fraction / sum(given) for fraction in given]
     total = min(len(part) / share for part, share in zip(parts, shares, strict=True) if share > 0)

@@ -15,7 +15,6 @@ trained on every turn are rendered once more, to find the responses. What is kep
 most 100 groups, 400 characters of each; an embedding map of at most 500 rows, which are encoded for it.
 """
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -26,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from commonit_trl.config import CommonITArguments
-from commonit_trl.grouping import Grouper
+from commonit_trl.grouping import EmbeddingGrouper, Grouper
 from commonit_trl.plan import EpochPlan
-from commonit_trl.report.shown import cut
+from commonit_trl.shown import cut
 from commonit_trl.text import Rows
 
 EXAMPLES_PER_GROUP = 3
@@ -281,15 +280,9 @@ def _examples(
     return {int(group): tuple(next(examples) for _ in numbers) for group, numbers in zip(largest, picked, strict=True)}
 
 
-def _select(rows: Rows, numbers: NDArray[np.int64]) -> Rows:
-    selected = copy.copy(rows)
-    selected.dataset = rows.dataset.select(numbers)
-    return selected
-
-
 def _texts(rows: Rows, numbers: NDArray[np.int64]) -> list[tuple[str, str]] | None:
     """Prompt and response of some rows; the response is empty where it is the prompt's text again."""
-    selected = _select(rows, numbers)
+    selected = rows.select(numbers)
     try:
         pairs = zip(selected.texts("prompt"), selected.texts("response"), strict=True)
     except ValueError:  # rows of tokens, and no tokenizer to read them
@@ -453,13 +446,13 @@ def _embedding_map(
 
     The sample is encoded again: the cache keeps groups, not embeddings, which at 10^6 rows are gigabytes.
     """
-    if grouper.metric != "embedding" or len(group_ids) < 2:
+    if not isinstance(grouper, EmbeddingGrouper) or len(group_ids) < 2:
         return ()
     from sklearn.decomposition import PCA
 
     numbers = np.sort(rng.choice(len(group_ids), min(MAP_ROWS, len(group_ids)), replace=False))
-    texts = grouper.read(_select(rows, numbers))
-    places = PCA(2, random_state=0).fit_transform(grouper.measure(texts)).round(4).tolist()
+    texts = rows.select(numbers).texts(grouper.options["text"])
+    places = PCA(2, random_state=0).fit_transform(grouper.encode(texts)).round(4).tolist()
     return tuple(
         MapPoint(x=x, y=y, group=int(group), text=cut(text, MAP_CHARACTERS))
         for (x, y), group, text in zip(places, group_ids[numbers], texts, strict=True)

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from commonit_trl.files import write_text
 from commonit_trl.report import tables
 from commonit_trl.report.analysis import Inspection, LossRecord
-from commonit_trl.report.shown import shown
+from commonit_trl.shown import shown
 
 MOST_GROUPS = 100  # in a table
 
@@ -39,7 +40,7 @@ def write_html(path: str | Path, inspections: Sequence[Inspection], losses: Iter
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_html(inspections, losses), encoding="utf-8")
+    write_text(path, render_html(inspections, losses))
 
 
 def render_html(inspections: Sequence[Inspection], losses: Iterable[LossRecord] = ()) -> str:

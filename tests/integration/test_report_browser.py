@@ -17,7 +17,7 @@ from hostile import HOSTILE, hostile_inspection
 
 from commonit_trl.report import html, write_html
 from commonit_trl.report.analysis import MapPoint
-from commonit_trl.report.shown import shown
+from commonit_trl.shown import shown
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 LOOK = """

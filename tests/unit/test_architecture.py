@@ -23,15 +23,18 @@ COMMAND_LINE = {"cli", "demo", "group", "inspecting", "launch", "recipes", "sft"
 CORE = {
     "config": set(),
     "text": {"config"},
+    "files": set(),
     "loading": set(),
-    "grouping": {"config", "text", "loading"},
+    "shown": set(),
+    "grouping": {"config", "text", "loading", "files", "shown"},
     "arrange": set(),
     "plan": {"config", "arrange"},
     "sampler": {"plan"},
-    "report": {"config", "text", "grouping", "plan"},
+    "resume": {"files", "plan"},
+    "report": {"config", "text", "grouping", "plan", "files", "shown"},
     "metrics": {"config", "plan"},
-    "mixin": {"config", "text", "grouping", "plan", "sampler", "report", "metrics"},
-    "trainer": {"config", "text", "mixin"},
+    "mixin": {"config", "text", "grouping", "plan", "sampler", "resume", "report", "metrics", "files", "shown"},
+    "trainer": {"config", "text", "mixin", "shown"},
 }
 MAY_IMPORT = CORE | {module: {*CORE, *COMMAND_LINE, ""} for module in COMMAND_LINE}
 MAY_IMPORT["__init__"] = set(CORE) - {"report", "metrics"}

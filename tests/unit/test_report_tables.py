@@ -12,7 +12,7 @@ from rich.console import Console
 
 from commonit_trl.grouping import TaskGrouper
 from commonit_trl.report import print_inspections, print_sizes, tables
-from commonit_trl.report.shown import cut, shown
+from commonit_trl.shown import cut, shown
 from commonit_trl.text import Rows
 
 

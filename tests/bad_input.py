@@ -1,0 +1,101 @@
+"""What the tests of bad input share: what a refusal must be like, and a record of each.
+
+With COMMONIT_BAD_INPUT_RECORD the refusals are appended to that file, a JSON line each; this file, run with it, makes
+the table of them, which `COMMANDS` says.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+CACHES = ("cache", "prepared")  # what libraries keep of data that they read, and this package of groups
+ACTS = ("Cc", "Cs", "Zl", "Zp")
+TURNS_DIRECTION = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+def acting(text: str, but: str = "") -> set[str]:
+    """The characters of `text` that a terminal would act on."""
+    marks = (mark for mark in set(text) if unicodedata.category(mark) in ACTS or mark in TURNS_DIRECTION)
+    return {mark for mark in marks if mark not in but}
+
+
+def files_in(directory: Path) -> set[Path]:
+    """All files below `directory`, less what is cached."""
+    found = (path for path in directory.rglob("*") if path.is_file() or path.is_symlink())
+    return {path for path in found if not {*CACHES} & {*path.relative_to(directory).parts}}
+
+
+def check_refusal(line: str, parts: Iterable[str]) -> None:
+    """One line, nothing in it acts on the terminal, and it has each of `parts`: option, value, way out."""
+    assert line and not acting(line), repr(line)
+    for part in parts:
+        assert part in line, f"no {part!r} in: {line}"
+
+
+def timed(directory: Path, call: Callable[[], Any]) -> tuple[Any, float]:
+    """What `call` returns and the seconds that it took; it may leave no file in `directory`."""
+    before = files_in(directory)
+    started = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - started
+    left = files_in(directory) - before
+    assert not left, left
+    return result, seconds
+
+
+def record(front_end: str, name: str, ends_as: str, line: str, before: str, seconds: float) -> None:
+    """Note a refusal for the table; `before` is what had not been loaded yet."""
+    path = os.environ.get("COMMONIT_BAD_INPUT_RECORD")
+    if path:
+        entry = {"front end": front_end, "case": name, "ends as": ends_as, "before": before, "seconds": seconds}
+        with open(path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps({**entry, "line": line}) + "\n")
+
+
+RECORD = "COMMONIT_BAD_INPUT_RECORD=bad.jsonl"
+COMMANDS = (
+    f"{RECORD} .venv/bin/python -m pytest tests/integration/test_bad_input.py",
+    f"{RECORD} .venv-lowest/bin/python -m pytest tests/axolotl/test_axolotl_bad_input.py",
+    "PYTHONPATH=. .venv/bin/python tests/bad_input.py bad.jsonl",
+)
+TEMPORARY = re.compile(r"/[^ '\"]*/pytest-\d+/[^/]*/")
+SAYS = """\
+Each mistake ends as one line that names the option, the value and the way out, and leaves no file behind. The time is
+that of the call, in a process that has its imports. *seen before*: what was not loaded yet; in the test it is not there
+to be loaded. Lines are cut to 300 characters."""
+
+
+def table(path: str) -> str:
+    """What `record` noted in the file `path`, in Markdown."""
+    from benchmarks.common import machine, markdown_table
+
+    entries = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    of_front_end: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        of_front_end.setdefault(entry["front end"], []).append(entry)
+    counts = [["all", len(entries), sum(bool(entry["before"]) for entry in entries), "", ""]]
+    sections = []
+    for name, found in of_front_end.items():
+        times = sorted(1000 * entry["seconds"] for entry in found)
+        early = sum(bool(entry["before"]) for entry in found)
+        counts.append([name, len(found), early, f"{times[len(times) // 2]:.0f}", f"{times[-1]:.0f}"])
+        rows = [
+            (entry["case"], entry["ends as"], entry["before"] or "training", f"{1000 * entry['seconds']:.0f}", said)
+            for entry in found
+            for said in [f"`` {TEMPORARY.sub('', entry['line'])[:300].replace('|', '/')} ``"]
+        ]
+        sections += [f"## {name}", markdown_table(["case", "ends as", "seen before", "ms", "line"], rows)]
+    heads = ["front end", "cases", "seen before a model is loaded", "median, ms", "most, ms"]
+    title, commands = f"# Bad input: how each mistake ends, {date.today()}", "\n".join(("```bash", *COMMANDS, "```"))
+    return "\n\n".join([title, commands, machine(), SAYS, markdown_table(heads, counts), *sections]) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(sys.argv[1]), end="")
