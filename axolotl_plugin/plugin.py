@@ -92,7 +92,8 @@ class CommonITPlugin(BasePlugin):
         }
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Take warm-up and logging from the plan's steps, and say what training will do."""
+        """Take warm-up and logging from the plan's steps, choose the checkpoint to go on from, and say what training
+        will do."""
         options = self._options(cfg)
         if options is None:
             return
@@ -103,6 +104,11 @@ class CommonITPlugin(BasePlugin):
                 f"commonit_metric: {options.commonit_metric}: the trainer is {type(trainer).__name__}, not CommonIT's, "
                 "and would train with plain batches: remove what brings it from the recipe."
             )
+        if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
+            from commonit_trl.resume import last_checkpoint
+
+            # Axolotl would take the highest number, though that checkpoint may not have been written to its end.
+            cfg.resume_from_checkpoint = last_checkpoint(cfg.output_dir)
         total_steps = math.ceil(trainer.commonit_plan().num_steps * cfg.num_epochs)
         if cfg.max_steps:
             total_steps = min(total_steps, cfg.max_steps)
@@ -148,6 +154,11 @@ def _check_recipe(cfg: Any, options: CommonITArguments) -> None:
                 f"{key}: {cfg[key]} does not go with commonit_metric: {options.commonit_metric}: ranks that share a "
                 "sequence are not supported; set it to 1."
             )
+    if cfg.get("sample_packing") and options.commonit_resume == "replan":
+        raise ValueError(
+            "commonit_resume: 'replan' does not go with sample_packing: true: its plans are of bins, which follow from "
+            "the ranks, batches and groups; set it to exact."
+        )
 
 
 def _check_other_plugins(plugin: CommonITPlugin, cfg: Any) -> None:

@@ -64,8 +64,8 @@ def run(settings: Settings) -> Report:
         head={
             "data": f"{settings['prompts']:,} prompts of GSM8K, CodeAlpaca and APIBench; all-MiniLM-L6-v2 in float32; "
             "32 clusters",
-            "figures": f"medians of {settings['rounds']} rounds; seconds from start to end; *ratio*: to one rank, in the "
-            "same round",
+            "figures": f"medians of {settings['rounds']} rounds; seconds from start to end; *ratio*: to one rank, "
+            "inside a round",
             "same group": f"{same:.2%} of the rows, over all runs",
         },
         parts=[

@@ -8,7 +8,6 @@ one line that names the option, the value and the way out.
 
 import difflib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
@@ -24,9 +23,14 @@ _CHOICES = {
     "commonit_metric": METRICS,
     "commonit_length_of": ("response", "prompt", "total"),
     "commonit_embedding_text": ("prompt", "response", "both"),
+    "commonit_embedding_dtype": ("auto", "float32", "bfloat16", "float16"),
     "commonit_purity": ("step", "global", "micro"),
     "commonit_remainder": ("keep", "drop", "pad"),
+    "commonit_resume": ("exact", "replan"),
 }
+_MOST_TOKENS = 2**63 - 1
+_LARGEST_WEIGHT = 1e100
+"""So that weights have a finite sum."""
 WEIGHT_NAMES = ("proportional", "uniform", "sqrt")
 READ_BY = {
     "commonit_task_column": ("task",),
@@ -35,6 +39,7 @@ READ_BY = {
     "commonit_length_edges": ("length",),
     "commonit_embedding_model": ("embedding",),
     "commonit_embedding_text": ("embedding",),
+    "commonit_embedding_dtype": ("embedding",),
     "commonit_reference_dataset": ("embedding",),
     "commonit_reference_task_column": ("embedding",),
 }
@@ -87,6 +92,13 @@ class CommonITArguments:
     commonit_embedding_text: str = field(
         default="prompt",
         metadata={"help": "Metric 'embedding': which text to encode: 'prompt', 'response' or 'both'."},
+    )
+    commonit_embedding_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Metric 'embedding': precision of the encoder, 'float32', 'bfloat16' or 'float16'. Default: "
+            "'bfloat16' where the device calculates in it, which changes the group of less than 1 row in 1,000."
+        },
     )
     commonit_reference_dataset: str | None = field(
         default=None,
@@ -145,6 +157,14 @@ class CommonITArguments:
         metadata={
             "help": "Write a report on groups and batches to <output_dir>/commonit/report.html before training, and "
             "once more after it with the loss of each group."
+        },
+    )
+
+    commonit_resume: str = field(
+        default="exact",
+        metadata={
+            "help": "A checkpoint of other settings (ranks, batch size, accumulation, seed, grouping): 'exact' refuses "
+            "it, 'replan' trains what is left of its epoch, each sample once, in a plan with the new settings."
         },
     )
 
@@ -214,7 +234,7 @@ def validate_options(options: CommonITArguments) -> None:
 def _parse_mapping(option: str, text: str) -> dict[str, Any]:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         example = '{"group": 0.5}'
         raise ValueError(f"{option}={text!r} is not JSON: {error}. Write for example {example!r}.") from None
 
@@ -234,7 +254,7 @@ def _check_combinations(options: CommonITArguments) -> None:
             raise ValueError(f"{name}={value} must be at least {least}.")
     edges = options.commonit_length_edges
     if edges is not None:
-        if not edges or edges[0] < 1 or any(low >= high for low, high in pairwise(edges)):
+        if not edges or edges[0] < 1 or edges[-1] > _MOST_TOKENS or any(low >= high for low, high in pairwise(edges)):
             raise ValueError(
                 f"commonit_length_edges={edges} must be one or more ascending token counts above 0, e.g. [64, 256]."
             )
@@ -243,6 +263,8 @@ def _check_combinations(options: CommonITArguments) -> None:
                 f"commonit_num_groups={options.commonit_num_groups} and commonit_length_edges={edges} both "
                 "say how many bins there are: remove one."
             )
+    if options.commonit_cache_dir == "":
+        raise ValueError("commonit_cache_dir='' names no directory: name one, or remove the option.")
     if options.commonit_task_column is not None and not options.commonit_task_column:
         raise ValueError("commonit_task_column=[] names no column: name one or more, or remove the option.")
     if options.commonit_reference_dataset is not None and options.commonit_num_groups is not None:
@@ -267,7 +289,10 @@ def check_weights(weights: Mapping[Any, Any] | str) -> None:
         check_choice("commonit_weights", weights, WEIGHT_NAMES)
         return
     for group, weight in weights.items():
-        if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"commonit_weights: the weight {weight!r} of group {group!r} must be a number >= 0.")
+        if not isinstance(weight, int | float) or not 0 <= weight <= _LARGEST_WEIGHT:
+            raise ValueError(
+                f"commonit_weights: the weight {weight!r} of group {group!r} must be a number >= 0, and at most "
+                f"{_LARGEST_WEIGHT:g}."
+            )
     if not any(weights.values()):
         raise ValueError(f"commonit_weights={weights!r} gives no group a weight above 0: nothing would be trained.")

@@ -26,11 +26,14 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from numpy.typing import NDArray
-from transformers import TrainerCallback
+from safetensors import SafetensorError
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from commonit_trl.config import CommonITArguments, nearest
-from commonit_trl.grouping import Grouper, build_grouper, fit_assign_cached
+from commonit_trl.files import write_text
+from commonit_trl.grouping import Grouper, build_grouper, fit_assign_cached, load_grouper
 from commonit_trl.metrics import GroupMetrics, count_tokens
 from commonit_trl.plan import EpochPlan, plan_epoch
 from commonit_trl.report import (
@@ -42,13 +45,22 @@ from commonit_trl.report import (
     model_card_section,
     write_html,
 )
+from commonit_trl.resume import (
+    COMMONIT_DIR,
+    RUN_FILE,
+    Rest,
+    first_step,
+    last_checkpoint,
+    load_rest,
+    move_schedule,
+    read_checkpoint,
+)
 from commonit_trl.sampler import CommonITBatchSampler, CommonITDataLoader
+from commonit_trl.shown import shown
 from commonit_trl.text import Rows
 
 logger = logging.getLogger(__name__)
 
-COMMONIT_DIR = "commonit"
-RUN_FILE = "run.json"
 REPORT_FILE = "report.html"
 _HASHED_ROWS = 64
 
@@ -79,6 +91,9 @@ class CommonITMixin(_Mixed):
     commonit_grouper: Grouper | None = None
     commonit_group_ids: NDArray[np.int64] | None = None
     _commonit_grouped: tuple[Rows, NDArray[np.int64]] | None = None  # the rows that were grouped, and (rows,) group ids
+    _commonit_rest: Rest | None = None  # of an epoch that was begun with other settings
+    _commonit_first_step: int | None = None  # where the Trainer goes on, if not at the checkpoint's own step
+    _commonit_replanned = 0  # how many times that happened in the life of the run
     _commonit_micro_steps = 0  # of the current optimizer step that are done
     _commonit_logger = logger  # a framework that hides other packages' messages puts its own here
 
@@ -134,6 +149,11 @@ class CommonITMixin(_Mixed):
                 args.ignore_data_skip,
                 "a resumed epoch would start over and repeat samples; set it to False",
             ),
+            "auto_find_batch_size": (
+                args.auto_find_batch_size,
+                args.auto_find_batch_size and args.commonit_resume == "replan",
+                "commonit_resume='replan' plans for one batch size; set it to False, or commonit_resume to 'exact'",
+            ),
             "average_tokens_across_devices": (
                 args.average_tokens_across_devices,
                 not args.average_tokens_across_devices and args.world_size > 1 and args.commonit_balance_lengths,
@@ -152,6 +172,11 @@ class CommonITMixin(_Mixed):
         return Rows(dataset, self.processing_class)
 
     def _commonit_set_up(self) -> None:
+        if len(self.train_dataset) == 0:
+            raise ValueError(
+                f"max_length={getattr(self.args, 'max_length', None)}: preparing train_dataset left no row with a "
+                "token to train on: raise max_length, or look at the rows."
+            )
         if self._commonit_grouped is None:  # packing groups the rows earlier, before they are packed
             rows = self._commonit_rows(self.train_dataset)
             self.commonit_grouper, self.commonit_group_ids = fit_assign(self.args, rows)
@@ -175,12 +200,18 @@ class CommonITMixin(_Mixed):
                 type(self.model).__name__,
             )
             return None
+        costs = self._commonit_row_costs()
+        if costs is None:
+            logger.info("commonit_balance_lengths: the rows are not tokenised, so micro-batches keep equal sizes.")
+        return costs
+
+    def _commonit_row_costs(self) -> NDArray[np.int64] | None:
+        """(rows,) tokens that each row costs, None of rows that are not tokenised."""
         rows = Rows(self.train_dataset)
         if not rows.tokenized:
-            logger.info("commonit_balance_lengths: the rows are not tokenised, so micro-batches keep equal sizes.")
             return None
         counts = rows.token_counts("total")
-        # What a row costs: a collator that pads to a multiple makes it longer.
+        # A collator that pads to a multiple makes a row longer.
         multiple = getattr(self.data_collator, "pad_to_multiple_of", None) or 1
         return -(-counts // multiple) * multiple
 
@@ -211,18 +242,24 @@ class CommonITMixin(_Mixed):
         )
 
     def commonit_plan(self, epoch: int = 0) -> EpochPlan:
-        """The plan of `epoch`, as training will follow it.
+        """The plan of `epoch`, as training will follow it; of an epoch that was begun with other settings, the rest.
 
         Raises:
             ValueError: with `commonit_metric="none"`, which plans nothing.
         """
         if not self._commonit_on:
             raise ValueError("commonit_metric='none' (or a trainer without train_dataset) has no plan.")
-        return self._commonit_plan_of()(epoch=epoch)
+        return self._commonit_rest_or_plan()(epoch=epoch)
+
+    def _commonit_rest_or_plan(self) -> Callable[..., EpochPlan]:
+        plan = self._commonit_plan_of()
+        if self._commonit_rest is None:
+            return plan
+        return functools.partial(self._commonit_rest.plan, plan, data_seed(self.args))
 
     def _commonit_batch_sampler(self) -> CommonITBatchSampler:
         """This rank's micro-batches."""
-        return CommonITBatchSampler(self._commonit_plan_of(), self._commonit_rank)
+        return CommonITBatchSampler(self._commonit_rest_or_plan(), self._commonit_rank)
 
     def get_train_dataloader(self) -> Any:
         """The parent's dataloader, over this rank's micro-batches of the plan."""
@@ -314,7 +351,7 @@ class CommonITMixin(_Mixed):
 
     def _commonit_ledger(self) -> dict[str, Any]:
         assert self.commonit_grouper is not None
-        return ledger(self.commonit_plan(), self.commonit_grouper.names)
+        return ledger(self._commonit_plan_of()(), self.commonit_grouper.names)
 
     def _commonit_log_ledger(self) -> None:
         """Say what an epoch holds, and as a warning what it leaves out or repeats."""
@@ -351,7 +388,7 @@ class CommonITMixin(_Mixed):
         """The numbers of the first epoch, for the report."""
         assert self.commonit_grouper is not None and self._commonit_grouped is not None
         rows, group_ids = self._commonit_grouped
-        lengths, plan = self._commonit_samples()[1], self.commonit_plan()
+        lengths, plan = self._commonit_samples()[1], self._commonit_plan_of()()
         if lengths is None and len(self.train_dataset) == len(plan.group_ids):
             trained = Rows(self.train_dataset)
             lengths = trained.token_counts("total") if trained.tokenized else None
@@ -391,7 +428,7 @@ class CommonITMixin(_Mixed):
             settings = {f"commonit_{name}": getattr(self.args, f"commonit_{name}") for name in named}
             section = model_card_section(self._commonit_ledger(), settings)
             card = path.read_text(encoding="utf-8").partition("\n## CommonIT\n")[0].rstrip()
-            path.write_text(f"{card}\n\n{section}", encoding="utf-8")
+            write_text(path, f"{card}\n\n{section}")
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -415,10 +452,15 @@ class CommonITMixin(_Mixed):
             "tokens of rows": _digest_rows(self.train_dataset),
             "token lengths": None if self._commonit_lengths is None else _digest(self._commonit_lengths),
             "order of samples": plan.digest(),
+            "rest of an epoch": self._commonit_rest and [self._commonit_rest.epoch, _digest(self._commonit_rest.rows)],
+            "times replanned": self._commonit_replanned,
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as the parent does, and the groups beside it in `commonit/`."""
+        if self._commonit_on and _internal_call and output_dir is not None and self.args.should_save:
+            # A checkpoint of the same step that an earlier run left is none while this one is written over it.
+            (Path(output_dir) / TRAINER_STATE_NAME).unlink(missing_ok=True)
         super().save_model(output_dir, _internal_call)
         self._commonit_save(output_dir or self.args.output_dir)
 
@@ -426,15 +468,20 @@ class CommonITMixin(_Mixed):
         if self._commonit_on and self.args.should_save:
             assert self.commonit_grouper is not None
             directory = Path(output_dir) / COMMONIT_DIR
-            plan = self.commonit_plan()
+            plan = self._commonit_plan_of()()
             self.commonit_grouper.save(directory, ledger=ledger(plan, self.commonit_grouper.names))
-            (directory / RUN_FILE).write_text(json.dumps(self._commonit_run(plan), indent=2), encoding="utf-8")
+            if self._commonit_rest is not None:
+                self._commonit_rest.save(directory)
+            write_text(directory / RUN_FILE, json.dumps(self._commonit_run(plan), indent=2))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the parent does; a checkpoint to resume from must come from the same groups and plan."""
+        if resume_from_checkpoint is True and self._commonit_on:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
         checkpoint = (
             get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         )
+        self._commonit_rest, self._commonit_first_step, self._commonit_replanned = None, None, 0
         if checkpoint:
             self._commonit_check_checkpoint(Path(checkpoint))
         self._commonit_save(self.args.output_dir)  # from the start, whatever becomes of the run
@@ -447,10 +494,10 @@ class CommonITMixin(_Mixed):
         return result
 
     def _commonit_check_checkpoint(self, checkpoint: Path) -> None:
-        saved_path = checkpoint / COMMONIT_DIR / RUN_FILE
         if not checkpoint.exists():
             return  # the parent says so
-        if self._commonit_on != saved_path.exists():
+        directory, ended = checkpoint / COMMONIT_DIR, (checkpoint / TRAINER_STATE_NAME).exists()
+        if self._commonit_on != directory.exists() and ended:
             was, now = ("without", "with") if self._commonit_on else ("with", "without")
             raise ValueError(
                 f"resume_from_checkpoint={str(checkpoint)!r} was written {was} CommonIT and this run trains {now} it, "
@@ -458,25 +505,108 @@ class CommonITMixin(_Mixed):
             )
         if not self._commonit_on:
             return
+        saved, state = read_checkpoint(checkpoint)
         try:
-            saved = json.loads(saved_path.read_text(encoding="utf-8"))
-            current = self._commonit_run(self.commonit_plan())
+            self._commonit_rest = load_rest(directory, saved)
+            self._commonit_replanned = saved["times replanned"]
+            current = self._commonit_run(self._commonit_plan_of()())
             # B may be what an earlier run found out; the Trainer takes it from the checkpoint.
             skipped = {"per-device batch size", "order of samples"} if self.args.auto_find_batch_size else set()
-            differences = [
-                f"{name} ({saved[name]!r} in the checkpoint, {current[name]!r} now)"
+            differences = {
+                name: f"{name} ({saved[name]!r} in the checkpoint, {current[name]!r} now)"
                 for name in current
                 if name not in skipped and saved[name] != current[name]
-            ]
-        except (ValueError, KeyError, TypeError) as error:
+            }
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(
-                f"{saved_path} is damaged ({type(error).__name__}: {error}): use another checkpoint."
+                f"{directory / RUN_FILE} is damaged ({type(error).__name__}: {error}): use another checkpoint."
             ) from error
-        if differences:
+        if differences and self.args.commonit_resume == "exact":
             raise ValueError(
-                f"resume_from_checkpoint={str(checkpoint)!r} is of another run; these differ: {'; '.join(differences)}."
-                " Resume with the same settings and data, or start a new run."
+                f"resume_from_checkpoint={str(checkpoint)!r} is of another run; these differ: "
+                f"{'; '.join(differences.values())}. Resume with the same settings and data, or start a new run; "
+                "commonit_resume='replan' goes on with other settings and the same rows."
             )
+        if differences:
+            self._commonit_replan(checkpoint, saved, state, differences)
+
+    def _commonit_replan(
+        self, checkpoint: Path, saved: dict[str, Any], state: TrainerState, differences: dict[str, str]
+    ) -> None:
+        """Take what the checkpoint's epoch has left as the rest of that epoch, and find the step to go on at."""
+        if self.is_deepspeed_enabled and "world size" in differences:
+            raise ValueError(
+                f"commonit_resume='replan': {differences['world size']}: DeepSpeed's checkpoints are read by as many "
+                "ranks as wrote them; resume with those, or start a new run from the checkpoint's model."
+            )
+        other_data = [differences[name] for name in ("rows", "tokens of rows") if name in differences]
+        try:
+            begun = self._commonit_begun_plan(saved, load_grouper(checkpoint / COMMONIT_DIR), differences)
+            if not other_data and begun(epoch=0).digest() != saved["order of samples"]:
+                other_data = ["their groups or numbers of tokens differ"]
+        except ValueError as error:
+            other_data.append(str(error))
+        if other_data:
+            raise ValueError(
+                f"commonit_resume='replan' needs the rows that resume_from_checkpoint={str(checkpoint)!r} was trained "
+                f"on (with packing, the same packs, which follow from the groups): {'; '.join(other_data)}. Give the "
+                "same data, or start a new run from the checkpoint's model."
+            )
+        epoch, done = divmod(state.global_step, begun(epoch=0).num_steps)
+        if self._commonit_rest is not None:
+            begun = functools.partial(self._commonit_rest.plan, begun, saved["data seed"])
+        left = begun(epoch=epoch).left(done)
+        self._commonit_rest = Rest(epoch=epoch, rows=left) if done and len(left) else None
+        self._commonit_replanned += 1
+        epoch += done > 0 and not len(left)
+        plan = self.commonit_plan(epoch)
+        self._commonit_first_step = epoch * plan.num_steps + first_step(plan)
+        self._commonit_logger.info(
+            "commonit_resume='replan': epoch %d has %d samples left, planned anew in %d steps that repeat %d; goes on "
+            "at step %d, with %d an epoch. What differs from the checkpoint: %s.",
+            epoch,
+            len(left),
+            plan.num_steps - first_step(plan),
+            plan.summary().repeated,
+            self._commonit_first_step,
+            plan.num_steps,
+            "; ".join(differences.values()),
+        )
+
+    def _commonit_begun_plan(
+        self, saved: dict[str, Any], grouper: Grouper, differences: dict[str, str]
+    ) -> Callable[..., EpochPlan]:
+        """The plans, by epoch, of the run that `saved` (its `run.json`) and its `grouper` describe."""
+        assert self._commonit_grouped is not None and self.commonit_group_ids is not None
+        group_ids = self.commonit_group_ids
+        if "assignment of rows to groups" in differences:
+            group_ids = grouper.assign(self._commonit_grouped[0])
+        return functools.partial(
+            plan_epoch,
+            group_ids=group_ids,
+            lengths=self._commonit_row_costs() if saved["commonit_balance_lengths"] else None,
+            micro_batch_size=saved["per-device batch size"],
+            world_size=saved["world size"],
+            accumulation_steps=saved["gradient accumulation steps"],
+            purity=saved["commonit_purity"],
+            remainder=saved["commonit_remainder"],
+            weights=weights_by_id(saved["commonit_weights"], grouper.names, group_ids),
+            seed=saved["data seed"],
+        )
+
+    # transformers' own name: the only place that says at which step of which epoch the Trainer goes on. test_rest.py
+    # fails when it changes.
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any
+    ) -> tuple[int, int]:
+        place = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
+        if self._commonit_first_step is None:
+            return place
+        self.state.global_step = self._commonit_first_step
+        self.state.epoch = self._commonit_first_step / num_update_steps_per_epoch
+        self.state.best_global_step = None  # a step of the checkpoint's own count
+        epoch, step = divmod(self._commonit_first_step, num_update_steps_per_epoch)
+        return epoch, step * self.args.gradient_accumulation_steps
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -510,7 +640,7 @@ class CommonITMixin(_Mixed):
                     part = self.get_test_dataloader(dataset.select(np.flatnonzero(group_ids == group)))
                     if len(part) == 0:  # a parent that drops incomplete batches
                         continue
-                    result = loop(part, f"{description} of {name}", True, None, metric_key_prefix)
+                    result = loop(part, f"{description} of {shown(name)}", True, None, metric_key_prefix)
                     output.metrics[f"{metric_key_prefix}_loss_{name}"] = result.metrics[f"{metric_key_prefix}_loss"]
         return output
 
@@ -550,9 +680,16 @@ class _EpochStart(TrainerCallback):
     def __init__(self, trainer: CommonITMixin) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
+        if self.trainer._commonit_first_step is not None:
+            move_schedule(lr_scheduler, state.global_step)
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         sampler = train_dataloader.commonit_sampler
         epoch, done = divmod(state.global_step, sampler.current.num_steps)
+        rest = self.trainer._commonit_rest
+        if rest is not None and rest.epoch < epoch:
+            self.trainer._commonit_rest = None  # trained: later checkpoints need not hold it
         train_dataloader.set_epoch(epoch)
         sampler.skip_first(done * sampler.current.accumulation_steps)
         self.trainer._commonit_check_ranks()

@@ -5,6 +5,7 @@ the epoch, and cut that count into *units*, the largest runs of micro-batches th
 (purity `step`), a micro-step of all ranks (`global`) or one micro-batch (`micro`); (3) shuffle the units of all groups;
 (4) as micro-batches are read, cut each unit into them, by token length where lengths are given (arrange.py). Everything
 follows from the arguments, so ranks that call `plan_epoch` with the same arguments need no communication to agree.
+`EpochPlan.left` and `plan_rest` go on with an epoch under other arguments than it was begun with.
 
 Source: CommonIT (arXiv 2410.03077), section 3: batches of one group each, in random order. The even cut of a group's
 remainder, accumulation-wide purity and the arrangement by length are this project's.
@@ -17,7 +18,7 @@ measures both.
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -70,6 +71,9 @@ class EpochPlan:
     """(samples,) tokens of each row, where units are arranged by them."""
     group_sizes: NDArray[np.int64]
     """(groups,) rows of each group."""
+    group_draws: NDArray[np.int64]
+    """(groups,) draws that each group owes the epoch: its rows, or its share by weight. A unit's draws beyond them only
+    fill it."""
     shuffled_rows: NDArray[np.integer[Any]]
     """(samples,) row numbers, group after group, in random order inside each group."""
     unit_groups: NDArray[np.int64]
@@ -167,7 +171,13 @@ class EpochPlan:
             return self._rows(self.unit_groups[units].ravel(), starts.ravel(), sizes.ravel()), sizes
         here = slice(first // self._micro_steps_per_unit, end // self._micro_steps_per_unit)
         rows = self._rows(self.unit_groups[here], self.unit_starts[here], self.unit_sizes[here])
-        order, sizes = arrange(self.lengths[rows], self.unit_sizes[here], self._micro_steps_per_unit, self.world_size)
+        filled = self.unit_sizes[here] > 0
+        sizes = np.zeros((len(filled), self.micro_batches_per_unit), dtype=np.int64)
+        order = rows[:0]
+        if filled.any():
+            order, sizes[filled] = arrange(
+                self.lengths[rows], self.unit_sizes[here][filled], self._micro_steps_per_unit, self.world_size
+            )
         sizes = sizes.reshape(-1, self.world_size)
         starts = np.cumsum(sizes).reshape(sizes.shape) - sizes
         starts, sizes = starts[:, ranks], sizes[:, ranks]
@@ -184,6 +194,29 @@ class EpochPlan:
         group_starts = np.cumsum(self.group_sizes) - self.group_sizes
         draws += np.repeat(group_starts[groups], sizes)
         return self.shuffled_rows[draws]
+
+    def left(self, steps: int) -> NDArray[np.integer[Any]]:
+        """(draws left,) ascending row numbers that the epoch owes after its first `steps` steps.
+
+        With weights a row is there once for each time that it is still to be drawn; repeats that only fill a unit are
+        left out.
+        """
+        first = steps * self.accumulation_steps * self.world_size // self.micro_batches_per_unit
+        draws = np.flatnonzero(self._owed(slice(first, None)) & ~self._owed(slice(first)))
+        groups = np.repeat(np.arange(len(self.group_draws)), self.group_draws)[draws]
+        places = draws - (np.cumsum(self.group_draws) - self.group_draws)[groups]
+        starts = np.cumsum(self.group_sizes) - self.group_sizes
+        return np.sort(self.shuffled_rows[starts[groups] + places % self.group_sizes[groups]])
+
+    def _owed(self, units: slice) -> NDArray[np.bool_]:
+        """(draws,) which of the draws owed, group after group, `units` hold."""
+        groups, starts, total = self.unit_groups[units], self.unit_starts[units], int(self.group_draws.sum())
+        first_draws = np.cumsum(self.group_draws) - self.group_draws
+        edges = np.zeros(total + 1, dtype=np.int64)
+        for places, sign in ((starts, 1), (starts + self.unit_sizes[units], -1)):
+            places = first_draws[groups] + np.minimum(places, self.group_draws[groups])
+            edges += sign * np.bincount(places, minlength=total + 1)
+        return np.cumsum(edges)[:-1] > 0
 
     def summary(self) -> PlanSummary:
         """Count what the epoch loses and repeats, per group and in all."""
@@ -260,10 +293,7 @@ def plan_epoch(
     rng = np.random.default_rng([seed, epoch])
 
     rows, sizes = _rows_by_group(ids)
-    for end, size in zip(np.cumsum(sizes).tolist(), sizes.tolist(), strict=True):
-        group = rows[end - size : end].astype(np.int64)  # numpy shuffles 8 bytes at a time faster than 4
-        rng.shuffle(group)
-        rows[end - size : end] = group
+    _shuffle_groups(rows, sizes, rng)
 
     micro_batches_per_unit = {"step": accumulation_steps * world_size, "global": world_size, "micro": 1}[purity]
     capacity = micro_batch_size * micro_batches_per_unit
@@ -279,13 +309,10 @@ def plan_epoch(
         )
 
     # A unit is a run of its group's draws: where it starts among them and how many it takes.
-    unit_groups = np.repeat(np.arange(len(sizes)), units)
-    number_in_group = np.arange(num_units) - np.repeat(np.cumsum(units) - units, units)
     if remainder == "keep":
-        base, extra = np.divmod(draws, np.maximum(units, 1))
-        unit_starts = number_in_group * base[unit_groups] + np.minimum(number_in_group, extra[unit_groups])
-        unit_sizes = np.maximum(base[unit_groups] + (number_in_group < extra[unit_groups]), micro_batches_per_unit)
+        unit_groups, unit_starts, unit_sizes = _cut_evenly(draws, units, micro_batches_per_unit)
     else:
+        unit_groups, number_in_group = _number_units(units)
         unit_starts = number_in_group * capacity
         unit_sizes = np.full(num_units, capacity)
 
@@ -294,6 +321,7 @@ def plan_epoch(
         group_ids=ids,
         lengths=token_lengths if micro_batches_per_unit > 1 else None,
         group_sizes=sizes,
+        group_draws=draws,
         shuffled_rows=rows,
         unit_groups=unit_groups[order],
         unit_starts=unit_starts[order],
@@ -302,6 +330,50 @@ def plan_epoch(
         micro_batch_size=micro_batch_size,
         world_size=world_size,
         accumulation_steps=accumulation_steps,
+    )
+
+
+def plan_rest(whole: EpochPlan, rows: ArrayLike, *, seed: int, epoch: int) -> EpochPlan:
+    """Plan the rest of an epoch that was begun with another plan.
+
+    Args:
+        whole: the epoch as it would be with the new arguments from its start; the rest has its geometry and purity.
+        rows: (draws left,) what the begun plan's `EpochPlan.left` gave.
+        seed, epoch: as in `plan_epoch`.
+
+    Returns:
+        A plan with as many steps as `whole`; the first ones, which count as done, hold no samples. Each of `rows` is
+        trained once, whatever policy there is for remainders; only what has too few for a unit is repeated.
+
+    Raises:
+        ValueError: when the rest takes more steps than `whole` has.
+    """
+    left = np.asarray(rows)
+    rng = np.random.default_rng([seed, epoch])
+    places, draws = _rows_by_group(whole.group_ids[left])
+    _shuffle_groups(places, draws, rng)
+
+    units = -(-draws // (whole.micro_batch_size * whole.micro_batches_per_unit))
+    # All steps but the last hold as many units: the rest must end where the whole epoch does.
+    units_per_step = whole.accumulation_steps * whole.world_size // whole.micro_batches_per_unit
+    _add_units(units, draws, int(len(whole.unit_sizes) - units.sum()) % units_per_step)
+    unit_groups, unit_starts, unit_sizes = _cut_evenly(draws, units, whole.micro_batches_per_unit)
+    done = len(whole.unit_sizes) - len(unit_sizes)
+    if done < 0:
+        raise ValueError(
+            f"The rest of epoch {epoch} ({len(left)} samples) takes more steps than the {whole.num_steps} of a whole "
+            "epoch with the new settings: resume with larger batches, or with commonit_remainder='keep' and "
+            "commonit_weights='proportional'."
+        )
+    order, nothing = rng.permutation(len(unit_sizes)), np.zeros(done, dtype=np.int64)
+    return replace(
+        whole,
+        group_sizes=draws,
+        group_draws=draws,
+        shuffled_rows=left[places],
+        unit_groups=np.concatenate([nothing, unit_groups[order]]),
+        unit_starts=np.concatenate([nothing, unit_starts[order]]),
+        unit_sizes=np.concatenate([nothing, unit_sizes[order]]),
     )
 
 
@@ -356,6 +428,30 @@ def _rows_by_group(ids: NDArray[np.integer[Any]]) -> tuple[NDArray[np.integer[An
     return rows, sizes
 
 
+def _shuffle_groups(rows: NDArray[np.integer[Any]], sizes: NDArray[np.int64], rng: np.random.Generator) -> None:
+    """Shuffle each group's stretch of `rows` in place."""
+    for end, size in zip(np.cumsum(sizes).tolist(), sizes.tolist(), strict=True):
+        group = rows[end - size : end].astype(np.int64)  # numpy shuffles 8 bytes at a time faster than 4
+        rng.shuffle(group)
+        rows[end - size : end] = group
+
+
+def _number_units(units: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(units,) the group of each unit, and its number in the group; from (groups,) units of each."""
+    return np.repeat(np.arange(len(units)), units), np.arange(units.sum()) - np.repeat(np.cumsum(units) - units, units)
+
+
+def _cut_evenly(
+    draws: NDArray[np.int64], units: NDArray[np.int64], least: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Cut each group's draws into its units: (units,) group, first draw and size of each. Sizes in a group differ by at
+    most one, and none is under `least`."""
+    groups, number = _number_units(units)
+    base, extra = np.divmod(draws, np.maximum(units, 1))
+    starts = number * base[groups] + np.minimum(number, extra[groups])
+    return groups, starts, np.maximum(base[groups] + (number < extra[groups]), least)
+
+
 def _draws_per_group(sizes: NDArray[np.int64], weights: Mapping[int, float] | str) -> NDArray[np.int64]:
     """(groups,) samples that each group gives to the epoch, in all as many as the dataset has."""
     if weights == "proportional":
@@ -389,5 +485,10 @@ def _round_to_world_size(units: NDArray[np.int64], draws: NDArray[np.int64], wor
         for _ in range(surplus):
             units[np.argmax(units)] -= 1
     elif surplus:
-        for _ in range(world_size - surplus):
-            units[np.argmax(draws / np.maximum(units, 1))] += 1
+        _add_units(units, draws, world_size - surplus)
+
+
+def _add_units(units: NDArray[np.int64], draws: NDArray[np.int64], count: int) -> None:
+    """Cut the groups with the fullest units once more, `count` times, in place."""
+    for _ in range(count):
+        units[np.argmax(draws / np.maximum(units, 1))] += 1

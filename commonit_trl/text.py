@@ -110,7 +110,7 @@ class Rows:
             )
         feature = self.dataset.features[column]
         values, order = self._column(column)
-        if pa.types.is_nested(values.type):
+        if pa.types.is_nested(values.type) or isinstance(values.type, pa.BaseExtensionType):
             raise ValueError(
                 f"commonit_task_column={column!r} holds {values.type} values: name a column of text, numbers "
                 "or class labels."

@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from commonit_trl.config import CommonITArguments
 from commonit_trl.mixin import CommonITMixin, fit_assign
+from commonit_trl.shown import shown
 from commonit_trl.text import Rows
 
 
@@ -73,7 +74,7 @@ class CommonITSFTTrainer(CommonITMixin, SFTTrainer):
         with PartialState().main_process_first():  # as TRL does: the other ranks read what the first one cached
             for group in groups:
                 members = rows.select(np.flatnonzero(group_ids == group))
-                packs.append(_pack(members, args, f"Packing {self.commonit_grouper.names[group]}"))
+                packs.append(_pack(members, args, f"Packing {shown(self.commonit_grouper.names[group])}"))
         self.commonit_group_ids = np.repeat(groups, [len(pack) for pack in packs])
         return concatenate_datasets(packs)
 

@@ -10,11 +10,11 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from pydantic import TypeAdapter
 from safetensors.numpy import load_file, save_file
 
 from commonit_trl.files import replacing, write_text
@@ -142,15 +142,17 @@ def load_grouper(directory: str | Path) -> Grouper:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
-        grouper = GROUPERS[saved["metric"]](**saved["options"])
-        grouper.names, grouper.notices = list(map(str, saved["names"])), saved["notices"]
+        kind, texts = GROUPERS[saved["metric"]], TypeAdapter(list[str])
+        types = get_type_hints(kind.__init__)
+        options = {name: TypeAdapter(types[name]).validate_python(value) for name, value in saved["options"].items()}
+        grouper = kind(**options)
+        grouper.names, grouper.notices = (texts.validate_python(saved[name]) for name in ("names", "notices"))
         arrays = {}
         if saved["arrays"]:
             path = path.with_name(ARRAYS_FILE)
             arrays = load_file(path)
         grouper.restore(saved["fitted"], arrays)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} is not a readable set of groups ({type(error).__name__}: {error}): fit and save them again."
-        ) from error
+    except Exception as error:  # a damaged file fails in the parser's own way
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{path} is not a readable set of groups ({reason}): fit and save them again.") from error
     return grouper

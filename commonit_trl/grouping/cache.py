@@ -16,8 +16,8 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def _named_errors(cache_dir: Path) -> Iterator[None]:
     """Say of an error of the file system which option it comes from."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the second: no path at all, such as one with a NUL
         raise ValueError(
             f"commonit_cache_dir={str(cache_dir)!r} cannot be used ({type(error).__name__}: {error}): name a "
             "directory that this user may write."
@@ -135,7 +135,8 @@ def _load_entry(entry: Path, num_rows: int) -> tuple[Grouper, NDArray[np.int64]]
 
 
 def _write_entry(entry: Path, grouper: Grouper, group_ids: NDArray[np.int64]) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
+    temporary = entry.with_name(f"{entry.name}.{secrets.token_hex(8)}")
+    temporary.mkdir()  # not mkdtemp, whose directories nobody else may read
     try:
         grouper.save(temporary)
         save_file({"group_ids": group_ids}, temporary / _ASSIGNMENT_FILE)

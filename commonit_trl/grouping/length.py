@@ -73,6 +73,7 @@ def _quantile_edges(lengths: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
     if len(values) < 2:
         return np.empty(0, dtype=np.int64)
     below = np.cumsum(counts)[:-1]  # rows under values[1:], the possible edges
+    bins = min(bins, len(lengths))
     targets = len(lengths) * np.arange(1, bins) / bins
     nearest = np.rint(np.interp(targets, below, np.arange(len(below)))).astype(np.int64)
     return values[1:][np.unique(nearest)]

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from datasets.utils import tqdm
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from commonit_trl.files import replacing
 
@@ -107,7 +108,7 @@ class SharedWork(Work):
                     raise WorkIsDone
                 array = np.ascontiguousarray(function(item))
                 with self._directory_in_use(), replacing(result) as temporary:
-                    save_file({"result": array}, temporary)
+                    save_file({"result": array}, temporary, metadata={"checksum": _checksum(array)})
         return True
 
     @contextlib.contextmanager
@@ -124,14 +125,26 @@ class SharedWork(Work):
     def _result(self, name: str, function: Callable[[Any], NDArray[Any]], item: Any) -> NDArray[Any]:
         path = self.directory / f"{name}.safetensors"
         try:
-            return load_file(path)["result"]
-        except (OSError, KeyError, SafetensorError) as error:
+            return _read(path)
+        except Exception as error:  # a damaged file fails in the parser's own way; any failure means: do it again
             if self.done():
                 raise WorkIsDone from None
             logger.warning("%s is damaged (%s: %s) and is computed again.", path, type(error).__name__, error)
             path.unlink(missing_ok=True)
             self._finish(name, function, item, blocking=True)
-            return load_file(path)["result"]
+            return _read(path)
+
+
+def _read(path: Path) -> NDArray[Any]:
+    with safe_open(path, "numpy") as file:
+        result, checksum = file.get_tensor("result"), file.metadata()["checksum"]
+    if _checksum(result) != checksum:
+        raise ValueError("it is not what was written")
+    return result
+
+
+def _checksum(array: NDArray[Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(f"{array.dtype} {array.shape} ".encode() + array.tobytes())
 
 
 def _bar(items: Sequence[Any], progress: str | None) -> tqdm:

@@ -5,9 +5,11 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import yaml
 from toys import tiny_model, tiny_tokenizer
 
@@ -70,7 +72,6 @@ def recipe(directory: Path, datasets: Any, **keys: Any) -> dict[str, Any]:
         "dataset_prepared_path": str(directory / "prepared"),
         "commonit_cache_dir": str(directory / "groups") if keys.get("commonit_metric") else None,
         "commonit_report": False if keys.get("commonit_metric") else None,
-        "dataset_num_proc": 1,
         "sequence_len": 512,
         "pad_to_sequence_len": False,
         "micro_batch_size": 2,
@@ -99,8 +100,14 @@ def write_recipe(path: Path, keys: dict[str, Any]) -> Path:
     return path
 
 
-def axolotl(command: str, path: Path, record: Path | None = None, *flags: str) -> subprocess.CompletedProcess[str]:
-    """`axolotl <command> <path>`, as a user would type it on a machine without GPUs."""
+def axolotl(
+    command: str, path: Path, record: Path | None = None, *flags: str, start: Callable[..., Any] = forked.run
+) -> subprocess.CompletedProcess[str]:
+    """`axolotl <command> <path>`, as a user would type it on a machine without GPUs.
+
+    Args:
+        start: how the program is started: as a fork, or `process`, as a shell does it.
+    """
     environment = {**os.environ, **ENVIRONMENT}
     paths = [str(WORKER.parent), str(WORKER.parents[1]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -108,14 +115,11 @@ def axolotl(command: str, path: Path, record: Path | None = None, *flags: str) -
         environment["COMMONIT_TEST_RECORD"] = str(record)
     launcher = ["--launcher", "python"] if command == "train" else []
     program = str(Path(sys.executable).with_name("axolotl"))
-    return subprocess.run(
-        [program, command, str(path), *launcher, *flags],
-        env=environment,
-        cwd=path.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return start([program, command, str(path), *launcher, *flags], env=environment, cwd=path.parent)
+
+
+def process(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
 def launch(
@@ -124,19 +128,10 @@ def launch(
     """Do the `runs` (see `worker.py`) in one launch; with `killed`, it must die by SIGKILL."""
     spec = directory / f"{runs[0]['name']}.runs.json"
     spec.write_text(json.dumps(runs), encoding="utf-8")
-    command = [sys.executable]
-    if world_size > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(world_size), "--standalone"]
     environment = {**os.environ, **ENVIRONMENT}
     environment.pop("ACCELERATE_USE_CPU")  # the worker sets it where it fits
-    done = subprocess.run(
-        [*command, str(WORKER), str(spec)], env=environment, capture_output=True, text=True, timeout=500, cwd=directory
-    )
-    said = (done.stdout[-3000:] + done.stderr.partition("torch.distributed.elastic")[0])[-6000:]
-    if killed:
-        assert done.returncode == -9 or "SIGKILL" in done.stderr, said
-    else:
-        assert done.returncode == 0, said
+    done = forked.run([str(WORKER), str(spec)], env=environment, cwd=directory, world_size=world_size, timeout=500)
+    assert done.returncode == (-9 if killed else 0), done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 

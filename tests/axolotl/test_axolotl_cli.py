@@ -1,6 +1,7 @@
 """The commands as a user types them, `axolotl preprocess`, `train`, `evaluate` and `inference`, a line more or less.
 
-Runs are shared between tests: first Axolotl alone prepares and trains, then the recipes that differ from it.
+Runs are shared between tests: first Axolotl alone prepares and trains, then the recipes that differ from it. The first
+run is a process of its own; the others are forks (see `forked.py`), which import Axolotl and us as such a process does.
 """
 
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipes import PLUGIN, axolotl, make_rows, recipe, result, seen, write_recipe, write_rows
+from recipes import PLUGIN, axolotl, make_rows, process, recipe, result, seen, write_recipe, write_rows
 
 TASKS = {"maths": 10, "code": 8, "chat": 6}
 RECORDER = "recorder.RecorderPlugin"
@@ -70,7 +71,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 @pytest.fixture(scope="module")
 def plain(shop: Shop) -> str:
     """What Axolotl alone says; it leaves prepared rows without labels."""
-    return shop.trained("plain", plugins=[RECORDER])
+    done = axolotl("train", shop.recipe("plain", plugins=[RECORDER]), shop.directory / "plain", start=process)
+    assert done.returncode == 0, said(done)[-3000:]
+    return said(done)
 
 
 def test_without_our_lines_nothing_of_ours_is_imported(shop: Shop, plain: str) -> None:

@@ -3,14 +3,14 @@ follows, without loading a model."""
 
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
-from recipes import ENVIRONMENT, launch, make_rows, recipe, result, seen, write_recipe, write_rows
+from recipes import ENVIRONMENT, launch, make_rows, process, recipe, result, seen, write_recipe, write_rows
 
 from axolotl_plugin.recipe import read_recipe
 from commonit_trl.grouping.task import TaskGrouper
@@ -22,11 +22,9 @@ CASES = {
 }
 
 
-def commonit(*arguments, cwd):
+def commonit(*arguments, cwd, start=forked.run):
     program = str(Path(sys.executable).with_name("commonit"))
-    return subprocess.run(
-        [program, *map(str, arguments)], env={**os.environ, **ENVIRONMENT}, cwd=cwd, capture_output=True, text=True
-    )
+    return start([program, *map(str, arguments)], env={**os.environ, **ENVIRONMENT}, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +38,8 @@ def directory(tmp_path_factory):
         path = write_recipe(directory / f"{name}.yml", recipe(directory, data, **keys))
         # with what another machine would train in, and this one does not have
         gpu = write_recipe(directory / f"{name}-gpu.yml", recipe(directory, data, **{**keys, "bf16": True}))
-        shown = commonit("inspect", "--axolotl", gpu, "--json", cwd=directory)
+        start = process if name == "plain" else forked.run  # libraries talk as they are imported, and JSON stays JSON
+        shown = commonit("inspect", "--axolotl", gpu, "--json", cwd=directory, start=start)
         assert shown.returncode == 0, shown.stderr[-3000:]
         (directory / f"{name}.shown.json").write_text(shown.stdout, encoding="utf-8")
         runs.append({"name": name, "recipe": str(path)})

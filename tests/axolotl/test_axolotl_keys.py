@@ -32,6 +32,7 @@ EVERY_OPTION = {
     "embedding": {
         "commonit_embedding_model": "some/encoder",
         "commonit_embedding_text": "both",
+        "commonit_embedding_dtype": "float32",
         "commonit_reference_dataset": "mmlu.jsonl",
         "commonit_reference_task_column": "subject",
     },
@@ -45,6 +46,7 @@ FOR_ALL = {
     "commonit_balance_lengths": False,
     "commonit_cache_dir": "groups",
     "commonit_report": False,
+    "commonit_resume": "replan",
 }
 
 
@@ -201,6 +203,12 @@ def test_a_conflict_is_refused_with_the_way_out(directory: Path, key: str) -> No
     said = refusal(directory, **{key: value})
     assert said.startswith(f"{key}: {value!r} does not go with commonit_metric: length: "), said
     assert way_out in said
+
+
+def test_replanning_needs_unpacked_rows(directory: Path) -> None:
+    said = refusal(directory, commonit_resume="replan", sample_packing=True)
+    assert said.startswith("commonit_resume: 'replan' does not go with sample_packing: true: "), said
+    assert validated(directory, commonit_resume="replan").commonit_resume == "replan"
 
 
 def test_what_conflicts_goes_with_none_and_when_it_is_off(directory: Path) -> None:

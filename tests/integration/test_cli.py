@@ -391,14 +391,14 @@ WRONG_FLAGS = {
         {"commonit_metric": "embedding", "commonit_reference_dataset": "unlabelled.jsonl"},
         ["commonit_reference_task_column='task'", "unlabelled.jsonl", "prompt, completion"],
     ),
-    "checkpoint": ({"resume_from_checkpoint": "gone"}, ["checkpoint at gone"]),
+    "checkpoint": ({"resume_from_checkpoint": "gone"}, ["resume_from_checkpoint='gone'", "name a checkpoint"]),
 }
 WRONG_CONFIGS = {
     # name: (the file, what the line says)
     "misspelt": ("commonit_metrc: task", ["commonit_metrc", "did you mean commonit_metric?"]),
     "dashes": ("commonit-metric: task", ["commonit-metric", "did you mean commonit_metric?"]),
     "of trl, misspelt": ("learning_rte: 1", ["learning_rte", "did you mean learning_rate?"]),
-    "of trl, wrong type": ("logging_steps: many", ["--logging_steps", "'many'"]),
+    "of trl, wrong type": ("logging_steps: many", ["logging_steps='many'"]),
     "empty": ("", ["c.yaml", "no options"]),
     "list": ("- commonit_metric: task", ["c.yaml", "no options"]),
     "not YAML": ("commonit_metric: [task", ["c.yaml", "not YAML"]),

@@ -150,11 +150,12 @@ def test_each_option_that_fits_groups_has_its_name_among_the_groupers():
 
 
 def test_ranks_group_together_as_one_does(minilm, tmp_path):
-    """Two ranks under torchrun, which know nothing of each other but the cache: the same groups, written and told once,
-    and each rank encoded a part."""
-    rows = [{"prompt": f"Question {row}: what is {row} plus {row * 7 % 50}?", "completion": "I see."} for row in range(600)]
+    """Two ranks under torchrun, which share nothing but the cache: the same groups, written and told once."""
+    questions = [f"Question {row}: what is {row} plus {row * 7 % 50}?" for row in range(600)]
+    rows = [{"prompt": question, "completion": "I see."} for question in questions]
     data = write_jsonl(tmp_path / "many.jsonl", rows * 2)
-    options = (data, "--commonit_metric", "embedding", "--commonit_embedding_model", minilm, "--commonit_num_groups", "4")
+    options = (data, "--commonit_metric", "embedding", "--commonit_embedding_model", minilm)
+    options += ("--commonit_num_groups", "4")
     cache = ("--commonit_cache_dir", tmp_path / "cache of two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "commonit_trl", "group", *options, *cache, "--output", tmp_path / "by two"]

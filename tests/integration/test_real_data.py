@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 
 from benchmarks import real_data as benchmark
 
-ROWS = 2_000
+ROWS = 1_000
 VOCABULARY = 512  # with the benchmark's 8,000, the loss takes most of the time
 CAPACITY = benchmark.MICRO_BATCH_SIZE * benchmark.ACCUMULATION_STEPS
 

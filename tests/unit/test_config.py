@@ -198,6 +198,7 @@ READ_BY = {
     "commonit_length_edges": ([64], {"length"}),
     "commonit_embedding_model": ("model", {"embedding"}),
     "commonit_embedding_text": ("both", {"embedding"}),
+    "commonit_embedding_dtype": ("float16", {"embedding"}),
     "commonit_reference_dataset": ("reference.csv", {"embedding"}),
 }
 
@@ -263,6 +264,7 @@ COMMAND_LINES = {
     },
     "--commonit_metric task --commonit_cache_dir there": {"commonit_cache_dir": "there"},
     "--commonit_metric task --commonit_report false": {"commonit_report": False},
+    "--commonit_metric task --commonit_resume replan": {"commonit_resume": "replan"},
     "--commonit_metric length --commonit_num_groups 4 --commonit_length_of total": {
         "commonit_num_groups": 4,
         "commonit_length_of": "total",
@@ -272,6 +274,7 @@ COMMAND_LINES = {
         "commonit_embedding_model": "m",
         "commonit_embedding_text": "both",
     },
+    "--commonit_metric embedding --commonit_embedding_dtype bfloat16": {"commonit_embedding_dtype": "bfloat16"},
     "--commonit_metric embedding --commonit_reference_dataset r.csv --commonit_reference_task_column s": {
         "commonit_reference_dataset": "r.csv",
         "commonit_reference_task_column": "s",

@@ -1,0 +1,98 @@
+"""A checkpoint that was not written to its end is never gone on from: it is passed over, or refused with its name."""
+
+import shutil
+
+import pytest
+import torch
+from helpers import Seen, make_trainer, train
+from toys import id_rows
+
+from commonit_trl.resume import last_checkpoint, read_checkpoint
+
+ROWS = id_rows([9, 6])
+OPTIONS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The output directory of a run, and its steps."""
+    directory = tmp_path_factory.mktemp("run")
+    _, seen = train(directory, ROWS, **OPTIONS)
+    return directory / "out", seen.steps
+
+
+@pytest.fixture
+def out(run, tmp_path):
+    """Two checkpoints, of steps 2 and 4."""
+    for step in (2, 4):
+        shutil.copytree(run[0] / f"checkpoint-{step}", tmp_path / "out" / f"checkpoint-{step}")
+    return tmp_path / "out"
+
+
+def resume(directory, checkpoint):
+    trainer = make_trainer(directory, ROWS, **OPTIONS)
+    seen = Seen(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return seen.steps
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def second_rank_is_missing(checkpoint):
+    run = checkpoint / "commonit" / "run.json"
+    run.write_text(run.read_text().replace('"world size": 1', '"world size": 2'))
+
+
+TORN = {
+    "no state": (lambda checkpoint: (checkpoint / "trainer_state.json").unlink(), "trainer_state.json: it is missing"),
+    "half a state": (lambda checkpoint: cut(checkpoint / "trainer_state.json"), "trainer_state.json: "),
+    "an empty state": (lambda checkpoint: (checkpoint / "trainer_state.json").write_text(""), "trainer_state.json: "),
+    "half a random state": (lambda checkpoint: cut(checkpoint / "rng_state.pth"), "rng_state.pth: it ends early"),
+    "a rank without random state": (second_rank_is_missing, "1 of 2 ranks have one"),
+}
+
+
+@pytest.mark.parametrize("how", TORN)
+def test_it_is_passed_over_and_refused_by_name(run, out, tmp_path, how):
+    tear, what = TORN[how]
+    tear(out / "checkpoint-4")
+    assert last_checkpoint(out) == str(out / "checkpoint-2")
+    with pytest.raises(ValueError) as error:
+        resume(tmp_path, str(out / "checkpoint-4"))
+    said = str(error.value)
+    assert said.startswith(f"resume_from_checkpoint={str(out / 'checkpoint-4')!r} was not written to its end"), said
+    assert what in said and "use an earlier checkpoint" in said and "\n" not in said
+    assert resume(tmp_path, True) == run[1][2:]
+
+
+def test_no_groups_yet(out, tmp_path):
+    """Killed while the model was being written: there is nothing of ours, and still no word of another kind of run."""
+    shutil.rmtree(out / "checkpoint-4" / "commonit")
+    (out / "checkpoint-4" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="was not written to its end"):
+        resume(tmp_path, str(out / "checkpoint-4"))
+
+
+def test_none_is_whole(out, tmp_path):
+    for step in (2, 4):
+        cut(out / f"checkpoint-{step}" / "trainer_state.json")
+    with pytest.raises(ValueError, match=r"checkpoint-4' was not written to its end .*remove this one"):
+        resume(tmp_path, True)
+
+
+def test_a_checkpoint_is_none_while_it_is_written_over(out, tmp_path, monkeypatch):
+    """A run that goes on from an earlier checkpoint writes later ones anew. Where it dies in one of them, that must not
+    pass for the whole one that it was, with the new model and the old optimizer."""
+
+    def disk_full(*args, **kwargs):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", disk_full)
+        with pytest.raises(OSError, match="the disk is full"):
+            resume(tmp_path, str(out / "checkpoint-2"))
+    with pytest.raises(ValueError, match="not written to its end"):
+        read_checkpoint(out / "checkpoint-4")
+    assert last_checkpoint(out) == str(out / "checkpoint-2")
