@@ -6,9 +6,8 @@
 `model`, `dropout`, `parent` (true: train plain `SFTTrainer`), `resume` (path), `deepspeed` (a config), `kill_at`
 (optimizer step in which this process kills itself), `arrange_by` ("nothing" or "noise": other lengths for the
 arrangement inside steps than the rows' own), `losses` (true: record each row's loss), `accepts_loss_kwargs` (what the
-model says of itself), `differs` (what the last rank has otherwise: "seed", "data" or "groups"). Each run leaves
-`<dir>/<name>.ids.rank*` (see `toys.Recorder`), and of rank 0 `<name>.safetensors` (final weights),
-`<name>.gradient.safetensors` (of the first step) and `<name>.json`.
+model says of itself). Each run leaves `<dir>/<name>.ids.rank*` (see `toys.Recorder`), and of rank 0
+`<name>.safetensors` (final weights), `<name>.gradient.safetensors` (of the first step) and `<name>.json`.
 """
 
 import json
@@ -81,13 +80,7 @@ def train(run: dict) -> None:
     else:
         options = {"commonit_cache_dir": str(directory / "cache"), "commonit_report": False, **options}
         config, trainer_class = CommonITSFTConfig(**options), CommonITSFTTrainer
-    rows, differs = id_rows(run["group_sizes"]), run.get("differs")
-    if differs and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
-        config.seed += differs == "seed"
-        if differs == "data":
-            rows = rows.map(lambda row: {"input_ids": [*row["input_ids"][:-1], (row["input_ids"][-1] + 1) % 250]})
-        elif differs == "groups":
-            rows = rows.map(lambda row: {"task": "g000" if row["row"] < 3 else row["task"]})
+    rows = id_rows(run["group_sizes"])
     model = tiny_model(run.get("model", "llama"), dropout=run.get("dropout", 0.0))
     if "accepts_loss_kwargs" in run:
         model.accepts_loss_kwargs = run["accepts_loss_kwargs"]
