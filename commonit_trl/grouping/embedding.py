@@ -38,9 +38,8 @@ logger = logging.getLogger(__name__)
 _CHUNK = 512
 """Texts that a process encodes at a time; more, where there would be over `_MAX_CHUNKS`."""
 _MAX_CHUNKS = 1_024
-_SAMPLE = 65_536
+_SAMPLE = 32_768
 """Texts, at least, that k-means is fitted to, where there are as many."""
-_MINI_BATCH_FROM = 50_000
 _ROWS_AT_ONCE = 4_096
 
 
@@ -244,14 +243,12 @@ class EmbeddingGrouper(Grouper):
         asked = self.options["num_groups"]
 
         def cluster(sample: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-            from sklearn.cluster import KMeans, MiniBatchKMeans
+            from sklearn.cluster import KMeans
 
             features = np.concatenate(sample)
             clusters = min(asked, len({hash(row.tobytes()) for row in features}))
-            if len(features) < _MINI_BATCH_FROM:
-                model = KMeans(clusters, n_init=3, random_state=self.options["seed"])
-            else:
-                model = MiniBatchKMeans(clusters, n_init=3, batch_size=4_096, random_state=self.options["seed"])
+            # Of a sample, not in mini-batches of all texts: sooner done, and better (benchmarks/clustering.py).
+            model = KMeans(clusters, n_init=1, random_state=self.options["seed"])
             return _unit_length(model.fit(features, sample_weight=weights).cluster_centers_)
 
         (self.centroids,) = work.map("centroids", cluster, [sample])

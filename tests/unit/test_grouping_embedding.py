@@ -27,7 +27,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from commonit_trl.config import CommonITArguments
-from commonit_trl.grouping import EmbeddingGrouper, build_grouper, load_grouper
+from commonit_trl.grouping import EmbeddingGrouper, build_grouper, embedding, load_grouper
 from commonit_trl.grouping.embedding import best_dtype
 from commonit_trl.text import Rows
 
@@ -74,9 +74,11 @@ class FromVectors(EmbeddingGrouper):
         self._reference = (
             ([str(len(vectors) + task) for task in range(len(reference))], [*reference]) if reference else None
         )
+        self.encoded = 0
         self.group_ids = self.fit_assign(self.read(rows_of([str(row) for row in range(len(vectors))]))).tolist()
 
     def _encode(self, texts: list[str]) -> Any:
+        self.encoded += len(texts)
         return np.array([self.vectors[int(text)] for text in texts], dtype=np.float32)
 
 
@@ -218,16 +220,27 @@ def test_k_means_of_real_embeddings_is_the_same_twice_and_follows_the_seed(minil
     assert any(other != found[0] for other in found[2:])
 
 
-def test_many_rows_are_clustered_in_mini_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_are_clustered_by_a_random_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted, fit = [], sklearn.cluster.KMeans.fit
+    monkeypatch.setattr(embedding, "_SAMPLE", 1_500)
+    monkeypatch.setattr(
+        sklearn.cluster.KMeans, "fit", lambda *args, **kwargs: fitted.append(args[1]) or fit(*args, **kwargs)
+    )
     rng = np.random.default_rng(0)
-    blob = rng.integers(0, 5, size=50_000)
-    features = np.eye(8)[blob] + rng.normal(scale=0.02, size=(50_000, 8))
+    blob = np.sort(rng.integers(0, 5, size=10_000))  # the first rows are all of one kind
+    features = np.eye(8)[blob] + rng.normal(scale=0.02, size=(10_000, 8))
     features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
-    monkeypatch.setattr(sklearn.cluster, "KMeans", None)
-    pairs = set(zip(blob.tolist(), FromVectors(features, num_groups=5).group_ids))
+    grouper = FromVectors(features, num_groups=5)
+    pairs = set(zip(blob.tolist(), grouper.group_ids))
     assert len(pairs) == len({group for _, group in pairs}) == 5
-    with pytest.raises(TypeError):  # one row fewer takes the way that is switched off here
-        FromVectors(features[1:], num_groups=5)
+    assert fitted == [1_536]  # three chunks of 512
+    assert grouper.encoded == 10_000, "no text is encoded for the sample and again for its group"
+
+
+def test_a_text_weighs_as_many_rows_as_it_has(static: str) -> None:
+    grouper = EmbeddingGrouper(model=static, num_groups=1).fit(rows_of(["sun"] * 3 + ["cat"]))
+    (centroid,) = grouper.centroids
+    assert sorted(centroid[centroid != 0].tolist()) == pytest.approx([1 / 10**0.5, 3 / 10**0.5], rel=1e-3)
 
 
 def test_fewer_different_rows_than_clusters_is_told(static: str, caplog: Any) -> None:
