@@ -8,16 +8,20 @@ ARGS   ?=
 
 NEWEST := .venv
 LOWEST := .venv-lowest
+FUZZ   := .venv-fuzz
+MUTANTS := .venv-mutants
 BENCH  := .venv-bench
 BACKENDS := .venv-bench-backends
 NEWEST_EXTRAS := test,dev,deepspeed
 LOWEST_EXTRAS := test,axolotl
+FUZZ_EXTRAS := $(LOWEST_EXTRAS),fuzz
+MUTANTS_EXTRAS := test,mutants
 
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-newest test-lowest test-faults check format bench bench-full bench-gpu constraints audit clean
+.PHONY: help demo test test-newest test-lowest test-faults fuzz mutants check format bench bench-full bench-gpu constraints audit clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +40,13 @@ test-lowest: $(LOWEST)/.ready ## Run the tests on the lowest supported versions
 
 test-faults: $(NEWEST)/.ready ## Kill training at random moments, then train for long (half an hour)
 	COMMONIT_FAULTS_RESULTS=benchmarks/results $(TEST_ENV) $(NEWEST)/bin/python -m pytest -m faults $(ARGS)
+
+fuzz: $(FUZZ)/.ready ## Fuzz the readers of our files, the options and the plan (a quarter of an hour)
+	$(TEST_ENV) $(FUZZ)/bin/python tests/fuzz/fuzz.py $(ARGS)
+
+mutants: $(MUTANTS)/.ready ## Break plan, sampler and grouping in thousands of ways and see whether tests fail (hours)
+	$(TEST_ENV) $(MUTANTS)/bin/mutmut run --max-children $(JOBS) $(ARGS)
+	$(MUTANTS)/bin/mutmut results
 
 check: $(NEWEST)/.ready ## Lint, check the formatting and the types
 	$(NEWEST)/bin/python -m ruff check .
@@ -70,7 +81,7 @@ audit: ## Look up the pinned versions among the known vulnerabilities (asks pypi
 	rm -rf .venv-audit
 
 clean: ## Remove the environments, caches and build output
-	rm -rf $(NEWEST) $(LOWEST) $(BENCH) $(BACKENDS) .venv-freeze .venv-audit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(NEWEST) $(LOWEST) $(FUZZ) $(MUTANTS) mutants $(BENCH) $(BACKENDS) .venv-freeze .venv-audit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an environment without one is half made, and made again from the start.
@@ -79,6 +90,12 @@ $(NEWEST)/.ready: pyproject.toml constraints/newest.txt
 
 $(LOWEST)/.ready: pyproject.toml constraints/lowest.txt
 	$(call make-env,$(LOWEST),constraints/lowest.txt,$(LOWEST_EXTRAS))
+
+$(FUZZ)/.ready: pyproject.toml constraints/lowest.txt
+	$(call make-env,$(FUZZ),constraints/lowest.txt,$(FUZZ_EXTRAS))
+
+$(MUTANTS)/.ready: pyproject.toml constraints/newest.txt
+	$(call make-env,$(MUTANTS),constraints/newest.txt,$(MUTANTS_EXTRAS))
 
 # mosaicml-streaming asks for an older numpy and transformers; what is measured of it runs with ours.
 $(BENCH)/.ready: pyproject.toml constraints/newest.txt

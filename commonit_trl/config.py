@@ -28,7 +28,6 @@ _CHOICES = {
     "commonit_remainder": ("keep", "drop", "pad"),
     "commonit_resume": ("exact", "replan"),
 }
-_MOST_TOKENS = 2**63 - 1
 _LARGEST_WEIGHT = 1e100
 """So that weights have a finite sum."""
 WEIGHT_NAMES = ("proportional", "uniform", "sqrt")
@@ -254,9 +253,10 @@ def _check_combinations(options: CommonITArguments) -> None:
             raise ValueError(f"{name}={value} must be at least {least}.")
     edges = options.commonit_length_edges
     if edges is not None:
-        if not edges or edges[0] < 1 or edges[-1] > _MOST_TOKENS or any(low >= high for low, high in pairwise(edges)):
+        if not edges or edges[0] < 1 or edges[-1] >= 2**63 or any(low >= high for low, high in pairwise(edges)):
             raise ValueError(
-                f"commonit_length_edges={edges} must be one or more ascending token counts above 0, e.g. [64, 256]."
+                f"commonit_length_edges={edges} must be one or more ascending token counts above 0 and under 2**63, "
+                "e.g. [64, 256]."
             )
         if options.commonit_num_groups is not None:
             raise ValueError(

@@ -137,6 +137,11 @@ def test_the_default_directory_is_in_the_datasets_cache(tmp_path: Path, monkeypa
     assert entry_of(tmp_path / "commonit").is_dir()
 
 
+def test_directories_above_are_made(tmp_path: Path) -> None:
+    fit_assign_cached(GROUPERS["task"](), some_rows(), tmp_path / "a" / "b")
+    assert entry_of(tmp_path / "a" / "b").is_dir()
+
+
 def test_a_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     fit_assign_cached(GROUPERS["task"](), some_rows(), "~/groups")
@@ -325,7 +330,7 @@ def test_processes_that_race_share_the_work_and_agree(processes: Any, tmp_path: 
     assert {path.name for path in entry.parent.iterdir()} <= {entry.name, f"{entry.name}.lock"}
 
 
-@pytest.mark.parametrize("damage", [None, "truncate", "garble"])
+@pytest.mark.parametrize("damage", [None, "truncate", "flip"])
 def test_a_killed_process_leaves_its_finished_work_to_the_next(
     damage: str | None, processes: Any, tmp_path: Path, caplog: Any
 ) -> None:
@@ -410,6 +415,32 @@ def test_an_entry_of_another_number_of_rows_is_not_used(tmp_path: Path, caplog: 
         fit_assign_cached(grouper, Rows(dataset), tmp_path)
         shutil.move(entry_of(tmp_path), tmp_path / print_of(grouper, dataset.select([0])))
     assert "2 assignments for 1 rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"format": "2\n"}, "ValueError: format 2 , this version reads 1"),
+        ({"notices": 5}, "Input should be a valid list"),
+        ({"options": {"min_size": "few"}}, "Input should be a valid integer"),
+        ({"options": {"a\nb": 1}}, "KeyError"),
+        ({"fitted": {"edges": [3, 1e400]}}, "OverflowError"),
+    ],
+)
+def test_what_the_fuzzer_found_in_saved_groups(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """Each was another exception, an error of several lines, or went wrong only when the groups were used."""
+    LengthGrouper(edges=[3, 8]).fit(some_rows()).save(tmp_path)
+    saved = json.loads((tmp_path / "groups.json").read_text())
+    (tmp_path / "groups.json").write_text(json.dumps(saved | change))
+    with pytest.raises(ValueError) as caught:
+        load_grouper(tmp_path)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_groups_nested_too_deeply_to_read_are_an_error_with_their_path(tmp_path: Path) -> None:
+    (tmp_path / "groups.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"groups\.json is not a readable set of groups \(RecursionError"):
+        load_grouper(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["groups.json", "groups.safetensors"])

@@ -87,6 +87,7 @@ def test_a_valid_value_is_read_as_its_type(given: dict[str, Any], read: Any) -> 
         ),
         ({"commonit_metric": "length", "commonit_length_edges": [9, 9]}, ["commonit_length_edges=[9, 9]"]),
         ({"commonit_metric": "length", "commonit_length_edges": [9, 4]}, ["ascending token counts"]),
+        ({"commonit_metric": "length", "commonit_length_edges": [9, 2**63]}, ["ascending token counts", "under 2**63"]),
         ({"commonit_metric": "length", "commonit_length_edges": [0, 4]}, ["above 0"]),
         ({"commonit_metric": "length", "commonit_length_edges": 64}, ["commonit_length_edges=64", "list"]),
         (
@@ -136,6 +137,9 @@ def test_a_valid_value_is_read_as_its_type(given: dict[str, Any], read: Any) -> 
         ),
         ({"commonit_metric": "task", "commonit_weights": {"a": float("nan")}}, ["weight nan of group 'a'"]),
         ({"commonit_metric": "task", "commonit_weights": {"a": float("inf")}}, ["weight inf of group 'a'"]),
+        ({"commonit_metric": "task", "commonit_weights": {"a": 10**400}}, ["of group 'a'", "at most 1e+100"]),
+        ({"commonit_metric": "task", "commonit_weights": "{" + "[" * 100_000}, ["commonit_weights=", "is not JSON"]),
+        ({"commonit_metric": "task", "commonit_weights": '{"a":' + "[" * 100_000}, ["commonit_weights=", "is not JSON"]),
         ({"commonit_metric": "task", "commonit_weights": {"a": "1"}}, ["weight '1' of group 'a'"]),
         ({"commonit_metric": "task", "commonit_weights": {"a": 0, "b": 0.0}}, ["above 0"]),
         ({"commonit_metric": "task", "commonit_weights": {}}, ["above 0"]),

@@ -222,10 +222,13 @@ def test_k_means_of_real_embeddings_is_the_same_twice_and_follows_the_seed(minil
 
 def test_many_rows_are_clustered_by_a_random_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     fitted, fit = [], sklearn.cluster.KMeans.fit
+
+    def record(self: Any, features: Any, **kwargs: Any) -> Any:
+        fitted.append(len(features))
+        return fit(self, features, **kwargs)
+
     monkeypatch.setattr(embedding, "_SAMPLE", 1_500)
-    monkeypatch.setattr(
-        sklearn.cluster.KMeans, "fit", lambda *args, **kwargs: fitted.append(args[1]) or fit(*args, **kwargs)
-    )
+    monkeypatch.setattr(sklearn.cluster.KMeans, "fit", record)
     rng = np.random.default_rng(0)
     blob = np.sort(rng.integers(0, 5, size=10_000))  # the first rows are all of one kind
     features = np.eye(8)[blob] + rng.normal(scale=0.02, size=(10_000, 8))

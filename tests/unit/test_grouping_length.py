@@ -143,6 +143,18 @@ def test_small_bins_join_their_smaller_neighbour(lengths: list[int], edges: list
     assert len(found) == 1 or all(len(members) >= least for members in found if members)
 
 
+def test_the_smallest_bin_is_merged_first_with_its_smaller_neighbour() -> None:
+    """Random lengths seldom make the order matter."""
+    lengths = [1] * 3 + [2] * 4 + [3] * 2 + [4] * 9
+    assert fitted(lengths, edges=[2, 3, 4], min_size=3).edges.tolist() == [2, 4]
+    lengths = [1] * 9 + [2] * 3 + [3] * 5 + [4] * 2 + [5] * 6
+    assert fitted(lengths, edges=[2, 3, 4, 5], min_size=4).edges.tolist() == [2, 5]
+
+
+def test_one_bin_less_than_asked_for_is_told() -> None:
+    assert "collapse to 2 groups" in fitted([3] * 50 + [4] * 50, num_groups=3).notices[0]
+
+
 def test_rows_without_tokens_are_the_shortest() -> None:
     rows = Rows(Dataset.from_dict({"input_ids": [[], None, [1] * 9], "labels": [[], None, [1] * 9]}))
     assert LengthGrouper(num_groups=2).fit(rows).assign(rows).tolist() == [0, 0, 1]

@@ -381,7 +381,7 @@ def test_group_of_ten_thousand_groups():
     ("change", "said"),
     [
         ({"purity": "steps"}, "purity='steps' is not one of step, global, micro: did you mean 'step'?"),
-        ({"remainder": "dorp"}, "did you mean 'drop'?"),
+        ({"remainder": "dorp"}, "remainder='dorp' is not one of keep, drop, pad: did you mean 'drop'?"),
         ({"weights": "unifrom"}, "did you mean 'uniform'?"),
         ({"weights": {0: 1.0}}, "weights must name every group that has samples: missing [1]"),
         ({"weights": {0: 1.0, 1: -1.0}}, "must be a number >= 0"),

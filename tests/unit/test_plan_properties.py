@@ -1,19 +1,22 @@
-"""The invariants of an epoch plan at sizes of real data: up to 10^5 rows in up to 10^4 groups, with all options at once.
+"""The invariants of an epoch plan at sizes of real data: up to 10^5 rows in up to 10^4 groups, all options at once.
 
 test_plan.py looks at small plans sample by sample. Here everything is counted with numpy, from what the ranks read and
-from the arguments alone. `--hypothesis-profile=many` tries a hundred times as many examples (conftest.py).
+from the arguments alone. COMMONIT_PLAN_EXAMPLES says how many times as many examples to try; `make fuzz` sets it.
 """
 
+import hashlib
 import math
+import os
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from commonit_trl.plan import plan_epoch
+from commonit_trl.plan import plan_epoch, plan_rest
 
 MOST_ROWS, MOST_GROUPS = 100_000, 10_000
+TIMES = int(os.environ.get("COMMONIT_PLAN_EXAMPLES", "1"))
 
 
 @st.composite
@@ -130,6 +133,7 @@ def check(case, data):
     summary = plan.summary()
     assert summary.lost == (times == 0).sum() and summary.repeated == np.maximum(times - 1, 0).sum()
     assert (summary.group_samples == sizes).all() and summary.num_samples == len(group_ids)
+    assert summary.vanilla_steps == math.ceil(len(group_ids) / (size * world * accumulation))
     assert summary.num_steps == plan.num_steps and summary.num_groups == (sizes > 0).sum()
 
     # I3, I4: made again it is the same, and a rank that begins anywhere reads the tail of what it would have read.
@@ -141,13 +145,13 @@ def check(case, data):
     assert plan_epoch(group_ids, lengths, **geometry, **options | {"epoch": 1001}).num_micro_steps == len(ranks[0])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200 * TIMES, deadline=None)
 @given(case=cases(3_000, 100), data=st.data())
 def test_invariants(case, data):
     check(case, data)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20 * TIMES, deadline=None)
 @given(case=cases(MOST_ROWS, MOST_GROUPS), data=st.data())
 def test_invariants_at_the_size_of_real_data(case, data):
     check(case, data)
@@ -168,3 +172,33 @@ def test_the_most_rows_in_the_most_groups(purity, weights):
     else:
         assert drawn.min() >= MOST_ROWS // MOST_GROUPS
         assert drawn.max() <= MOST_ROWS // MOST_GROUPS + 4
+
+
+@pytest.mark.parametrize(
+    ("purity", "digest"), [("step", "ecb98a6625703e36"), ("global", "e0b5630b257de9c2"), ("micro", "9ff08938fec0d11a")]
+)
+def test_a_known_plan_stays_row_for_row(purity, digest):
+    """I4 across versions and machines, arranged by length: the digest of a plan does not see how units are cut."""
+    rows = np.arange(5_000)
+    plan = plan_epoch(
+        rows * rows % 7,
+        rows * rows * 31 % 997 + 1,
+        micro_batch_size=6,
+        world_size=3,
+        accumulation_steps=2,
+        purity=purity,
+        weights="sqrt",
+        seed=1,
+    )
+    read = [list(plan.batches(rank)) for rank in range(3)]
+    assert hashlib.blake2b(repr(read).encode(), digest_size=8).hexdigest() == digest
+
+
+def test_a_rest_is_the_same_when_it_is_made_again():
+    """I3, I4: the ranks plan the rest of an epoch each for itself."""
+    group_ids = np.arange(400) % 3
+    whole = plan_epoch(group_ids, micro_batch_size=2, world_size=2, seed=1)
+    rests = [plan_rest(whole, np.arange(100, 400), seed=seed, epoch=epoch) for seed, epoch in [(1, 2)] * 2 + [(2, 2)]]
+    rests.append(plan_rest(whole, np.arange(100, 400), seed=1, epoch=3))
+    assert rests[0].digest() == rests[1].digest()
+    assert len({rest.digest() for rest in rests}) == 3
