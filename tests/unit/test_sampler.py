@@ -120,6 +120,12 @@ def test_loader(options):
         assert list(loader) == list(plan_of(epoch, world_size=1, accumulation_steps=3).batches(0))
 
 
+def test_the_first_epoch_of_the_first_rank_is_where_it_begins():
+    sampler = CommonITBatchSampler(functools.partial(plan_of, world_size=2, accumulation_steps=2))
+    loader = CommonITDataLoader(range(len(GROUP_IDS)), sampler, collate_fn=list)
+    assert list(loader) == list(plan_of(0, world_size=2, accumulation_steps=2).batches(0))
+
+
 def test_loader_pickled():
     (sampler,) = samplers(1, 3)
     loader = CommonITDataLoader(range(len(GROUP_IDS)), sampler, collate_fn=list)

@@ -1,0 +1,360 @@
+"""What is fuzzed: each reader of files that this package writes, and each front end of its options.
+
+A target is a function from a folder to seeds and to what is done with one input. The property is the same for all: an
+input is read, or refused with a ValueError of one line; what is read can be used. The seeds are written by the code
+under test, so they are never out of date. `mutate` is the damage that both the fuzzer (fuzz.py) and the replay in the
+tests do, besides the fuzzer's own.
+
+Cost: 0.1 to 5 milliseconds an input, but tens for the slow ones: groups are fitted again, or the parser of the command
+line is made anew.
+"""
+
+import contextlib
+import json
+import os
+import random
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from datasets import Dataset
+from transformers import TrainerState
+
+from commonit_trl import cli
+from commonit_trl.config import OPTIONS, CommonITArguments
+from commonit_trl.grouping import EmbeddingGrouper, LengthGrouper, TaskGrouper, cache, fit_assign_cached, load_grouper
+from commonit_trl.resume import last_checkpoint, load_rest, read_checkpoint
+from commonit_trl.shown import shown
+from commonit_trl.text import Rows
+
+
+@dataclass(frozen=True)
+class Target:
+    seeds: list[bytes]
+    run: Callable[[bytes], None]
+    """Reads one input; raises where the property does not hold."""
+    slow: bool = False
+    """Whether an input takes tens of milliseconds."""
+
+
+WORDS = {"sun": [1.0, 0.0], "moon": [1.0, 0.1], "cat": [0.0, 1.0], "dog": [0.1, 1.0]}
+ROWS = Rows(
+    Dataset.from_dict(
+        {
+            "text": [*WORDS, "sun"],
+            "task": ["sky", "sky", "pets", None, "sky"],
+            "input_ids": [[1] * size for size in (2, 9, 4, 7, 2)],
+        }
+    )
+)
+
+
+class Encoded(EmbeddingGrouper):
+    """The real grouper but for the encoder."""
+
+    def _encode(self, texts: list[str]) -> Any:
+        return np.array([WORDS[text] for text in texts], dtype=np.float32)
+
+
+def embedding_grouper() -> Encoded:
+    return Encoded(model="none", num_groups=2, dtype="float32")
+
+
+@contextlib.contextmanager
+def refusals(shown_as: Callable[[str], str] = str) -> Iterator[None]:
+    """In here a ValueError of one line is right, and everything else is not."""
+    try:
+        yield
+    except ValueError as error:
+        line = shown_as(str(error))
+        assert line and len(line.splitlines()) == 1, f"not one line: {line!r}"
+
+
+# --- files that we write ----------------------------------------------------------------------------------------------
+
+
+def groups_json(folder: Path) -> Target:
+    seeds = []
+    for grouper in (TaskGrouper(columns=["task"]), LengthGrouper(edges=[3, 8]), embedding_grouper()):
+        grouper.fit(ROWS).save(folder)  # the last one leaves its arrays
+        seeds.append((folder / "groups.json").read_bytes())
+    return Target(seeds, lambda content: _read_groups(folder, "groups.json", content))
+
+
+def groups_safetensors(folder: Path) -> Target:
+    embedding_grouper().fit(ROWS).save(folder)
+    file = folder / "groups.safetensors"
+    return Target([file.read_bytes()], lambda content: _read_groups(folder, file.name, content))
+
+
+def _read_groups(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+    with refusals():
+        grouper = load_grouper(folder)
+        grouper.log_notices()
+        grouper.save(folder / "again")
+        again = load_grouper(folder / "again")
+        assert json.dumps(again.description()) == json.dumps(grouper.description())
+        if not isinstance(grouper, EmbeddingGrouper):  # whose model would be loaded
+            group_ids = grouper.assign(ROWS)
+            assert group_ids.min() >= -1 and group_ids.max() < len(grouper.names)
+
+
+def cache_entry(folder: Path) -> Target:
+    """The first byte says which file of an entry is damaged, and whether its checksum is made to fit."""
+    _, expected = fit_assign_cached(embedding_grouper(), ROWS, folder)
+    (entry,) = (path for path in folder.iterdir() if path.is_dir())
+    whole = {file.name: file.read_bytes() for file in sorted(entry.iterdir())}
+    names = [*whole]
+
+    def run(content: bytes) -> None:
+        number, content = content[0] if content else 0, content[1:]
+        name, fits = names[number % len(names)], number // len(names) % 2 == 1
+        entry.mkdir(exist_ok=True)
+        for file, whole_content in whole.items():
+            (entry / file).write_bytes(content if file == name else whole_content)
+        if fits and name != "checksums.json":
+            sums = {file: cache._checksum(entry / file) for file in names if file != "checksums.json"}
+            (entry / "checksums.json").write_text(json.dumps(sums))
+        _, group_ids = fit_assign_cached(embedding_grouper(), ROWS, folder)
+        assert group_ids.shape == (len(ROWS),)
+        if not fits and name != "checksums.json":
+            assert group_ids.tolist() == expected.tolist()
+
+    seeds = [bytes([number]) + whole[names[number % len(names)]] for number in range(2 * len(names))]
+    return Target(seeds, run, slow=True)
+
+
+def shared_work(folder: Path) -> Target:
+    """The first byte says which result is damaged of those that an interrupted run has left."""
+    _, expected = fit_assign_cached(embedding_grouper(), ROWS, folder / "whole")
+    (entry,) = (path for path in (folder / "whole").iterdir() if path.is_dir())
+    work = folder / "cache" / f"{entry.name}.work"
+
+    class Stopped(Exception):
+        pass
+
+    class Stops(Encoded):
+        def fit_assign(self, values: Any, work: Any = None) -> Any:
+            super().fit_assign(values, work)
+            raise Stopped
+
+    with contextlib.suppress(Stopped):
+        fit_assign_cached(Stops(**embedding_grouper().options), ROWS, folder / "cache")
+    whole = {file.name: file.read_bytes() for file in sorted(work.glob("*.safetensors"))}
+    assert whole
+    names = [*whole]
+
+    def run(content: bytes) -> None:
+        number, content = content[0] if content else 0, content[1:]
+        for path in (folder / "cache").glob("*/*"):
+            path.unlink()
+        for path in (folder / "cache").glob("*"):
+            path.rmdir() if path.is_dir() else path.unlink()
+        work.mkdir()
+        for file, whole_content in whole.items():
+            (work / file).write_bytes(content if file == names[number % len(names)] else whole_content)
+        _, group_ids = fit_assign_cached(embedding_grouper(), ROWS, folder / "cache")
+        assert group_ids.tolist() == expected.tolist()
+
+    return Target([bytes([number]) + whole[name] for number, name in enumerate(names)], run, slow=True)
+
+
+def run_json(folder: Path) -> Target:
+    """The first byte says which file of the newer of two checkpoints is damaged."""
+    run = {"world size": 2, "rest of an epoch": None, "times replanned": 0, "data seed": 3, "commonit_purity": "step"}
+    for step in (5, 10):
+        checkpoint = folder / f"checkpoint-{step}"
+        (checkpoint / "commonit").mkdir(parents=True)
+        (checkpoint / "commonit" / "run.json").write_text(json.dumps(run, indent=2))
+        TrainerState(global_step=step, max_steps=20).save_to_json(str(checkpoint / "trainer_state.json"))
+        for rank in range(2):
+            with zipfile.ZipFile(checkpoint / f"rng_state_{rank}.pth", "w") as archive:
+                archive.writestr("data", "x")
+    names = ("commonit/run.json", "trainer_state.json", "rng_state_1.pth")
+    whole = {name: (checkpoint / name).read_bytes() for name in names}
+
+    def read(content: bytes) -> None:
+        number, content = content[0] if content else 0, content[1:]
+        for name, whole_content in whole.items():
+            (checkpoint / name).write_bytes(content if name == names[number % len(names)] else whole_content)
+        assert last_checkpoint(folder) in {str(checkpoint), str(folder / "checkpoint-5")}
+        with refusals():
+            saved, _ = read_checkpoint(checkpoint)
+            # The trainer makes one line of these, as of all that it misses in the file.
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                load_rest(checkpoint / "commonit", saved)
+
+    return Target([bytes([number]) + whole[name] for number, name in enumerate(names)], read)
+
+
+# --- front ends of the options ----------------------------------------------------------------------------------------
+
+OPTION_VALUES: list[dict[str, Any]] = [
+    {"commonit_metric": "task", "commonit_task_column": ["a", "b"], "commonit_weights": {"a": 0.5, "b": 2}},
+    {"commonit_metric": "length", "commonit_length_edges": [64, 256], "commonit_weights": '{"a": 1}'},
+    {"commonit_metric": "length", "commonit_num_groups": 4, "commonit_length_of": "total", "commonit_purity": "micro"},
+    {"commonit_metric": "embedding", "commonit_reference_dataset": "a/b", "commonit_reference_task_column": "t"},
+    {"commonit_metric": "none", "commonit_remainder": "pad", "commonit_weights": "sqrt", "commonit_resume": "replan"},
+    {"commonit_metric": "task", "commonit_balance_lengths": False, "commonit_cache_dir": "~/x", "commonit_report": 1},
+]
+
+
+def _json_seeds(values: list[Any]) -> list[bytes]:
+    return [json.dumps(value).encode() for value in values]
+
+
+def arguments(folder: Path) -> Target:
+    """The dataclass, from a mapping: the TRL API."""
+
+    def run(content: bytes) -> None:
+        try:
+            given = json.loads(content)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(given, dict) and all(name.startswith("commonit") for name in given):  # Python refuses others
+            with refusals():
+                options = CommonITArguments(**given)
+                assert asdict(CommonITArguments(**asdict(options))) == asdict(options)
+
+    return Target(_json_seeds(OPTION_VALUES), run)
+
+
+def yaml_file(folder: Path) -> Target:
+    """`commonit sft --config FILE`; JSON is YAML too."""
+    path = folder / "config.yaml"
+
+    def run(content: bytes) -> None:
+        path.write_bytes(content)
+        _parse(["--output_dir", str(folder), "--use_cpu", "true", "--config", str(path)])
+
+    entries = {"datasets": [{"path": "x", "split": "train"}], "learning_rate": 0.1, "env": {"A": "b"}, "max_length": 9}
+    seeds = [entries | OPTION_VALUES[0], *OPTION_VALUES]
+    return Target([*_json_seeds(seeds), *(yaml.safe_dump(seed).encode() for seed in seeds[:2])], run, slow=True)
+
+
+def flags(folder: Path) -> Target:
+    """The flags of `commonit sft`, each on a line."""
+
+    def run(content: bytes) -> None:
+        given = content.decode(errors="surrogateescape").split("\n")
+        if not {"-h", "--help"} & {*given}:
+            _parse(["--output_dir", str(folder), "--use_cpu", "true", *given])
+
+    def as_flag(value: Any) -> str:
+        return json.dumps(value) if isinstance(value, dict | bool) else str(value)
+
+    seeds = []
+    for values in OPTION_VALUES:
+        parts = []
+        for name, value in values.items():
+            parts += [f"--{name}", *map(as_flag, value if isinstance(value, list) else [value])]
+        seeds.append("\n".join(parts).encode())
+    return Target([*seeds, b"--dataset_name=x\n--max-length\n9\n--num_processes\n2\n--packing"], run, slow=True)
+
+
+def _parse(argv: list[str]) -> None:
+    environment = dict(os.environ)  # `env:` in a YAML file changes it
+    try:
+        with refusals(shown):  # which is what the command prints them through
+            with contextlib.suppress(TypeError):  # in one line, too: TRL's dataclasses do not check
+                cli._parse_sft(argv)
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def axolotl_recipe(folder: Path) -> Target:
+    """The `commonit_*` keys of an Axolotl recipe, and the file itself."""
+    from axolotl_plugin.args import read_options
+    from axolotl_plugin.recipe import _check_file
+
+    path = folder / "recipe.yml"
+
+    def run(content: bytes) -> None:
+        path.write_bytes(content)
+        with refusals(shown):
+            _check_file(str(path))
+            options = read_options(yaml.safe_load(content))
+            assert asdict(read_options(asdict(options))) == asdict(options)
+
+    seeds = [{"plugins": ["axolotl_plugin.CommonITPlugin"]} | values for values in OPTION_VALUES]
+    return Target([*_json_seeds(seeds), *(yaml.safe_dump(seed).encode() for seed in seeds[:2])], run)
+
+
+TARGETS: dict[str, Callable[[Path], Target]] = {
+    target.__name__: target
+    for target in (groups_json, groups_safetensors, cache_entry, shared_work, run_json, arguments, yaml_file, flags)
+}
+with contextlib.suppress(PackageNotFoundError):
+    version("axolotl")
+    TARGETS["axolotl_recipe"] = axolotl_recipe
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+_ODD: list[Any] = [
+    *(None, True, 0, 1, 2, -1, 0.5, float("inf"), float("nan"), 2**63, -(2**63), 10**30, 10**400),
+    *("", "a", "a\nb", "\x00", "\x1b[2J", "\u202e", "\ud800", "../../a", "9" * 5000, "{", '{"a": 1}', "[" * 5000),
+    *([], {}, [[]], [None], [1, "a"], [3, 2], [1.5], {"a": 1}, {"a": {}}, {"a": [1]}, {"1": True}, {"a\nb": 1}),
+    *OPTIONS,
+    *("task", "length", "embedding", "none", "step", "keep", "sqrt", "F64", "BF16", "F8_E4M3", "I64", "BOOL", "C64"),
+]
+
+
+def mutate(content: bytes, rng: random.Random) -> bytes:
+    """`content` after some damage: to values in the JSON that it holds, or to its bytes."""
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        kind = rng.random()
+        if kind < 0.6:
+            content = _mutate_json(content, rng)
+        elif kind < 0.7:
+            content = content[: rng.randrange(len(content) + 1)]
+        else:
+            start = rng.randrange(len(content) + 1)
+            end = min(len(content), start + rng.choice((0, 1, 1, 1, 8)))
+            some = rng.choice((b"", bytes([rng.randrange(256)]), b"\n", b"[" * 10_000, bytes(8), rng.randbytes(4)))
+            content = content[:start] + some + content[end:]
+    return content
+
+
+def _mutate_json(content: bytes, rng: random.Random) -> bytes:
+    """Change a value of JSON that is the whole, comes after one byte, or is the header of a safetensors file."""
+    for start in (0, 1, 8, 9):
+        header = start >= 8
+        end = start + int.from_bytes(content[start - 8 : start], "little") if header else len(content)
+        try:
+            value = json.loads(content[start:end])
+        except (ValueError, RecursionError):
+            continue
+        changed = json.dumps(_changed(value, rng)).encode()
+        length = len(changed).to_bytes(8, "little") if header else b""
+        return content[: start - len(length)] + length + changed + content[end:]
+    return content
+
+
+def _changed(value: Any, rng: random.Random) -> Any:
+    """`value` with one thing in it other than it was."""
+    if isinstance(value, dict | list) and value and rng.random() < 0.8:
+        value = value.copy()
+        keys = [*value] if isinstance(value, dict) else range(len(value))
+        key = rng.choice(keys)
+        kind = rng.random()
+        if kind < 0.15:
+            del value[key]
+        elif kind < 0.3 and isinstance(value, dict):
+            value[str(rng.choice(_ODD))[:50]] = value[key]
+        elif kind < 0.3 and isinstance(value, list):
+            value.append(value[key])
+        elif kind < 0.4:
+            other = rng.choice(keys)
+            value[key], value[other] = value[other], value[key]
+        else:
+            value[key] = _changed(value[key], rng)
+        return value
+    return rng.choice(_ODD)
