@@ -10,6 +10,7 @@ Cost: the plan of one epoch, and four bytes a row left in the checkpoints of a r
 
 import json
 import logging
+import operator
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,13 +90,14 @@ def read_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], TrainerState]:
     path = checkpoint / TRAINER_STATE_NAME
     try:
         state = TrainerState.load_from_json(str(path))
-    except (OSError, ValueError, TypeError) as error:
+        operator.index(state.global_step)
+    except Exception as error:  # a damaged file fails in the parser's own way
         raise _not_whole(path, "it is missing" if isinstance(error, OSError) else error) from error
     path = checkpoint / COMMONIT_DIR / RUN_FILE
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        ranks = run["world size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        ranks, _ = operator.index(run["world size"]), operator.index(run.get("times replanned", 0))
+    except Exception as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): use another checkpoint.") from error
     random_states = list(checkpoint.glob("rng_state*.pth"))  # none with save_only_model
     for path in random_states:
@@ -107,9 +109,10 @@ def read_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], TrainerState]:
 
 
 def _not_whole(path: Path, why: Any) -> ValueError:
+    reason = " ".join(str(why).split())
     return ValueError(
-        f"resume_from_checkpoint={str(path.parent)!r} was not written to its end ({path.name}: {why}): use an earlier "
-        "checkpoint, and remove this one."
+        f"resume_from_checkpoint={str(path.parent)!r} was not written to its end ({path.name}: {reason}): use an "
+        "earlier checkpoint, and remove this one."
     )
 
 
