@@ -6,11 +6,17 @@ for the disk (fsync): what is written here can be computed again, and a machine 
 """
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 
 @contextlib.contextmanager
@@ -51,3 +57,16 @@ def write_text(path: str | Path, text: str) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_arrays(path: str | Path, arrays: dict[str, NDArray[Any]], metadata: dict[str, str] | None = None) -> None:
+    """Make `arrays` and `metadata` the content of the safetensors file `path`.
+
+    Raises:
+        OSError: as `write_text`.
+    """
+    try:
+        with replacing(path) as temporary:
+            save_file(arrays, temporary, metadata)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(errno.EIO, str(error), str(path)) from error

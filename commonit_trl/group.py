@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from commonit_trl.config import METRICS, OPTIONS, READ_BY, CommonITArguments, check_choice
-from commonit_trl.files import replacing
+from commonit_trl.files import write_arrays
 from commonit_trl.grouping import Grouper, build_grouper, fit_assign_cached, load_grouper
 from commonit_trl.recipes import Recipe
 from commonit_trl.report import print_sizes
@@ -65,8 +64,7 @@ def run(recipe: Recipe, asked: argparse.Namespace) -> int:
     directory = Path(asked.output)
     try:
         grouped.grouper.save(directory)
-        with replacing(directory / ASSIGNMENT_FILE) as temporary:
-            save_file({"group_ids": grouped.group_ids}, temporary)
+        write_arrays(directory / ASSIGNMENT_FILE, {"group_ids": grouped.group_ids})
     except OSError as error:
         raise ValueError(
             f"--output {directory} cannot be written ({error.strerror}): name a directory that this user may write."

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from commonit_trl.files import replacing
+from commonit_trl.files import write_arrays
 from commonit_trl.plan import EpochPlan, plan_rest
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,7 @@ class Rest:
         return plan_rest(whole, self.rows, seed=seed, epoch=epoch) if epoch == self.epoch else whole
 
     def save(self, directory: Path) -> None:
-        with replacing(directory / REST_FILE) as temporary:
-            save_file({"rows": self.rows}, temporary)
+        write_arrays(directory / REST_FILE, {"rows": self.rows})
 
 
 def load_rest(directory: Path, run: dict[str, Any]) -> Rest | None:

@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Self, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from commonit_trl.files import replacing, write_text
+from commonit_trl.files import write_arrays, write_text
 from commonit_trl.grouping.work import ALONE, Work
 from commonit_trl.text import Rows
 
@@ -121,8 +121,7 @@ class Grouper(ABC):
         directory.mkdir(parents=True, exist_ok=True)
         arrays = self.fitted_arrays()
         if arrays:
-            with replacing(directory / ARRAYS_FILE) as temporary:
-                save_file(arrays, temporary)
+            write_arrays(directory / ARRAYS_FILE, arrays)
         else:
             (directory / ARRAYS_FILE).unlink(missing_ok=True)  # of another grouper that was saved here before
         text = json.dumps({**self.description(), **notes}, indent=2, ensure_ascii=False)

@@ -26,8 +26,9 @@ import numpy as np
 from datasets import config as datasets_config
 from filelock import FileLock
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
+from commonit_trl.files import write_arrays
 from commonit_trl.grouping.base import Grouper, load_grouper
 from commonit_trl.grouping.work import SharedWork, WorkIsDone
 from commonit_trl.text import Rows
@@ -139,7 +140,7 @@ def _write_entry(entry: Path, grouper: Grouper, group_ids: NDArray[np.int64]) ->
     temporary.mkdir()  # not mkdtemp, whose directories nobody else may read
     try:
         grouper.save(temporary)
-        save_file({"group_ids": group_ids}, temporary / _ASSIGNMENT_FILE)
+        write_arrays(temporary / _ASSIGNMENT_FILE, {"group_ids": group_ids})
         checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
         (temporary / _CHECKSUM_FILE).write_text(json.dumps(checksums), encoding="utf-8")
         os.replace(temporary, entry)

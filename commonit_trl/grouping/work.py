@@ -23,9 +23,8 @@ from datasets.utils import tqdm
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from commonit_trl.files import replacing
+from commonit_trl.files import write_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +106,8 @@ class SharedWork(Work):
                 if self.done():  # then the results are gone because nobody needs them
                     raise WorkIsDone
                 array = np.ascontiguousarray(function(item))
-                with self._directory_in_use(), replacing(result) as temporary:
-                    save_file({"result": array}, temporary, metadata={"checksum": _checksum(array)})
+                with self._directory_in_use():
+                    write_arrays(result, {"result": array}, {"checksum": _checksum(array)})
         return True
 
     @contextlib.contextmanager

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -536,3 +537,38 @@ def test_a_full_disk_is_told_as_the_cache_s_and_an_error_of_the_metric_is_not(tm
     monkeypatch.setattr(CountingTask, "fit_values", fail)
     with pytest.raises(OSError, match="No space left"):
         fit_assign_cached(GROUPERS["task"](), some_rows(), tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A file system of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a file system can be mounted by root only")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def many_texts() -> Rows:
+    return Rows(Dataset.from_dict({"text": [str(number) for number in range(4_000)]}))
+
+
+@pytest.mark.parametrize("left", [0, 20_000], ids=["full at once", "full on the way"])
+def test_a_full_disk_is_told_in_one_line_and_leaves_nothing_half(left: int, small_disk: Path, tmp_path: Path) -> None:
+    (small_disk / "filling").write_bytes(b"0" * (65_536 - 4_096 - left))
+    with pytest.raises(ValueError) as caught:
+        fit_assign_cached(SharedEncoder(tmp_path / "encoded"), many_texts(), small_disk)
+    assert str(caught.value).startswith(f"commonit_cache_dir={str(small_disk)!r} cannot be used (")
+    assert str(caught.value).endswith("name a directory that this user may write.") and "\n" not in str(caught.value)
+    assert not [path for path in small_disk.iterdir() if path.is_dir() and path.suffix != ".work"]
+    (small_disk / "filling").unlink()  # with room again, or elsewhere, all is well
+    _, group_ids = fit_assign_cached(SharedEncoder(tmp_path / "encoded"), many_texts(), tmp_path / "elsewhere")
+    assert len(group_ids) == 4_000
+
+
+def test_a_read_only_directory_is_told_in_one_line(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(ValueError, match=r"commonit_cache_dir=.* cannot be used \(.*name a directory that this user"):
+        fit_assign_cached(TaskGrouper(columns=["text"]), some_rows(), small_disk)
