@@ -1,10 +1,10 @@
 """Runs Python programs as forks of a process that has imported torch, transformers, datasets and TRL already.
 
-To start Python and import those takes five to nine seconds of CPU, a fork of what has them a tenth of one, and the tests
-start over a hundred programs. A program, which is a script or the installed script of a command, finds its arguments,
-environment, folder and output as if it had been started itself, and its rank as if by a launcher. It imports the
-packages under test, Axolotl and DeepSpeed itself. The tests of launchers and of commands as users type them start real
-processes.
+To start Python and import those takes five to nine seconds of CPU, a fork of what has them a tenth of one, and the
+tests start over a hundred programs. A program, which is a script or the installed script of a command, finds its
+arguments, environment, folder and output as if it had been started itself, and its rank as if by a launcher. It
+imports the packages under test, Axolotl and DeepSpeed itself. The tests of launchers and of commands as users type
+them start real processes.
 """
 
 import gc
@@ -82,6 +82,7 @@ def _wait(ranks: list[multiprocessing.process.BaseProcess], deadline: float) -> 
 def _become(command: list[str], env: dict[str, str], cwd: str | Path, outputs: list[Path]) -> None:
     """In the fork: be the program `command`."""
     gc.freeze()  # what the imports made is not walked again
+    multiprocessing.set_start_method(None, force=True)  # processes of its own start as they do elsewhere
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY), descriptor)
     os.chdir(cwd)

@@ -12,7 +12,8 @@ import pytest
 
 INSTALLED = any(importlib.metadata.distributions(name="axolotl"))  # to import, this folder would do: tests/ is a path
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # read when axolotl is imported
-os.environ["AXOLOTL_DATASET_NUM_PROC"] = "0"  # rows are prepared in the process itself, where a recipe does not say otherwise
+# Rows are prepared in the process itself, where a recipe does not say otherwise.
+os.environ["AXOLOTL_DATASET_NUM_PROC"] = "0"
 sys.path.insert(0, str(Path(__file__).parent))
 
 if INSTALLED:
