@@ -20,6 +20,10 @@ if INSTALLED:
     import axolotl.cli  # noqa: F401 - sets up logging as it is imported, and hides other packages' messages from then on
 
     logging.setLoggerClass(logging.Logger)
+    for logger in (logging.getLogger(), logging.getLogger("axolotl")):
+        for handler in logger.handlers.copy():
+            if getattr(handler, "stream", None) is sys.stdout:  # among what commands print that run in this process
+                logger.removeHandler(handler)
 
 
 class _Skipped(pytest.Module):
