@@ -7,8 +7,8 @@ a narrow window, and keep one picture.
 
     python -m docs.make_examples --data FOLDER
 
-FOLDER is that of benchmarks/mixture.py. Cost: six minutes of one CPU core, of which encoding 14,434 rows for the
-metric `embedding` is four; `--work DIR` keeps the working folder, `--only pictures` leaves the commands out.
+FOLDER is that of benchmarks/mixture.py. Cost: four minutes of one CPU core, of which encoding 14,434 rows for the
+metric `embedding` is two; `--work DIR` keeps the working folder, `--only pictures` leaves the commands out.
 """
 
 import argparse
