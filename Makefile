@@ -36,7 +36,8 @@ test-newest: $(NEWEST)/.ready ## Run the tests on the newest supported versions
 	$(call run-tests,$(NEWEST),newest)
 
 test-lowest: $(LOWEST)/.ready ## Run the tests on the lowest supported versions
-	$(call run-tests,$(LOWEST),lowest)
+	$(if $(ARGS),$(call run-tests,$(LOWEST),lowest),$(call run-tests,$(LOWEST),lowest,--ignore tests/axolotl))
+	$(if $(ARGS),,$(call run-tests,$(LOWEST),lowest,tests/axolotl))
 
 test-faults: $(NEWEST)/.ready ## Kill training at random moments, then train for long (half an hour)
 	COMMONIT_FAULTS_RESULTS=benchmarks/results $(TEST_ENV) $(NEWEST)/bin/python -m pytest -m faults $(ARGS)
@@ -127,11 +128,12 @@ $(1)/bin/python -m pip install -q -c $(2) -e '.[$(3)]'
 @touch $(1)/.ready
 endef
 
-# $(1) folder, $(2) end of the range
+# $(1) folder, $(2) end of the range, $(3) which tests. Those of Axolotl run apart, as it changes the process that
+# imports it: loggers, warnings, the environment.
 define run-tests
 @echo "Tests on the $(2) supported versions ($(1)):"
 @$(1)/bin/python -m pip list 2>/dev/null | awk '/^(torch|trl|transformers|accelerate|datasets) / { print "  " $$1, $$2 }'
-$(TEST_ENV) $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+$(TEST_ENV) $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile $(3) $(ARGS)
 endef
 
 # $(1) end of the range, $(2) what to install. Left out: this package, torch's local version (2.13.0+cpu) and
