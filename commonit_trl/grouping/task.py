@@ -23,11 +23,16 @@ class TaskGrouper(Grouper):
     Args:
         columns: label columns; several are joined.
         min_size: tasks with fewer rows become one group `other`.
+
+    Raises:
+        ValueError: when `columns` is empty.
     """
 
     metric = "task"
 
     def __init__(self, *, columns: list[str], min_size: int = 1) -> None:
+        if not columns:
+            raise ValueError("columns=[] names no label column: name one or more.")
         super().__init__(columns=list(columns), min_size=min_size)
 
     def read(self, rows: Rows) -> tuple[NDArray[np.int64], list[str]]:

@@ -195,3 +195,8 @@ def test_build_grouper_takes_the_options() -> None:
     grouper = build_grouper(options, ["a", "b", "c"])
     assert grouper.identity() == {"metric": "task", "columns": ["a", "b"], "min_size": 3}
     json.dumps(grouper.identity())
+
+
+def test_no_column_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="names no label column"):
+        TaskGrouper(columns=[])
