@@ -171,3 +171,12 @@ def groups_of_steps(seen, group_of):
         assert len(groups) == 1, f"a step holds {groups}"
         found += groups
     return found
+
+
+def as_argv(options):
+    """`--name value ...`; a list gives several values, None leaves the option out."""
+    argv = []
+    for name, value in options.items():
+        if value is not None:
+            argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return argv

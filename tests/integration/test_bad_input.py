@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from bad_input import acting, check_refusal, files_in, record, timed
 from datasets import Dataset, DatasetDict, IterableDataset
-from helpers import Seen, make_trainer, rows_of_task, write_jsonl
+from helpers import Seen, as_argv, make_trainer, rows_of_task, write_jsonl
 from safetensors.numpy import load_file, save_file
 from toys import id_rows
 
@@ -89,14 +89,6 @@ def weightless(model, tmp_path_factory):
     shutil.copytree(model, directory, dirs_exist_ok=True)
     (directory / "model.safetensors").unlink()
     return str(directory)
-
-
-def as_argv(options):
-    argv = []
-    for name, value in options.items():
-        if value is not None:
-            argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return argv
 
 
 def refuse(tmp_path, capfd, front_end, name, argv, says, before):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, IterableDataset
+from helpers import as_argv
 from safetensors.torch import load_file
 
 from commonit_trl import CommonITSFTTrainer, __version__, cli, launch, sft
@@ -55,15 +56,6 @@ def flags(model, train_file):
         "disable_tqdm": True,
         "save_strategy": "no",
     }
-
-
-def as_argv(options):
-    """`--name value ...`; a list gives several values, None leaves the option out."""
-    argv = []
-    for name, value in options.items():
-        if value is not None:
-            argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return argv
 
 
 def run(options, *argv):
