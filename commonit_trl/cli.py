@@ -1,5 +1,5 @@
 """The command line: `commonit sft` trains as `trl sft` does, in group-pure batches; `inspect` and `group` show and fix
-the groups beforehand; `demo` shows it all on generated data.
+the groups beforehand; `compare` tells whether it helps; `demo` shows it all on generated data.
 
 Parses and calls, no logic. What a user can put right (options, files, settings that do not go together) ends
 as one line on stderr and exit code 2. Other exceptions, and any once training has begun, keep their traceback.
@@ -68,14 +68,19 @@ def _sft(argv: list[str]) -> int:
     with user_errors(TypeError):  # a YAML value of the wrong type, which TRL's dataclasses do not check
         (script_args, training_args, model_args, mixture), launch_flags = _parse_sft(argv)
         from commonit_trl import launch
+        from commonit_trl.sft import check_model, check_rows, load_splits, make_trainer, named_data
 
-        processes = launch.prepare(launch_flags, argv)
+        processes = launch.prepare(launch_flags, "sft", argv)
     with user_errors():
         if processes is not None:
             launch.start(processes)
             return 0
         _check_places(training_args)
-        trainer = _make_trainer(script_args, training_args, model_args, mixture)
+        check_model(model_args, training_args)
+        train, evaluation = load_splits(script_args, mixture, training_args)
+        for rows in (train, evaluation):
+            check_rows(rows, named_data(script_args, mixture), training_args.dataset_text_field)
+        trainer = make_trainer(model_args, training_args, train, evaluation)
     begun = _begun_callback()
     trainer.add_callback(begun)
     with user_errors(when=lambda: not begun.training):
@@ -109,6 +114,34 @@ def _group(argv: list[str]) -> int:
         return group.run(recipe, asked)
 
 
+def _compare(argv: list[str]) -> int:
+    """train by several metrics with several seeds, and tell whether they help"""
+    with user_errors(TypeError):
+        from commonit_trl import comparing, launch, recipes
+
+        parser = argparse.ArgumentParser(
+            prog="commonit compare",
+            usage="commonit compare [--config FILE.yaml] [OPTIONS]",
+            description=_compare.__doc__,
+            epilog="All options of commonit sft may be given too: see its --help.",
+            allow_abbrev=False,
+        )
+        comparing.add_arguments(parser)
+        parser.error = _raise_value_error  # type: ignore[method-assign]
+        asked, flags = parser.parse_known_args(argv)
+        with contextlib.redirect_stdout(sys.stderr):  # for the libraries' messages: stdout may be JSON
+            arguments, launch_flags = _parse_sft(
+                [*flags, *comparing.FLAGS], recipes.SFTRecipeConfig, "commonit compare"
+            )
+        processes = launch.prepare(launch_flags, "compare", argv) if asked.only is not None else None
+    with user_errors():
+        if processes is not None:
+            launch.start(processes)
+            return 0
+        _check_places(arguments[1])
+        return comparing.run(asked, *arguments, argv=argv)
+
+
 def _demo(argv: list[str]) -> int:
     """show the method on generated data: no GPU, no download"""
     from commonit_trl import demo
@@ -122,6 +155,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sft": _sft,
     "inspect": _inspect,
     "group": _group,
+    "compare": _compare,
     "demo": _demo,
 }
 
@@ -341,39 +375,3 @@ def _begun_callback() -> Any:
             self.training = True
 
     return Begun()
-
-
-def _make_trainer(script_args: Any, training_args: Any, model_args: Any, mixture: Any) -> Any:
-    from transformers import AutoConfig
-    from trl import get_peft_config, get_quantization_config
-
-    from commonit_trl.sft import check_rows, load_splits, named_data
-    from commonit_trl.trainer import CommonITSFTTrainer
-
-    model = model_args.model_name_or_path
-    if model is None:
-        raise ValueError("model_name_or_path is not set: give a hub name or a directory.")
-    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    try:  # before the data are loaded; and the error for a hub out of reach does not name the model
-        AutoConfig.from_pretrained(model, **source)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model_name_or_path={model!r} is not found, or is no model: give a hub name or a directory. {error}"
-        ) from error
-    training_args.model_init_kwargs = {
-        **source,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
-    train_dataset, eval_dataset = load_splits(script_args, mixture, training_args)
-    for rows in (train_dataset, eval_dataset):
-        check_rows(rows, named_data(script_args, mixture), training_args.dataset_text_field)
-    return CommonITSFTTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )

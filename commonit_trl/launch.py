@@ -1,8 +1,8 @@
-"""`commonit sft` on several processes by itself: the launch options of accelerate, taken as `trl sft` takes them.
+"""A command on several processes by itself: the launch options of accelerate, taken as `trl sft` takes them.
 
 Options of `accelerate launch` (`--num_processes 4`, `--accelerate_config zero2` or a file) may stand among the training
-options, as flags or in the YAML file. `start` then runs `accelerate launch ... --module commonit_trl sft` with the same
-arguments, and the processes that it starts pass the launch options over.
+options, as flags or in the YAML file. `start` then runs `accelerate launch ... --module commonit_trl COMMAND` with the
+same arguments, and the processes that it starts pass the launch options over.
 """
 
 import os
@@ -27,9 +27,9 @@ def as_flags(options: Iterable[tuple[str, Any]]) -> list[str]:
     return [part for name, value in given for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
 
 
-def prepare(launch_flags: list[str], argv: list[str]) -> Any:
-    """What accelerate's `launch_command` needs to run `commonit sft` with `argv` on the processes that `launch_flags`
-    describe; None where there are no such flags, or this process is one of those.
+def prepare(launch_flags: list[str], command: str, argv: list[str]) -> Any:
+    """What accelerate's `launch_command` needs to run `commonit COMMAND` with `argv` on the processes that
+    `launch_flags` describe; None where there are no such flags, or this process is one of those.
 
     Raises:
         ValueError: on a value that accelerate does not take, an `accelerate_config` that is neither a file nor one of
@@ -40,12 +40,12 @@ def prepare(launch_flags: list[str], argv: list[str]) -> Any:
     if "RANK" in os.environ:
         raise ValueError(
             f"{launch_flags[0]} is for starting processes, and a launcher has started this one already: remove it, or "
-            "start with commonit sft alone."
+            f"start with commonit {command} alone."
         )
     flags = [part for flag in launch_flags for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
     parser = launch_command_parser()
     parser.error = _raise_value_error
-    arguments = [*resolve_accelerate_config_argument(flags), "--module", "commonit_trl", "sft", *argv]
+    arguments = [*resolve_accelerate_config_argument(flags), "--module", "commonit_trl", command, *argv]
     return parser.parse_args(arguments)
 
 

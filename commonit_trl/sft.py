@@ -1,4 +1,4 @@
-"""The rows that `commonit sft` trains and evaluates on: what TRL's dataset options name, or local files.
+"""The rows that `commonit sft` trains and evaluates on (what TRL's options name, or local files), and its trainer.
 
 `dataset_name`, and the `path` of a mixture's entry, may be a hub name, a directory, or a JSON Lines, JSON,
 Parquet or CSV file. In a mixture (TRL's `datasets:`) the entries are the tasks, when `commonit_metric` is
@@ -45,6 +45,17 @@ def load_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple[Any
     Raises:
         ValueError: on data that is missing or unreadable, naming the option.
     """
+    splits, train_split, test_split, test_option = load_all_splits(script_args, mixture, training_args)
+    train = _split(splits, train_split, "Training", "dataset_train_split")
+    if training_args.eval_strategy == "no":
+        return train, None
+    evaluation = f"eval_strategy={training_args.eval_strategy.value!r}"
+    return train, _split(splits, test_split, evaluation, f"{test_option}, or eval_strategy='no'")
+
+
+def load_all_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple[Any, str, str, str]:
+    """All splits by name, the names of those to train and to evaluate on, and the option that the second comes from;
+    arguments and errors are those of `load_splits`."""
     name, metric = script_args.dataset_name, training_args.commonit_metric
     if bool(mixture.datasets) == bool(name):
         raise ValueError(
@@ -63,16 +74,9 @@ def load_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple[Any
         if entries_are_tasks:
             training_args.commonit_task_column = [ENTRY_COLUMN]
         splits = load_mixture(mixture, ENTRY_COLUMN if entries_are_tasks else None, training_args.seed)
-        train_split, test_split, test_option = "train", "test", "test_split_size"
-    else:
-        splits = load_rows("dataset_name", name, name=script_args.dataset_config, streaming=streaming)
-        train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
-        test_option = "dataset_test_split"
-    train = _split(splits, train_split, "Training", "dataset_train_split")
-    if training_args.eval_strategy == "no":
-        return train, None
-    evaluation = f"eval_strategy={training_args.eval_strategy.value!r}"
-    return train, _split(splits, test_split, evaluation, f"{test_option}, or eval_strategy='no'")
+        return splits, "train", "test", "test_split_size"
+    splits = load_rows("dataset_name", name, name=script_args.dataset_config, streaming=streaming)
+    return splits, script_args.dataset_train_split, script_args.dataset_test_split, "dataset_test_split"
 
 
 def named_data(script_args: Any, mixture: Any) -> str:
@@ -80,6 +84,48 @@ def named_data(script_args: Any, mixture: Any) -> str:
     if mixture.datasets:
         return f"datasets: {', '.join(map(repr, entry_labels(mixture.datasets)))}"
     return f"dataset_name={script_args.dataset_name!r}"
+
+
+def check_model(model_args: Any, training_args: Any) -> None:
+    """Refuse a model that cannot be found, before the data are loaded: the hub's own error may not name it."""
+    from transformers import AutoConfig
+
+    model = model_args.model_name_or_path
+    if model is None:
+        raise ValueError("model_name_or_path is not set: give a hub name or a directory.")
+    try:
+        AutoConfig.from_pretrained(model, **_model_source(model_args, training_args))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model_name_or_path={model!r} is not found, or is no model: give a hub name or a directory. {error}"
+        ) from error
+
+
+def make_trainer(model_args: Any, training_args: Any, train: Any, evaluation: Any) -> Any:
+    """The trainer of `commonit sft`; `model_args` is TRL's `ModelConfig`, `training_args` a `CommonITSFTConfig`, of
+    which `model_init_kwargs` is filled in."""
+    from trl import get_peft_config, get_quantization_config
+
+    from commonit_trl.trainer import CommonITSFTTrainer
+
+    training_args.model_init_kwargs = {
+        **_model_source(model_args, training_args),
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    return CommonITSFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def _model_source(model_args: Any, training_args: Any) -> dict[str, Any]:
+    return {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
 
 
 def _split(splits: Any, name: str, reader: str, way_out: str) -> Any:

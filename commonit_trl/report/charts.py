@@ -27,12 +27,12 @@ _NAME_CHARACTERS = 26  # leaves room for a chart on a telephone
 _HOVER_CHARACTERS = 60  # in a line
 # Readable on white and on black.
 # fmt: off
-_COLOURS = (
+COLOURS = (
     "#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#eeca3b", "#ff9da6", "#9d755d", "#59a7c9",
     "#1f9ed1", "#d67195", "#439894", "#c99a2e", "#8f6bb3", "#5fae3a", "#d9583b", "#6b8fd6", "#b5588c", "#7d9b4e",
 )
 # fmt: on
-_GREY = "#8c8c8c"
+GREY = "#8c8c8c"
 
 
 def figures(inspection: Inspection, losses: Iterable[LossRecord] = ()) -> dict[str, go.Figure]:
@@ -47,7 +47,7 @@ def figures(inspection: Inspection, losses: Iterable[LossRecord] = ()) -> dict[s
     return {title: figure for title, figure in drawn.items() if figure is not None}
 
 
-def _text(text: str, characters: int) -> str:
+def chart_text(text: str, characters: int = _NAME_CHARACTERS) -> str:
     """Text of the data on one line, cut, for plotly to show as it is."""
     return html.escape(cut(shown(text), characters), quote=False)
 
@@ -64,10 +64,10 @@ def _charted(inspection: Inspection) -> list[GroupNumbers]:
 
 
 def _colours(inspection: Inspection) -> dict[int, str]:
-    return dict(zip((group.id for group in _charted(inspection)), _COLOURS))
+    return dict(zip((group.id for group in _charted(inspection)), COLOURS))
 
 
-def _figure(traces: Sequence[Any], height: int, **layout: Any) -> go.Figure:
+def figure(traces: Sequence[Any], height: int, **layout: Any) -> go.Figure:
     margins = {"l": 8, "r": 8, "t": 8, "b": 8}
     return go.Figure(
         traces,
@@ -90,7 +90,7 @@ def _figure(traces: Sequence[Any], height: int, **layout: Any) -> go.Figure:
     )
 
 
-def _lines(names: Sequence[str]) -> dict[str, Any]:
+def line_axis(names: Sequence[str]) -> dict[str, Any]:
     """A vertical axis with one line for each name, the first on top."""
     ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": list(names)}
     return {
@@ -103,22 +103,22 @@ def _lines(names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _numbers(title: str, **more: Any) -> dict[str, Any]:
+def number_axis(title: str, **more: Any) -> dict[str, Any]:
     return {"title": {"text": title}, "automargin": True, "fixedrange": True, "zeroline": False, **more}
 
 
-_ABOVE = {"orientation": "h", "yanchor": "bottom", "y": 1, "x": 0, "xanchor": "left", "itemsizing": "constant"}
+ABOVE = {"orientation": "h", "yanchor": "bottom", "y": 1, "x": 0, "xanchor": "left", "itemsizing": "constant"}
 
 
 def _sizes(inspection: Inspection) -> go.Figure:
     groups, colours = _charted(inspection), _colours(inspection)
-    names = [_text(group.name, _NAME_CHARACTERS) for group in groups]
+    names = [chart_text(group.name) for group in groups]
     rows = [group.rows for group in groups]
     fill = [colours[group.id] for group in groups]
     if -1 in inspection.drawing.order_groups:
         names.append(OTHERS)
         rows.append(inspection.rows - sum(rows))
-        fill.append(_GREY)
+        fill.append(GREY)
     bars = go.Bar(
         x=rows,
         y=list(range(len(rows))),
@@ -127,8 +127,8 @@ def _sizes(inspection: Inspection) -> go.Figure:
         customdata=[[name, share / inspection.rows] for name, share in zip(names, rows)],
         hovertemplate="%{customdata[0]}: %{x:,} rows, %{customdata[1]:.1%}<extra></extra>",
     )
-    return _figure(
-        [bars], 70 + 24 * len(rows), yaxis=_lines(names), xaxis=_numbers("rows", rangemode="tozero"), bargap=0.25
+    return figure(
+        [bars], 70 + 24 * len(rows), yaxis=line_axis(names), xaxis=number_axis("rows", rangemode="tozero"), bargap=0.25
     )
 
 
@@ -140,19 +140,19 @@ def _lengths(inspection: Inspection) -> go.Figure | None:
     }
     if None in spreads["response"]:
         return None
-    names = [_text(group.name, _NAME_CHARACTERS) for group in groups]
+    names = [chart_text(group.name) for group in groups]
     boxes = [
         _boxes(f"{of} (5, 25, 50, 75, 95 %)", [spread for spread in found if spread is not None], colour)
-        for (of, found), colour in zip(spreads.items(), (_GREY, _COLOURS[0]))
+        for (of, found), colour in zip(spreads.items(), (GREY, COLOURS[0]))
     ]
-    return _figure(
+    return figure(
         boxes,
         130 + 38 * len(groups),
-        yaxis=_lines(names),
-        xaxis=_numbers("tokens of a row", rangemode="tozero"),
+        yaxis=line_axis(names),
+        xaxis=number_axis("tokens of a row", rangemode="tozero"),
         boxmode="group",
         showlegend=True,
-        legend=_ABOVE,
+        legend=ABOVE,
     )
 
 
@@ -173,7 +173,7 @@ def _boxes(name: str, spreads: Sequence[Spread], colour: str) -> Any:
 
 def _order(inspection: Inspection) -> go.Figure:
     drawing, colours = inspection.drawing, _colours(inspection)
-    names = {group.id: _text(group.name, _NAME_CHARACTERS) for group in inspection.groups}
+    names = {group.id: chart_text(group.name) for group in inspection.groups}
     lines = [names.get(group, OTHERS) for group in drawing.order_groups]
     per = drawing.steps_per_window
     starts = [round(window * per, 2) for window in range(len(drawing.order[0]))]
@@ -182,7 +182,7 @@ def _order(inspection: Inspection) -> go.Figure:
             z=[shares],
             x=starts,
             y=[number],
-            colorscale=[[0, "rgba(0,0,0,0)"], [1, colours.get(group, _GREY)]],
+            colorscale=[[0, "rgba(0,0,0,0)"], [1, colours.get(group, GREY)]],
             zmin=0,
             zmax=1,
             showscale=False,
@@ -192,8 +192,8 @@ def _order(inspection: Inspection) -> go.Figure:
         for number, (group, name, shares) in enumerate(zip(drawing.order_groups, lines, drawing.order))
     ]
     unit = "optimizer step" if per == 1 else f"optimizer step ({per:.1f} in a column)"
-    steps = _numbers(unit, showgrid=False, range=[-per / 2, starts[-1] + per / 2])
-    return _figure(traces, 80 + 22 * len(lines), yaxis=_lines(lines), xaxis=steps)
+    steps = number_axis(unit, showgrid=False, range=[-per / 2, starts[-1] + per / 2])
+    return figure(traces, 80 + 22 * len(lines), yaxis=line_axis(lines), xaxis=steps)
 
 
 def _map(inspection: Inspection) -> go.Figure | None:
@@ -201,7 +201,7 @@ def _map(inspection: Inspection) -> go.Figure | None:
     if not points:
         return None
     colours = _colours(inspection)
-    names = {group.id: _text(group.name, _NAME_CHARACTERS) for group in inspection.groups}
+    names = {group.id: chart_text(group.name) for group in inspection.groups}
     by_group = defaultdict(list)
     for point in points:
         by_group[point.group if point.group in colours else -1].append(point)
@@ -211,20 +211,20 @@ def _map(inspection: Inspection) -> go.Figure | None:
             y=[point.y for point in members],
             mode="markers",
             name=names[group] if group >= 0 else OTHERS,
-            marker={"color": colours.get(group, _GREY), "size": 7, "opacity": 0.75},
+            marker={"color": colours.get(group, GREY), "size": 7, "opacity": 0.75},
             customdata=[f"{names[point.group]}<br>{_hover(point.text)}" for point in members],
             hovertemplate="%{customdata}<extra></extra>",
         )
         for group, members in sorted(by_group.items(), key=lambda item: item[0] % (1 << 62))  # the others last
     ]
     axis = {"showticklabels": False, "zeroline": False, "automargin": True}
-    return _figure(
+    return figure(
         traces,
         440 + 20 * len(traces),
         xaxis=axis,
         yaxis=axis,
         showlegend=True,
-        legend={**_ABOVE, "y": -0.03, "yanchor": "top"},
+        legend={**ABOVE, "y": -0.03, "yanchor": "top"},
     )
 
 
@@ -239,32 +239,33 @@ def _losses(inspection: Inspection, losses: Iterable[LossRecord]) -> go.Figure |
     colours = _colours(inspection)
     traces = []
     for name in sorted(most, key=lambda name: ids.get(name, len(ids))):
-        steps, values = _thinned(np.asarray(sorted(by_group[name]), dtype=float))
+        steps, values = thinned(sorted(by_group[name]))
         traces.append(
             go.Scatter(
                 x=steps,
                 y=values,
                 mode="lines+markers",
-                name=_text(name, _NAME_CHARACTERS),
-                meta=_text(name, _NAME_CHARACTERS),
-                line={"color": colours.get(ids.get(name, -1), _GREY), "width": 1.5},
+                name=chart_text(name),
+                meta=chart_text(name),
+                line={"color": colours.get(ids.get(name, -1), GREY), "width": 1.5},
                 marker={"size": 4},
                 hovertemplate="%{meta}<br>step %{x:.0f}: %{y:.4f}<extra></extra>",
             )
         )
-    return _figure(
+    return figure(
         traces,
         340 + 20 * len(traces),
-        xaxis=_numbers("optimizer step"),
-        yaxis=_numbers("loss"),
+        xaxis=number_axis("optimizer step"),
+        yaxis=number_axis("loss"),
         showlegend=True,
-        legend=_ABOVE,
+        legend=ABOVE,
     )
 
 
-def _thinned(points: np.ndarray) -> tuple[list[float], list[float]]:
-    """Steps and losses, (points, 2), in at most `LOSS_POINTS` means of neighbours; a loss that is not finite is left
+def thinned(points: Any) -> tuple[list[float], list[float]]:
+    """Steps and losses, of (points, 2), in at most `LOSS_POINTS` means of neighbours; a loss that is not finite is left
     out."""
+    points = np.asarray(points, dtype=float).reshape(-1, 2)
     finite = points[np.isfinite(points[:, 1])]
     parts = np.array_split(finite, min(LOSS_POINTS, max(len(finite), 1)))
     means = [part.mean(axis=0).round(5).tolist() for part in parts if len(part)]

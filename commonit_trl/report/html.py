@@ -1,8 +1,8 @@
 """The report as one HTML file that needs neither network nor server.
 
-Jinja2 fills `page.html` and escapes all text; the charts' data are JSON that cannot end its element. The content
-security policy allows two scripts by their hashes, plotly and the lines that draw, and nothing else: no other script,
-no event handler, no request.
+Jinja2 fills `page.html`, which stands in `base.html`, and escapes all text; the charts' data are JSON that cannot end
+its element. The content security policy allows two scripts by their hashes, plotly and the lines that draw, and nothing
+else: no other script, no event handler, no request.
 
 Cost: half a second and about 5 MB, of which 4.8 are plotly's JavaScript, whatever the size of the data.
 """
@@ -11,7 +11,7 @@ import base64
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from commonit_trl.shown import shown
 
 MOST_GROUPS = 100  # in a table
 
-_PAGE = Path(__file__).with_name("page.html")
+_TEMPLATES = Path(__file__).parent
 _DRAW = """
 const charts = JSON.parse(document.getElementById("charts").textContent);
 const config = {displayModeBar: false, responsive: true, typesetMath: false, scrollZoom: false};
@@ -45,18 +45,14 @@ def write_html(path: str | Path, inspections: Sequence[Inspection], losses: Iter
 
 def render_html(inspections: Sequence[Inspection], losses: Iterable[LossRecord] = ()) -> str:
     """The text of the file that `write_html` writes."""
-    from jinja2 import Environment, StrictUndefined
-
     from commonit_trl.report.charts import figures
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["shown"] = shown
     charts: dict[str, Any] = {}
     sections = []
     for number, inspection in enumerate(inspections):
         drawn = figures(inspection, losses if number == 0 else ())
         ids = {f"chart-{number}-{place}": title for place, title in enumerate(drawn)}
-        charts |= {chart: json.loads(figure.to_json()) for chart, figure in zip(ids, drawn.values(), strict=True)}
+        charts |= dict(zip(ids, drawn.values(), strict=True))
         kept = tables.largest(inspection.groups, MOST_GROUPS)
         sections.append(
             {
@@ -66,16 +62,43 @@ def render_html(inspections: Sequence[Inspection], losses: Iterable[LossRecord] 
                 "not_shown": len(inspection.groups) - len(kept),
             }
         )
-    scripts = (_plotly(), _DRAW)
-    return environment.from_string(_PAGE.read_text(encoding="utf-8")).render(
+    return render_page(
+        "page.html",
+        charts,
+        title="CommonIT report",
         overview=tables.overview(inspections),
         geometry=tables.geometry(inspections[0]),
         headings=[heading.replace("-\n", "") for heading in tables.GROUP_HEADINGS],
         sections=sections,
+    )
+
+
+def render_page(template: str, charts: Mapping[str, Any], **values: Any) -> str:
+    """A page with charts.
+
+    Args:
+        template: file name of one that extends `base.html`, in this directory.
+        charts: id of an element of the page -> plotly figure to draw in it.
+        values: what the template reads.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["shown"] = shown
+    scripts = (_plotly(), _DRAW)
+    drawn = json.dumps({chart: json.loads(figure.to_json()) for chart, figure in charts.items()})
+    return environment.get_template(template).render(
+        **values,
         scripts=scripts,
         hashes=list(map(_hash, scripts)),
         # As in plotly's own pages: in JSON, these characters stand in strings only.
-        charts=json.dumps(charts).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"),
+        charts=drawn.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"),
     )
 
 

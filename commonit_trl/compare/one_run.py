@@ -1,0 +1,260 @@
+"""One run of a comparison, in a process (or the ranks) of its own: train, measure each held-out row, write it down.
+
+`rows.safetensors` has, for each held-out row, the sum of its tokens' losses, how many tokens were the likeliest, how
+many there are, and its group; `result.json` the rest. It is written last: a run that has it has finished.
+
+The rows are measured by the model's own forward without labels, in float32, not by the Trainer's evaluation: that gives
+means over batches, and newer TRL trains with heads that make no logits.
+
+Cost: the training, and one forward pass over the held-out rows.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, set_seed
+from xxhash import xxh3_128
+
+from commonit_trl.compare.runs import PROGRESS_FILE, RESULT_FILE, ROWS_FILE
+from commonit_trl.files import write_arrays, write_text
+from commonit_trl.metrics import IGNORED_LABEL, TokenCounts, count_tokens
+from commonit_trl.report import ledger
+from commonit_trl.sft import make_trainer
+from commonit_trl.text import Rows
+
+logger = logging.getLogger(__name__)
+
+_SPARE_TOKENS = 8
+"""By which a generated answer may be longer than the longest expected one: it may be cut into other tokens."""
+
+
+def train_and_measure(
+    model_args: Any,
+    training_args: Any,
+    train: Dataset,
+    held_out: Dataset,
+    directory: Path,
+    asked: Mapping[str, Any],
+    answers: str | None = None,
+) -> None:
+    """Train a run and write its results into `directory`.
+
+    Args:
+        model_args: TRL's `ModelConfig`.
+        training_args: the options of the run, whose `commonit_*` are checked.
+        train, held_out: raw rows, the same in all runs.
+        asked: what the run is, to be written with its results.
+        answers: column of `held_out` with the text that greedy decoding should give.
+
+    Raises:
+        ValueError: as the trainer does; and on rows without a prompt, where `answers` is given.
+    """
+    set_seed(training_args.seed)  # new adapters too start the same; TRL 1.9 makes them before the Trainer seeds
+    trainer = make_trainer(model_args, training_args, train, held_out)
+    weights = _digest_weights(trainer.model)
+    trainer.add_callback(_Progress(directory / PROGRESS_FILE))
+    counted = _CountedTokens(trainer.model)
+    trained = trainer.train()
+    counted.stop()
+    tokens = counted.over_ranks(trainer.accelerator)
+    evaluation = trainer.eval_dataset
+    arrays = measure_rows(trainer, evaluation)
+    if answers is not None:
+        arrays["exact"] = exact_matches(trainer, evaluation, answers)
+    group_ids, names = _groups(trainer, evaluation)
+    if not trainer.is_world_process_zero():
+        return
+    seconds, state = trained.metrics["train_runtime"], trainer.state
+    curves = {
+        curve: [(entry["epoch"], entry[curve]) for entry in state.log_history if curve in entry]
+        for curve in ("loss", "eval_loss")
+    }
+    write_arrays(directory / ROWS_FILE, {**arrays, "group_ids": group_ids})
+    result = {
+        "asked": dict(asked),
+        "weights": weights,
+        "train_rows": digest_rows(train),
+        "held_out_rows": digest_rows(held_out),
+        "groups": names,
+        "ledger": ledger(trainer.commonit_plan(), names) if names else None,
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "tokens": int(tokens["data"]),
+        "trained_tokens": int(tokens["trained"]),
+        "computed_tokens": int(tokens["computed"]),
+        "seconds": seconds,
+        "curves": curves,
+    }
+    write_text(directory / RESULT_FILE, json.dumps(result, indent=1))
+
+
+def _groups(trainer: Any, evaluation: Dataset) -> tuple[NDArray[np.int64], list[str]]:
+    """(held-out rows,) groups, -1 for none, and the groups' names."""
+    if trainer.commonit_grouper is None:
+        return np.full(len(evaluation), -1), []
+    # What the trainer itself groups its evaluation rows by, for the losses of each group.
+    group_ids = trainer._commonit_assign_eval(evaluation)
+    return np.full(len(evaluation), -1) if group_ids is None else group_ids, trainer.commonit_grouper.names
+
+
+# --- held-out rows ------------------------------------------------------------------------------------------------
+
+
+def measure_rows(trainer: Any, rows: Dataset) -> dict[str, NDArray[Any]]:
+    """Each row's `loss`, summed over its trained tokens, how many of them were the likeliest (`correct`), and `tokens`,
+    how many there are; each (rows,), on every rank.
+
+    Args:
+        trainer: whose model, collator and accelerator are used; after training.
+        rows: tokenised, as the trainer prepares its evaluation set.
+    """
+    order = np.argsort(Rows(rows).token_counts("total"), kind="stable")[::-1]  # rows of one length share a batch
+    parts = []
+    for batch in _batches(trainer, rows.select(order), padded_collator(trainer)):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            logits = trainer.model_wrapped(**inputs).logits
+        parts.append(trainer.accelerator.gather_for_metrics(_of_rows(logits, batch["labels"])).cpu())
+    measured = np.empty((len(rows), 3))
+    measured[order] = torch.cat(parts).double().numpy()
+    loss, correct, tokens = measured.T
+    return {"loss": loss.copy(), "correct": correct.astype(np.int64), "tokens": tokens.astype(np.int64)}
+
+
+def _of_rows(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(rows, 3) sum of losses, correct tokens and tokens, in float32, which counts exactly up to 2**24."""
+    logits, labels = logits[:, :-1].float(), labels[:, 1:]
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED_LABEL)
+    trained = labels != IGNORED_LABEL
+    correct = (logits.argmax(dim=-1) == labels) & trained
+    return torch.stack([losses.sum(dim=1), correct.sum(dim=1), trained.sum(dim=1)], dim=1)
+
+
+def padded_collator(trainer: Any) -> Any:
+    """The trainer's collator, which pads also where training is free of padding: rows must stay apart."""
+    collator = trainer.data_collator
+    return dataclasses.replace(collator, padding_free=False) if getattr(collator, "padding_free", False) else collator
+
+
+def _batches(trainer: Any, rows: Dataset, collate: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's share of the rows, in evaluation batches; the model is in evaluation mode meanwhile."""
+    loader = DataLoader(
+        rows.with_format(None), batch_size=trainer.args.per_device_eval_batch_size, collate_fn=collate, shuffle=False
+    )
+    model = trainer.model_wrapped
+    was_training = model.training
+    model.eval()
+    try:
+        yield from trainer.accelerator.prepare_data_loader(loader, device_placement=True)
+    finally:
+        model.train(was_training)
+
+
+def exact_matches(trainer: Any, rows: Dataset, answers: str) -> NDArray[np.int64]:
+    """(rows,) 1 where greedy decoding after the row's prompt gives the text of the column `answers`, but for white
+    space around it, else 0.
+
+    Raises:
+        ValueError: where a row has no prompt: every token is trained on.
+    """
+    from trl.models import unwrap_model_for_generation
+
+    collate, tokenizer, accelerator = padded_collator(trainer), trainer.processing_class, trainer.accelerator
+    expected = [str(answer).strip() for answer in rows[answers]]
+    room = max(map(len, tokenizer(expected, add_special_tokens=False)["input_ids"])) + _SPARE_TOKENS
+    prompts = []
+    for row in rows:
+        labels = collate([row])["labels"][0]
+        end = int((labels != IGNORED_LABEL).nonzero()[0])
+        if end == 0:
+            raise ValueError(
+                f"--eval_generate {answers}: the rows have no prompt, every token is trained on: give prompt and "
+                "completion, or set assistant_only_loss."
+            )
+        prompts.append(row["input_ids"][:end])
+    order = np.argsort(list(map(len, prompts)), kind="stable")[::-1]
+
+    def collate_prompts(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        padded = tokenizer.pad(
+            {"input_ids": [row["prompt"] for row in batch]}, padding_side="left", return_tensors="pt"
+        )
+        return {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
+
+    said: list[str] = []
+    ordered = Dataset.from_dict({"prompt": [prompts[row] for row in order]})
+    with unwrap_model_for_generation(trainer.model_wrapped, accelerator) as model:
+        for batch in _batches(trainer, ordered, collate_prompts):
+            tokens = model.generate(**batch, max_new_tokens=room, do_sample=False, pad_token_id=tokenizer.pad_token_id)[
+                :, batch["input_ids"].shape[1] :
+            ]
+            tokens = accelerator.pad_across_processes(tokens, dim=1, pad_index=tokenizer.pad_token_id)
+            said += tokenizer.batch_decode(accelerator.gather_for_metrics(tokens), skip_special_tokens=True)
+    matches = np.empty(len(rows), dtype=np.int64)
+    matches[order] = [text.strip() == expected[row] for text, row in zip(said, order, strict=True)]
+    return matches
+
+
+# --- what is written down of the training -----------------------------------------------------------------------------
+
+
+class _CountedTokens:
+    """Counts the tokens of every micro-batch that reaches the model while it trains."""
+
+    def __init__(self, model: Any) -> None:
+        self._counts: list[TokenCounts] = []
+        self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, model: Any, args: Any, inputs: dict[str, Any]) -> None:
+        if model.training and (counts := count_tokens(inputs)) is not None:
+            self._counts.append(counts)
+
+    def stop(self) -> None:
+        self._hook.remove()
+
+    def over_ranks(self, accelerator: Any) -> dict[str, float]:
+        sums = [
+            sum(float(getattr(counts, name)) for counts in self._counts) for name in ("trained", "data", "computed")
+        ]
+        total = accelerator.reduce(torch.tensor(sums, dtype=torch.float64, device=accelerator.device), "sum")
+        return dict(zip(("trained", "data", "computed"), total.tolist()))
+
+
+class _Progress(TrainerCallback):
+    """Says in a file which step of how many is done."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and state.global_step % max(1, state.max_steps // 100) == 0:
+            write_text(self.file, json.dumps([state.global_step, state.max_steps]))
+
+
+def _digest_weights(model: Any) -> str:
+    """A hash of all weights; of those of this rank where they are spread over ranks."""
+    digest = xxh3_128()
+    for _, weight in sorted(model.named_parameters()):
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def digest_rows(rows: Dataset) -> str:
+    """A hash of all rows and columns, in their order."""
+    digest = xxh3_128()
+    for table in rows.with_format("arrow").iter(10_000):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table.combine_chunks())
+        digest.update(sink.getvalue())
+    return digest.hexdigest()

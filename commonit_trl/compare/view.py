@@ -1,0 +1,248 @@
+"""A comparison as tables in the terminal, in words, and as an HTML page in the style of the report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from commonit_trl.compare.comparison import Comparison, GroupResult, Measure, StrategyResult
+from commonit_trl.compare.statistics import Interval
+from commonit_trl.compare.strategies import BASELINE
+from commonit_trl.files import write_text
+from commonit_trl.report.charts import ABOVE, COLOURS, GREY, chart_text, figure, line_axis, number_axis, thinned
+from commonit_trl.report.html import render_page
+from commonit_trl.shown import shown
+
+MOST_GROUPS = 20  # in a table or chart
+BESIDE = f"less {BASELINE}'s\n(95 %)"
+HEADINGS = ("Strategy", "Held-out\nloss", BESIDE, "Token\naccuracy", BESIDE)
+EXACT_HEADINGS = ("Right\nanswers", BESIDE)
+COST_HEADINGS = ("Strategy", "Steps", "Rows lost /\nrepeated", "Padding", "Tokens\na second")
+GROUP_HEADINGS = ("Group", "Rows", *HEADINGS[1:])
+CURVES = {"loss": "Training loss", "eval_loss": "Loss on the evaluation rows while training"}
+
+
+def cells(result: StrategyResult) -> tuple[str, ...]:
+    """A strategy's line, under `HEADINGS` and, where answers were generated, `EXACT_HEADINGS`."""
+    return (
+        result.name,
+        *_measured(result.loss, 4),
+        *_measured(result.accuracy, 4),
+        *(() if result.exact is None else _measured(result.exact, 3)),
+    )
+
+
+def cost_cells(result: StrategyResult) -> tuple[str, ...]:
+    """A strategy's line, under `COST_HEADINGS`."""
+    return (
+        result.name,
+        f"{result.steps:,.0f}",
+        f"{result.lost:,} / {result.repeated:,}",
+        f"{result.padding:.0%}",
+        f"{result.tokens_per_second:,.0f}",
+    )
+
+
+def group_cells(group: GroupResult) -> tuple[str, ...]:
+    """A group's line, under `GROUP_HEADINGS`."""
+    return (shown(group.name), f"{group.rows:,}", *_measured(group.loss, 4), *_measured(group.accuracy, 4))
+
+
+def headings(comparison: Comparison) -> tuple[str, ...]:
+    return HEADINGS if comparison.strategies[0].exact is None else HEADINGS + EXACT_HEADINGS
+
+
+def _measured(measure: Measure, digits: int) -> tuple[str, str]:
+    return f"{measure.value:.{digits}f}", _interval(measure.difference, digits)
+
+
+def _interval(interval: Interval | None, digits: int) -> str:
+    if interval is None:
+        return ""
+    return f"{interval.value:+.{digits}f} ± {interval.high - interval.value:.{digits}f}"
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """What the intervals say, one sentence for each strategy and measure."""
+    said = []
+    for result in comparison.strategies[1:]:
+        said.append(_verdict(result.name, "held-out loss", result.loss.difference, 4, lower_is_better=True))
+        if result.exact is not None:
+            said.append(_verdict(result.name, "right answers", result.exact.difference, 3, lower_is_better=False))
+    return said
+
+
+def _verdict(name: str, what: str, interval: Interval | None, digits: int, *, lower_is_better: bool) -> str:
+    if interval is None:
+        return f"{name}: too few held-out rows to say anything about the {what}."
+    if interval.has_zero:
+        return f"{name}: no difference seen at this size in the {what}, {_interval(interval, digits)}."
+    is_lower = interval.value < 0
+    better = "better" if is_lower == lower_is_better else "worse"
+    return (
+        f"{name}: {better}, {'lower' if is_lower else 'higher'} {what} than {BASELINE}, {_interval(interval, digits)}."
+    )
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What a reader must know of how the runs were made."""
+    seeds = len(comparison.strategies[0].seeds)
+    intervals = sum(1 + len(result.groups) for result in comparison.strategies[1:])
+    said = [
+        f"Training rows: {comparison.train_rows:,}, epochs: {comparison.epochs:g}, seeds: {seeds}; the same weights, "
+        f"rows and seed for each pair. Held-out rows: {comparison.held_out_rows:,}; their loss is the mean over tokens.",
+        "An interval (95 %) covers the chance of seeds and held-out rows, for this model, these data and settings. "
+        f"Of 20 intervals of equal strategies one leaves zero out; here are {intervals}.",
+    ]
+    if seeds == 1:
+        said.append("With one seed the intervals do not cover how much runs differ by chance: give --seeds 3 or more.")
+    if comparison.at_a_time > 1:
+        said.append(f"Tokens a second: {comparison.at_a_time} runs shared the machine.")
+    for result in comparison.strategies[1:]:
+        if len(result.seeds) < seeds:
+            said.append(f"{result.name}: of seeds {', '.join(map(str, result.seeds))} alone.")
+    said += [f"Failed: {run}: {why}" for run, why in comparison.failed.items()]
+    return said
+
+
+def kept_groups(result: StrategyResult) -> list[GroupResult]:
+    """The groups with most held-out rows, in their order."""
+    most = sorted(result.groups, key=lambda group: -group.rows)[:MOST_GROUPS]
+    return [group for group in result.groups if group in most]
+
+
+def print_comparison(comparison: Comparison, page: Path, console: Console | None = None) -> None:
+    """Print the tables, what they say in words, and where the page is."""
+    console = console or Console(highlight=False)
+    for heads, line in ((headings(comparison), cells), (COST_HEADINGS, cost_cells)):
+        console.print(_table("", heads, [line(result) for result in comparison.strategies]))
+    for result in comparison.strategies:
+        if groups := kept_groups(result):
+            lines = [group_cells(group) for group in groups]
+            console.print(_table(f"Groups by {result.name}", GROUP_HEADINGS, lines))
+            if len(groups) < len(result.groups):
+                console.print(f"and {len(result.groups) - len(groups):,} smaller groups, which --json lists too.\n")
+    for said in (*verdicts(comparison), "", *notes(comparison), "", f"Curves and charts: {page}"):
+        console.print(Text(shown(said)), soft_wrap=True)
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(
+        title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column(headings[0], overflow="fold")
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def write_html(path: Path, comparison: Comparison) -> None:
+    """Write the page to `path`; it needs neither network nor server."""
+    write_text(path, render(comparison))
+
+
+def render(comparison: Comparison) -> str:
+    """The text of the file that `write_html` writes."""
+    drawn = {"Held-out loss, less that of plain batches": _intervals(_overall(comparison))}
+    for curve, title in CURVES.items():
+        if any(result.curves.get(curve) for result in comparison.strategies):
+            drawn[f"{title}, mean over seeds"] = _curves(comparison, curve)
+    charts: dict[str, Any] = {f"chart-{place}": chart for place, chart in enumerate(drawn.values())}
+    sections = []
+    for number, result in enumerate(comparison.strategies):
+        if not (groups := kept_groups(result)):
+            continue
+        chart = f"groups-{number}"
+        points = [(shown(group.name), group.loss.difference) for group in groups]
+        charts[chart] = _intervals(points)
+        sections.append(
+            {
+                "name": result.name,
+                "chart": chart,
+                "rows": [group_cells(group) for group in groups],
+                "not_shown": len(result.groups) - len(groups),
+            }
+        )
+    return render_page(
+        "compare.html",
+        charts,
+        title="CommonIT comparison",
+        tables=[
+            (heads, [line(result) for result in comparison.strategies])
+            for heads, line in ((headings(comparison), cells), (COST_HEADINGS, cost_cells))
+        ],
+        verdicts=verdicts(comparison),
+        notes=notes(comparison),
+        charts_of=dict(zip((name for name in charts if name.startswith("chart-")), drawn)),
+        group_headings=GROUP_HEADINGS,
+        sections=sections,
+    )
+
+
+def _overall(comparison: Comparison) -> list[tuple[str, Interval | None]]:
+    return [(result.name, result.loss.difference) for result in comparison.strategies[1:]]
+
+
+def _intervals(points: Sequence[tuple[str, Interval | None]]) -> go.Figure:
+    """A line for each name: the difference, its interval, and where zero is."""
+    known = [(name, interval) for name, interval in points if interval is not None]
+    marks = go.Scatter(
+        x=[interval.value for _, interval in known],
+        y=list(range(len(known))),
+        mode="markers",
+        marker={"size": 9, "color": [GREY if interval.has_zero else COLOURS[0] for _, interval in known]},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [interval.high - interval.value for _, interval in known],
+            "arrayminus": [interval.value - interval.low for _, interval in known],
+            "color": GREY,
+        },
+        customdata=[[chart_text(name), interval.low, interval.high] for name, interval in known],
+        hovertemplate="%{customdata[0]}: %{x:+.4f} (%{customdata[1]:+.4f} to %{customdata[2]:+.4f})<extra></extra>",
+    )
+    zero = {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper", "line": {"color": GREY, "dash": "dot"}}
+    names = [chart_text(name) for name, _ in known]
+    return figure(
+        [marks],
+        90 + 28 * len(known),
+        yaxis=line_axis(names),
+        xaxis=number_axis("difference of the loss of a token; below zero is better than plain batches"),
+        shapes=[zero],
+    )
+
+
+def _curves(comparison: Comparison, curve: str) -> go.Figure:
+    traces = []
+    for result, colour in zip(comparison.strategies, (GREY, *COLOURS)):
+        epochs, losses = thinned(result.curves.get(curve, []))
+        name = chart_text(result.name)
+        traces.append(
+            go.Scatter(
+                x=epochs,
+                y=losses,
+                mode="lines",
+                name=name,
+                meta=name,
+                line={"color": colour, "width": 1.5},
+                hovertemplate="%{meta}<br>epoch %{x:.2f}: %{y:.4f}<extra></extra>",
+            )
+        )
+    return figure(
+        traces,
+        340 + 20 * len(traces),
+        xaxis=number_axis("epoch"),
+        yaxis=number_axis("loss"),
+        showlegend=True,
+        legend=ABOVE,
+    )

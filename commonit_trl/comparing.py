@@ -1,0 +1,236 @@
+"""`commonit compare`: does it help this model on these data, and which metric?
+
+Trains every strategy with every seed from the same weights, on the same rows, for the same number of epochs, measures
+each run on the same held-out rows, and says how far the strategies are from plain batches and how sure that is.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from commonit_trl.compare.comparison import compare
+from commonit_trl.compare.runs import RunResult, directory_of, execute, read_result
+from commonit_trl.compare.strategies import Run, parse_strategies, runs_of
+from commonit_trl.compare.view import print_comparison, write_html
+from commonit_trl.config import OPTIONS
+from commonit_trl.files import write_text
+from commonit_trl.sft import check_model, check_rows, load_all_splits, named_data
+
+COMPARE_DIR = "compare"
+PAGE_FILE, NUMBERS_FILE = "compare.html", "compare.json"
+# Given last, so they win: a comparison measures, it keeps no models. The rows are evaluated one by one.
+FLAGS = (
+    *("--save_strategy", "no", "--load_best_model_at_end", "false", "--push_to_hub", "false", "--report_to", "none"),
+    *("--disable_tqdm", "true", "--eval_packing", "false", "--commonit_report", "false"),
+)
+_OF_THE_PLACE = {"output_dir", "logging_dir", "run_name", "local_rank", "hub_token", *OPTIONS}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `commonit compare` alone."""
+    parser.add_argument(
+        "--metrics",
+        metavar="METRIC[:OPTION=VALUE],...",
+        default="none,task,length,embedding",
+        help="strategies, such as none,task,length:num_groups=16,task:purity=micro; default, %(default)s",
+    )
+    parser.add_argument("--seeds", type=int, metavar="N", default=3, help="runs of each, from the recipe's seed on")
+    parser.add_argument("--train_rows", type=int, metavar="N", help="train on N random rows; default, on all")
+    parser.add_argument(
+        "--held_out_rows",
+        type=int,
+        metavar="N",
+        default=1_000,
+        help="measure on at most N random rows of the test split; without one, N rows are taken out of the training "
+        "rows (default %(default)s)",
+    )
+    parser.add_argument(
+        "--eval_generate", metavar="COLUMN", help="also let each model answer, and count the answers as in this column"
+    )
+    parser.add_argument("--jobs", type=int, metavar="N", default=1, help="runs at a time (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("--only", metavar="RUN", help="do one run alone, such as length@0, as each process here does")
+
+
+def run(
+    asked: argparse.Namespace,
+    script_args: Any,
+    training_args: Any,
+    model_args: Any,
+    mixture: Any,
+    *,
+    argv: Sequence[str],
+) -> int:
+    """Do the runs that have not finished, and show what all of them say; returns the exit code.
+
+    Args:
+        asked: of `add_arguments`.
+        script_args, training_args, model_args, mixture: TRL's arguments, of which `training_args` is an
+            `SFTRecipeConfig`.
+        argv: those of `commonit compare`, for its processes.
+    """
+    _check(asked, training_args)
+    strategies = parse_strategies(asked.metrics)
+    output_dir = Path(training_args.output_dir) / COMPARE_DIR
+    runs = list(runs_of(strategies, training_args.seed, asked.seeds))
+    # With several metrics the entries of a mixture are the tasks for all of them, so that all have the same rows.
+    training_args.commonit_metric = "task" if any(strategy.metric == "task" for strategy in strategies) else "none"
+    check_model(model_args, training_args)
+    train, held_out = _load(asked, script_args, training_args, mixture)
+    asked_of = {each.name: _asked_of(each, asked, script_args, training_args, model_args, mixture) for each in runs}
+    if asked.only is not None:
+        return _do(asked, {each.name: each for each in runs}, asked_of, training_args, model_args, train, held_out)
+
+    results = {each.name: read_result(output_dir, each, asked_of[each.name]) for each in runs}
+    waiting = [each for each in runs if results[each.name] is None]
+    failed = _follow(output_dir, waiting, len(runs), argv, asked.jobs)
+    for each in waiting:
+        if each.name not in failed:
+            results[each.name] = read_result(output_dir, each, asked_of[each.name])
+    finished: list[RunResult] = [result for result in results.values() if result is not None]
+    comparison = compare(
+        finished, train_rows=len(train), held_out_rows=len(held_out), failed=failed, at_a_time=asked.jobs
+    )
+    numbers = json.dumps(comparison.to_json(), indent=1)
+    write_text(output_dir / NUMBERS_FILE, numbers)
+    write_html(output_dir / PAGE_FILE, comparison)
+    if asked.json:
+        print(numbers)
+    else:
+        print_comparison(comparison, output_dir / PAGE_FILE)
+    return 1 if failed else 0
+
+
+def _check(asked: argparse.Namespace, training_args: Any) -> None:
+    for name, least in (("seeds", 1), ("jobs", 1), ("train_rows", 1), ("held_out_rows", 2)):
+        value = getattr(asked, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value} must be at least {least}.")
+    if training_args.max_steps > 0:
+        raise ValueError(
+            f"max_steps={training_args.max_steps}: steps hold other numbers of samples by other metrics, and the runs "
+            "must see the same: set num_train_epochs instead, and --train_rows N for a shorter comparison."
+        )
+    if "RANK" in os.environ and asked.only is None:
+        raise ValueError(
+            "commonit compare starts its own processes, and a launcher has started this one: start it alone; "
+            "--num_processes N is for its runs."
+        )
+
+
+def _load(asked: argparse.Namespace, script_args: Any, training_args: Any, mixture: Any) -> tuple[Dataset, Dataset]:
+    """The rows to train on, and those that are held out; the same for all runs of these arguments."""
+    splits, train_split, test_split, _ = load_all_splits(script_args, mixture, training_args)
+    data, seed = named_data(script_args, mixture), training_args.seed
+    if train_split not in splits:
+        raise ValueError(f"{data}: there is no split {train_split!r}: set dataset_train_split.")
+    train = splits[train_split]
+    for rows in (train, splits.get(test_split)):
+        check_rows(rows, data, training_args.dataset_text_field)
+    if test_split in splits:
+        held_out = _some(splits[test_split], asked.held_out_rows, seed)
+    elif len(train) <= asked.held_out_rows:
+        raise ValueError(
+            f"--held_out_rows {asked.held_out_rows}: {data} has no split {test_split!r} and {len(train)} rows, of "
+            "which none would be left: give less, or data with that split."
+        )
+    else:
+        parts = train.train_test_split(test_size=asked.held_out_rows, seed=seed)
+        train, held_out = parts["train"], parts["test"]
+    if asked.eval_generate is not None and asked.eval_generate not in held_out.column_names:
+        raise ValueError(
+            f"--eval_generate {asked.eval_generate} is no column of the held-out rows: name one of "
+            f"{', '.join(held_out.column_names)}."
+        )
+    return _some(train, asked.train_rows, seed), held_out
+
+
+def _some(rows: Dataset, most: int | None, seed: int) -> Dataset:
+    return rows if most is None or len(rows) <= most else rows.shuffle(seed=seed).select(range(most))
+
+
+def _asked_of(
+    run: Run, asked: argparse.Namespace, script_args: Any, training_args: Any, model_args: Any, mixture: Any
+) -> dict[str, Any]:
+    """All that decides what a run does, as JSON values."""
+    given = {
+        **{name: value for name, value in training_args.to_dict().items() if name not in _OF_THE_PLACE},
+        **vars(script_args),
+        **vars(model_args),
+        **vars(mixture),
+        **run.strategy.settings(training_args),
+        **{name: getattr(asked, name) for name in ("train_rows", "held_out_rows", "eval_generate")},
+        **{f"version of {name}": version(name) for name in ("commonit-trl", "torch", "transformers", "trl")},
+        "seed": run.seed,
+    }
+    return json.loads(json.dumps(given, default=str))
+
+
+def _do(
+    asked: argparse.Namespace,
+    runs: dict[str, Run],
+    asked_of: dict[str, dict[str, Any]],
+    training_args: Any,
+    model_args: Any,
+    train: Dataset,
+    held_out: Dataset,
+) -> int:
+    if asked.only not in runs:
+        raise ValueError(f"--only {asked.only} is none of the runs: {', '.join(runs)}.")
+    from commonit_trl.compare.one_run import train_and_measure
+
+    run = runs[asked.only]
+    directory = directory_of(Path(training_args.output_dir) / COMPARE_DIR, run)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, value in run.strategy.settings(training_args).items():
+        setattr(training_args, name, value)
+    training_args.output_dir, training_args.seed, training_args.data_seed = str(directory), run.seed, None
+    train_and_measure(
+        model_args, training_args, train, held_out, directory, asked_of[run.name], answers=asked.eval_generate
+    )
+    return 0
+
+
+def _follow(output_dir: Path, runs: Sequence[Run], of: int, argv: Sequence[str], jobs: int) -> dict[str, str]:
+    """Do the runs under progress bars; returns those that failed, and why."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.text import Text
+
+    failed: dict[str, str] = {}
+    if not runs:
+        return failed
+    console = Console(file=sys.stderr, highlight=False)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        overall = progress.add_task("runs", total=of, completed=of - len(runs))
+        bars: dict[str, Any] = {}
+
+        def follow(run: Run, step: int, steps: int) -> None:
+            if run.name not in bars:
+                bars[run.name] = progress.add_task(run.name, total=steps)
+            progress.update(bars[run.name], completed=step)
+
+        def ended(run: Run, why: str | None) -> None:
+            if run.name in bars:
+                progress.remove_task(bars[run.name])
+            progress.advance(overall)
+            if why is not None:
+                failed[run.name] = why
+            said = f"{run.name}: {'done' if why is None else f'failed: {why}'}"
+            console.print(Text(said), soft_wrap=True)
+
+        with contextlib.suppress(KeyboardInterrupt):
+            execute(output_dir, runs, argv, jobs, follow, ended)
+            return failed
+    console.print("Interrupted: the same command goes on with the runs that have not finished.")
+    raise SystemExit(128 + signal.SIGINT)
