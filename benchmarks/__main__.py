@@ -29,6 +29,7 @@ NAMES = (
     "backends",
     "metrics_overhead",
     "real_data",
+    "study",
     "axolotl_real_data",
 )
 

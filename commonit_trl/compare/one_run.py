@@ -216,7 +216,8 @@ class _CountedTokens:
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, model: Any, args: Any, inputs: dict[str, Any]) -> None:
-        if model.training and (counts := count_tokens(inputs)) is not None:
+        # TRL repeats some forwards without gradient, for its metrics.
+        if model.training and torch.is_grad_enabled() and (counts := count_tokens(inputs)) is not None:
             self._counts.append(counts)
 
     def stop(self) -> None:

@@ -95,7 +95,7 @@ def notes(comparison: Comparison) -> list[str]:
     intervals = sum(1 + len(result.groups) for result in comparison.strategies[1:])
     said = [
         f"Training rows: {comparison.train_rows:,}, epochs: {comparison.epochs:g}, seeds: {seeds}; the same weights, "
-        f"rows and seed for each pair. Held-out rows: {comparison.held_out_rows:,}; their loss is the mean over tokens.",
+        f"rows and seed for each pair. Held-out rows: {comparison.held_out_rows:,}; loss: mean over their tokens.",
         "An interval (95 %) covers the chance of seeds and held-out rows, for this model, these data and settings. "
         f"Of 20 intervals of equal strategies one leaves zero out; here are {intervals}.",
     ]

@@ -19,7 +19,7 @@ ROOT = Path(commonit_trl.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # What each module may import of the package; a new module needs a line here.
-COMMAND_LINE = {"cli", "demo", "group", "inspecting", "launch", "recipes", "sft", "__main__"}
+COMMAND_LINE = {"cli", "compare", "comparing", "demo", "group", "inspecting", "launch", "recipes", "sft", "__main__"}
 CORE = {
     "config": set(),
     "text": {"config"},

@@ -1,0 +1,114 @@
+"""What the study found, as tables and a plot of differences with their intervals."""
+
+from collections.abc import Iterator, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Report, Settings, Table, installed
+
+HEADER = (
+    "strategy",
+    "steps",
+    "held-out loss",
+    "less none's (95 %)",
+    "token accuracy less none's (95 %)",
+    "rows lost / repeated",
+    "padding",
+    "tokens a second x none's",
+)
+
+
+def report(
+    settings: Settings, parameters: int, comparisons: Mapping[int, Mapping[str, Any]], seconds: Mapping[str, float]
+) -> Report:
+    """The report of the study.
+
+    Args:
+        parameters: weights of the model.
+        comparisons: by accumulation, what `compare.json` has, and the learning rates tried.
+        seconds: that each part took.
+    """
+    one = next(iter(comparisons.values()))
+    base_rows = "all" if settings["base_rows"] is None else f"{settings['base_rows']:,}"
+    head = {
+        "model": f"a Llama of {parameters / 1e6:.2f} million weights, trained from scratch on {base_rows} rows of one "
+        f"half of the mixture for {settings['base_epochs']} epochs",
+        "fine-tuning": f"{one['train_rows']:,} rows of the other half, one epoch, micro-batches of {settings['batch']} "
+        f"rows, {settings['seeds']} seeds; measured on {one['held_out_rows']:,} other rows",
+        "took": ", ".join(f"{name} {value / 60:.0f} min" for name, value in seconds.items()),
+    }
+    return Report(
+        head=head,
+        parts=list(_parts(settings, comparisons)),
+        results={"seconds": seconds, "comparisons": comparisons},
+        packages=("scipy",),
+    )
+
+
+def _parts(settings: Settings, comparisons: Mapping[int, Mapping[str, Any]]) -> Iterator[Table | str]:
+    for accumulation, comparison in comparisons.items():
+        rates = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in comparison["rates"].items())
+        yield Table(
+            heading=f"Accumulation {accumulation}, learning rate {comparison['rate']:g}",
+            header=HEADER,
+            rows=[_row(result, comparison["strategies"][0]) for result in comparison["strategies"]],
+        )
+        yield f"The rate is the best for plain batches (held-out loss with one seed, by rate: {rates})."
+        if comparison["failed"]:
+            yield "Failed: " + "; ".join(f"{run} ({why})" for run, why in comparison["failed"].items())
+    yield (
+        "*less none's*: the paired difference to plain batches, its mean over seeds, and how far the 95 % interval "
+        "reaches to both sides; **bold** where it leaves zero out. Below zero is better for the loss, above zero for "
+        "the accuracy. *steps*: optimizer steps of the epoch; groups that do not fill a step make more of them. "
+        "*tokens*: of the data, without padding."
+    )
+    if installed("matplotlib"):
+        picture = f"study-{date.today().isoformat()}-{settings.size}-intervals.png"
+        draw(comparisons, settings.out / picture)
+        yield f"![Differences to plain batches]({picture})"
+
+
+def _row(result: Mapping[str, Any], plain: Mapping[str, Any]) -> list[str]:
+    return [
+        result["name"].replace("reference_dataset=reference.jsonl", "MMLU reference"),
+        f"{result['steps']:,.0f}",
+        f"{result['loss']['value']:.4f}",
+        _difference(result["loss"]["difference"]),
+        _difference(result["accuracy"]["difference"]),
+        f"{result['lost']} / {result['repeated']}",
+        f"{result['padding']:.0%}",
+        f"{result['tokens_per_second'] / plain['tokens_per_second']:.2f}",
+    ]
+
+
+def _difference(interval: Mapping[str, float] | None) -> str:
+    if interval is None:
+        return ""
+    said = f"{interval['value']:+.4f} ± {interval['high'] - interval['value']:.4f}"
+    return said if interval["low"] <= 0 <= interval["high"] else f"**{said}**"
+
+
+def draw(comparisons: Mapping[int, Mapping[str, Any]], path: Path) -> None:
+    """A panel of intervals for each accumulation."""
+    from matplotlib.figure import Figure
+
+    results = {
+        accumulation: [result for result in comparison["strategies"] if result["loss"]["difference"]]
+        for accumulation, comparison in comparisons.items()
+    }
+    heights = [0.9 + 0.28 * len(each) for each in results.values()]
+    figure = Figure(figsize=(8, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(results), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for (accumulation, each), panel in zip(results.items(), panels):
+        differences = [result["loss"]["difference"] for result in each]
+        names = [_row(result, result)[0] for result in each]
+        values = [difference["value"] for difference in differences]
+        reach = [difference["high"] - difference["value"] for difference in differences]
+        panel.errorbar(values, names, xerr=reach, fmt="o", color="#1f5fa8", ecolor="#9db8d6", capsize=3)
+        panel.axvline(0, color="#c0392b", linewidth=1, linestyle="--")
+        panel.invert_yaxis()
+        panel.tick_params(labelsize=8)
+        panel.set_title(f"accumulation {accumulation}", fontsize=9, loc="left")
+    panels[-1].set_xlabel("held-out loss less that of plain batches (left is better), 95 % intervals", fontsize=9)
+    figure.savefig(path, dpi=110)

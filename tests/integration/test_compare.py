@@ -1,0 +1,265 @@
+"""`commonit compare` trains truly paired runs, measures every held-out row, goes on after an interruption, and names
+what failed."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from helpers import Seen, as_argv, make_trainer, rows_of_task, write_jsonl
+from safetensors.numpy import load_file
+from toys import QUIET, row_losses
+
+from commonit_trl import cli
+from commonit_trl.compare import one_run
+from commonit_trl.compare.one_run import exact_matches, measure_rows, padded_collator
+
+EXAMPLES = Path(__file__).parents[2] / "example_configs"
+STRATEGIES = ("none", "task", "length:num_groups=2")
+SEEDS = (7, 8)
+RUNS = [f"{strategy}@{seed}" for seed in SEEDS for strategy in STRATEGIES]
+
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
+
+
+@pytest.fixture
+def recipe(model, tmp_path):
+    """24 rows of three tasks to train on, 9 held out, in steps of one task: no row comes twice."""
+    (tmp_path / "data").mkdir()
+    for split, count in (("train", 8), ("test", 3)):
+        rows = [row for task in ("add", "sort", "spell") for row in rows_of_task(f"{task} {split}", count)]
+        for row in rows:
+            row["task"] = row["task"].split()[0]
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
+    given = {
+        **{name: value for name, value in QUIET.items() if name not in ("report_to", "save_strategy", "max_length")},
+        "model_name_or_path": model,
+        "dataset_name": "data",
+        "output_dir": "out",
+        "dtype": "float32",
+        "learning_rate": 1e-2,
+        "num_train_epochs": 2,
+        "seed": SEEDS[0],
+        "metrics": ",".join(STRATEGIES),
+        "seeds": len(SEEDS),
+        "jobs": 2,
+    }
+    return given
+
+
+def compare(recipe, *more):
+    return cli.main(["compare", *as_argv(recipe), *more])
+
+
+def written(run):
+    directory = Path("out/compare/runs") / run.replace(":", ",")
+    return json.loads((directory / "result.json").read_text(encoding="utf-8")), load_file(
+        directory / "rows.safetensors"
+    )
+
+
+@pytest.fixture
+def seen(recipe, monkeypatch):
+    """Does all runs in this process; what the model of each saw: its weights at the start, the training steps, the
+    held-out rows."""
+    records = {}
+
+    def recorded(model_args, training_args, train, held_out):
+        trainer = make(model_args, training_args, train, held_out)
+        weights = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+        record = {"weights": weights, "trained": Seen(trainer), "held_out": Counter()}
+
+        def count(model, args, inputs):
+            if not model.training:
+                mask = inputs["attention_mask"].bool()
+                record["held_out"].update(tuple(ids[kept].tolist()) for ids, kept in zip(inputs["input_ids"], mask))
+
+        trainer.model.register_forward_pre_hook(count, with_kwargs=True)
+        records[run] = record
+        return trainer
+
+    make = one_run.make_trainer
+    monkeypatch.setattr(one_run, "make_trainer", recorded)
+    for run in RUNS:
+        assert compare(recipe, "--only", run) == 0
+    return records
+
+
+def test_the_runs_are_paired(seen, recipe, capfd):
+    plain = seen["none@7"]
+    rows = plain["trained"].rows
+    assert len(rows) == 24 and set(rows.values()) == {2}  # epochs
+    for run, record in seen.items():
+        for name, weight in record["weights"].items():
+            assert torch.equal(weight, plain["weights"][name])
+        assert record["trained"].rows == rows
+        assert record["held_out"] == plain["held_out"]
+        assert len(record["held_out"]) == 9 and set(record["held_out"].values()) == {1}
+        result, arrays = written(run)
+        assert result["steps"] == len(record["trained"].steps)
+        assert result["trained_tokens"] == sum(row.trained * times for row, times in rows.items())
+        assert result["tokens"] == sum(len(row.tokens) * times for row, times in rows.items())
+        assert len(arrays["loss"]) == 9 and np.all(arrays["tokens"] > 0)
+    orders = {run: [step for step in record["trained"].steps] for run, record in seen.items()}
+    assert all(orders[one] != orders[other] for one in RUNS for other in RUNS if one < other)
+
+    # All of them have finished: nothing is started, and their numbers are put together.
+    assert compare(recipe, "--json") == 0
+    numbers = json.loads(capfd.readouterr().out)
+    assert [result["name"] for result in numbers["strategies"]] == list(STRATEGIES)
+    losses = {run: written(run)[1]["loss"].sum() / written(run)[1]["tokens"].sum() for run in RUNS}
+    for result in numbers["strategies"]:
+        mine = [losses[f"{result['name']}@{seed}"] for seed in SEEDS]
+        assert result["loss"]["value"] == pytest.approx(np.mean(mine))
+        assert len(result["curves"]["loss"]) == result["steps"]
+        if result["name"] != "none":
+            beside = [losses[f"none@{seed}"] for seed in SEEDS]
+            assert result["loss"]["difference"]["value"] == pytest.approx(np.mean(mine) - np.mean(beside))
+            assert sum(group["rows"] for group in result["groups"]) == 9
+    assert {group["name"]: group["rows"] for group in numbers["strategies"][1]["groups"]} == dict(
+        add=3, sort=3, spell=3
+    )
+    page = Path("out/compare/compare.html").read_text(encoding="utf-8")
+    assert "length:num_groups=2" in page and "http-equiv" in page
+
+
+def test_what_changed_between_runs_is_named(recipe, capfd):
+    assert compare(recipe, "--only", "none@7") == 0
+    (directory,) = Path("out/compare/runs").iterdir()
+    assert compare(recipe | {"learning_rate": 0.02}) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "learning_rate (0.01 there, 0.02 now)" in error and str(directory) in error
+    (directory / "result.json").write_text("{", encoding="utf-8")
+    assert compare(recipe) == 2
+    assert "is damaged" in capfd.readouterr().err.strip().splitlines()[-1]
+
+
+def test_an_interrupted_comparison_goes_on_and_a_failed_run_is_named(recipe, tmp_path):
+    """The processes that users start: one run is missing, one cannot be done, the others have finished."""
+    recipe = recipe | {"metrics": "none,length,embedding:embedding_model=nowhere", "seeds": 1}
+    assert compare(recipe, "--only", "none@7") == 0
+    before = os.stat("out/compare/runs/none@7/result.json").st_mtime_ns
+    (tmp_path / "out/compare/runs/length@7").mkdir()  # of a run that was cut off
+    (tmp_path / "out/compare/runs/length@7/rows.safetensors").write_bytes(b"half")
+    command = [sys.executable, "-m", "commonit_trl", "compare", *as_argv(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert os.stat("out/compare/runs/none@7/result.json").st_mtime_ns == before
+    assert "length@7: done" in done.stderr
+    assert (
+        "Failed: embedding:embedding_model=nowhere@7: commonit: error: commonit_embedding_model='nowhere'"
+        in done.stdout
+    )
+    assert "length: " in done.stdout and "With one seed" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+    # What a process of its own gives is what this one gives.
+    alone = written("length@7")[1]
+    (tmp_path / "out/compare/runs/length@7/result.json").unlink()
+    assert compare(recipe, "--only", "length@7") == 0
+    for name, values in written("length@7")[1].items():
+        assert np.array_equal(values, alone[name])
+
+
+def test_two_ranks_measure_every_row_in_its_place(recipe, tmp_path):
+    assert compare(recipe, "--only", "task@7") == 0
+    alone = written("task@7")
+    ranks = {"accelerate_config": EXAMPLES / "accelerate" / "ddp.yaml", "num_processes": 2, "main_process_port": 0}
+    command = [sys.executable, "-m", "commonit_trl", "compare", *as_argv(recipe | ranks | {"output_dir": "two"})]
+    command += ["--only", "task@7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    directory = tmp_path / "two/compare/runs/task@7"
+    result, arrays = json.loads((directory / "result.json").read_text()), load_file(directory / "rows.safetensors")
+    assert np.array_equal(arrays["tokens"], alone[1]["tokens"])
+    assert np.array_equal(arrays["group_ids"], alone[1]["group_ids"])
+    assert result["weights"] == alone[0]["weights"]
+    assert result["tokens"] == alone[0]["tokens"] and result["steps"] == alone[0]["steps"] / 2
+    assert np.abs(arrays["loss"] / arrays["tokens"]).max() < 2 * math.log(258)
+
+
+# --- one row at a time ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True, "max_length": 32, "eval_packing": False}])
+def test_rows_are_measured_as_alone(options, tmp_path):
+    held_out = [row for task in ("add", "sort") for row in rows_of_task(task, 6)]
+    rows = Dataset.from_list(held_out)
+    trainer = make_trainer(tmp_path, rows, commonit_metric="length", extra={"eval_dataset": rows}, **options)
+    measured = measure_rows(trainer, trainer.eval_dataset)
+    collate = padded_collator(trainer)
+    model = trainer.model.eval()
+    for number, row in enumerate(trainer.eval_dataset):
+        inputs = collate([row])
+        (loss,), (tokens,) = row_losses(model, inputs)
+        assert measured["tokens"][number] == tokens > 0
+        assert measured["loss"][number] == pytest.approx(loss, rel=1e-4)
+        likeliest = model(input_ids=inputs["input_ids"]).logits[0, :-1].argmax(-1)
+        assert measured["correct"][number] == (likeliest == inputs["labels"][0, 1:]).sum()
+
+
+def test_answers_are_those_of_greedy_decoding(tmp_path):
+    rows = [row for task in ("add", "sort") for row in rows_of_task(task, 5)]
+    trainer = make_trainer(tmp_path, Dataset.from_list(rows), commonit_metric="length", learning_rate=3e-2)
+    trainer.train()
+    tokenizer, model = trainer.processing_class, trainer.model.eval()
+    for number, row in enumerate(rows):  # every other row expects what the model says, alone and without padding
+        prompt = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
+        said = model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        text = tokenizer.decode(said[0, prompt.shape[1] :], skip_special_tokens=True)
+        row["answer"] = text if number % 2 else f"not {text}"
+    # Room for twelve tokens, so that the answers end where those above do.
+    expected = Dataset.from_list(rows)
+    longest = max(len(tokenizer(answer.strip())["input_ids"]) for answer in expected["answer"])
+    one_run_room, one_run._SPARE_TOKENS = one_run._SPARE_TOKENS, 12 - longest
+    try:
+        prepared = make_trainer(
+            tmp_path, Dataset.from_list(rows), model=model, commonit_metric="length", extra={"eval_dataset": expected}
+        )
+        assert exact_matches(prepared, prepared.eval_dataset, "answer").tolist() == [0, 1] * 5
+    finally:
+        one_run._SPARE_TOKENS = one_run_room
+
+
+# --- wrong options --------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "unknown metric": ({"metrics": "none,lenght"}, "--metrics='lenght' is not one of"),
+    "no baseline": ({"metrics": "task,length"}, "has no 'none'"),
+    "twice": ({"metrics": "none,task,task"}, "names 'task' twice"),
+    "unknown option": ({"metrics": "none,length:num_group=4"}, "did you mean commonit_num_groups?"),
+    "no value": ({"metrics": "none,length:num_groups"}, "is no option"),
+    "option of another metric": ({"metrics": "none,task:num_groups=4"}, "commonit_num_groups=4 is read by"),
+    "seeds": ({"seeds": 0}, "--seeds 0 must be at least 1"),
+    "jobs": ({"jobs": 0}, "--jobs 0 must be at least 1"),
+    "steps": ({"max_steps": 10}, "max_steps=10"),
+    "no such run": ({"only": "task@99"}, "--only task@99 is none of the runs"),
+    "answers": ({"eval_generate": "reply"}, "--eval_generate reply is no column"),
+    "all held out": ({"dataset_name": "data/train.jsonl", "held_out_rows": 24}, "of which none would be left"),
+    "misspelt": ({"metric": "none"}, "Unknown option metric: did you mean"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_option_is_one_line(case, recipe, capfd):
+    options, said = WRONG[case]
+    assert compare(recipe | options) == 2
+    out, err = capfd.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("commonit: error")]
+    assert len(lines) == 1 and said in lines[0] and "Traceback" not in out + err
+    assert not Path("out").exists()
+
+
+def test_rows_are_held_out_of_a_file_without_a_test_split(recipe, capfd):
+    recipe = recipe | {"dataset_name": "data/train.jsonl", "held_out_rows": 6, "train_rows": 10}
+    assert compare(recipe, "--only", "none@7") == 0
+    result, arrays = written("none@7")
+    assert len(arrays["loss"]) == 6
+    assert result["steps"] == 10  # two epochs of ten rows, two at a time

@@ -1,0 +1,133 @@
+"""Runs put together: what is paired, what is left out, and what is said of it in words, tables and HTML."""
+
+import io
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hostile import HOSTILE, SHOWN_SCRIPT
+from rich.console import Console
+
+from commonit_trl.compare.comparison import compare
+from commonit_trl.compare.runs import RunResult
+from commonit_trl.compare.strategies import Run, parse_strategies, runs_of
+from commonit_trl.compare.view import print_comparison, render, verdicts
+
+ROWS = 60
+STRATEGIES = {strategy.name: strategy for strategy in parse_strategies("none,task,length:num_groups=2")}
+
+
+def result(strategy, seed, shift=0.0, exact=None, **written):
+    """A run whose tokens lose `shift` more than those of plain batches, but for a little chance of its own."""
+    tokens = np.random.default_rng(0).integers(4, 30, ROWS)
+    per_token = 2 + np.random.default_rng(1).random(ROWS) + shift
+    per_token = per_token + 0.01 * np.random.default_rng([seed, len(strategy)]).standard_normal(ROWS)
+    groups = [] if strategy == "none" else ["first", "second"]
+    return RunResult(
+        run=Run(strategy=STRATEGIES[strategy], seed=seed),
+        written={
+            "weights": f"of seed {seed}",
+            "train_rows": "t",
+            "held_out_rows": "h",
+            "groups": groups,
+            "ledger": {"lost": 1, "repeated": 2} if groups else None,
+            "steps": 10,
+            "epochs": 1.0,
+            "tokens": 900,
+            "computed_tokens": 1_200,
+            "seconds": 3.0,
+            "curves": {"loss": [[0.5, 3.0 + shift], [1.0, 2.0 + shift]], "eval_loss": []},
+            **written,
+        },
+        loss=per_token * tokens,
+        correct=tokens // 2,
+        tokens=tokens,
+        group_ids=np.arange(ROWS) % 2 if groups else np.full(ROWS, -1),
+        exact=exact,
+    )
+
+
+def compared(results, **more):
+    return compare(results, **{"train_rows": 500, "held_out_rows": ROWS, "failed": {}, **more})
+
+
+def shown(comparison, width=80):
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    print_comparison(comparison, "out/compare.html", console)
+    return console.file.getvalue()
+
+
+def test_a_difference_is_told_from_none_in_words():
+    results = [result(name, seed, shift) for seed in range(3) for name, shift in (("none", 0), ("task", -0.2))]
+    results += [result("length:num_groups=2", seed) for seed in range(3)]
+    comparison = compared(results)
+    better, same = verdicts(comparison)
+    assert better.startswith("task: better, lower held-out loss than none, -0.2")
+    assert same.startswith("length:num_groups=2: no difference seen at this size in the held-out loss")
+    plain, task, _ = comparison.strategies
+    assert task.loss.value - plain.loss.value == pytest.approx(-0.2, abs=0.01)
+    assert (task.padding, task.tokens_per_second, task.lost, task.repeated) == (0.25, 300, 1, 2)
+    assert [(group.name, group.rows) for group in task.groups] == [("first", 30), ("second", 30)]
+    assert task.curves["loss"] == [(0.5, pytest.approx(2.8)), (1.0, pytest.approx(1.8))]
+
+
+def test_a_seed_counts_where_its_baseline_has_finished():
+    results = [result("none", 0), result("none", 1), result("task", 1), result("task", 2), result("task", 0)]
+    comparison = compared([*results[:4]], failed={"task@0": "it broke"})
+    assert comparison.strategies[1].seeds == [1]
+    assert "task: of seeds 1 alone." in shown(comparison)
+    assert "Failed: task@0: it broke" in shown(comparison)
+    assert compared(results).strategies[1].seeds == [0, 1]
+
+
+@pytest.mark.parametrize("what", ["weights", "train_rows", "held_out_rows"])
+def test_runs_that_are_not_paired_are_not_compared(what):
+    with pytest.raises(ValueError, match=r"none@0 and task@0 had other .*rows|weights at the start"):
+        compared([result("none", 0), result("task", 0, **{what: "other"})])
+
+
+def test_weights_may_differ_between_seeds():
+    compared([result("none", 0), result("task", 0), result("none", 1), result("task", 1)])
+
+
+def test_without_a_baseline_nothing_can_be_said():
+    with pytest.raises(ValueError, match=r"No run of 'none'.*task@0: it broke"):
+        compared([result("task", 1)], failed={"task@0": "it broke"})
+
+
+def test_right_answers_have_an_interval_of_their_own():
+    few, many = np.arange(ROWS) % 3 == 0, np.arange(ROWS) % 3 > 0
+    results = [result(name, seed, exact=exact) for seed in range(3) for name, exact in (("none", few), ("task", many))]
+    comparison = compared(results)
+    assert comparison.strategies[1].exact.value == pytest.approx(2 / 3)
+    assert verdicts(comparison)[1].startswith("task: better, higher right answers than none, +0.333")
+    assert "+0.333" in shown(comparison)
+
+
+def test_it_fits_80_columns():
+    results = [result(name, seed) for seed in range(2) for name in STRATEGIES]
+    tables = shown(compared(results)).split("task: no difference")[0].splitlines()
+    assert len(tables) > 20 and max(map(len, tables)) <= 80
+
+
+def test_what_the_data_say_acts_neither_on_the_page_nor_on_the_terminal():
+    results = [result("none", 0), result("task", 0, groups=list(HOSTILE.values())[:2])]
+    comparison = compared(results, failed={"task@1": " ".join(HOSTILE.values())})
+    page = render(comparison)
+    assert SHOWN_SCRIPT not in page
+    assert "\x1b" not in shown(comparison) + page
+
+    class Scripts(HTMLParser):
+        count = 0
+
+        def handle_starttag(self, tag, attributes):
+            self.count += tag == "script"
+
+    scripts = Scripts()
+    scripts.feed(page)
+    assert scripts.count == 3  # the charts' data, plotly, and the lines that draw
+
+
+def test_runs_go_seed_by_seed():
+    names = [run.name for run in runs_of(list(STRATEGIES.values()), 5, 2)]
+    assert names == [f"{strategy}@{seed}" for seed in (5, 6) for strategy in STRATEGIES]
