@@ -117,22 +117,9 @@ def _group(argv: list[str]) -> int:
 def _compare(argv: list[str]) -> int:
     """train by several metrics with several seeds, and tell whether they help"""
     with user_errors(TypeError):
-        from commonit_trl import comparing, launch, recipes
+        from commonit_trl import comparing, launch
 
-        parser = argparse.ArgumentParser(
-            prog="commonit compare",
-            usage="commonit compare [--config FILE.yaml] [OPTIONS]",
-            description=_compare.__doc__,
-            epilog="All options of commonit sft may be given too: see its --help.",
-            allow_abbrev=False,
-        )
-        comparing.add_arguments(parser)
-        parser.error = _raise_value_error  # type: ignore[method-assign]
-        asked, flags = parser.parse_known_args(argv)
-        with contextlib.redirect_stdout(sys.stderr):  # for the libraries' messages: stdout may be JSON
-            arguments, launch_flags = _parse_sft(
-                [*flags, *comparing.FLAGS], recipes.SFTRecipeConfig, "commonit compare"
-            )
+        asked, arguments, launch_flags = _read_comparison(argv)
         processes = launch.prepare(launch_flags, "compare", argv) if asked.only is not None else None
     with user_errors():
         if processes is not None:
@@ -229,6 +216,24 @@ def _read_recipe(
             world_size=recipes.num_processes(launch_flags),
         )
     return asked, recipe
+
+
+def _read_comparison(argv: list[str]) -> tuple[argparse.Namespace, Any, list[str]]:
+    """The options of `commonit compare` itself, and what `_parse_sft` gives of the others."""
+    from commonit_trl import comparing, recipes
+
+    parser = argparse.ArgumentParser(
+        prog="commonit compare",
+        usage="commonit compare [--config FILE.yaml] [OPTIONS]",
+        description=_compare.__doc__,
+        epilog="All options of commonit sft may be given too: see its --help.",
+        allow_abbrev=False,
+    )
+    comparing.add_arguments(parser)
+    parser.error = _raise_value_error  # type: ignore[method-assign]
+    asked, flags = parser.parse_known_args(argv)
+    with contextlib.redirect_stdout(sys.stderr):  # for the libraries' messages: stdout may be JSON
+        return asked, *_parse_sft([*flags, *comparing.FLAGS], recipes.SFTRecipeConfig, "commonit compare")
 
 
 def _parse_sft(

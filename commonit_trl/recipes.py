@@ -58,6 +58,8 @@ class SFTRecipeConfig(CommonITSFTConfig):
     """The options of `commonit sft`, whose `commonit_*` are checked later, for one metric at a time."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.commonit_task_column, str):  # in a YAML file; the trainer reads it before the checks
+            self.commonit_task_column = [self.commonit_task_column]
         SFTConfig.__post_init__(self)
 
 

@@ -1,17 +1,19 @@
-"""Make what docs/choosing-a-metric.md shows: the outputs of its commands, and pictures of the report.
+"""Make what docs/choosing-a-metric.md and docs/compare.md show: the outputs of their commands, and pictures.
 
 Steps: (1) in a working folder, put FOLDER, a TOKENIZER trained on its rows and MINILM where the commands name them;
 (2) run each command of the page that has a text block below it, and put its output there; (3) train a tiny random Llama
 by task on a slice of the rows; (4) photograph its report in headless Chromium, before and after training, in a wide and
-a narrow window, and keep one picture.
+a narrow window, and keep one picture; (5) run the comparison of compare.md, and photograph its page.
 
     python -m docs.make_examples --data FOLDER
 
 FOLDER is that of benchmarks/mixture.py. Cost: four minutes of one CPU core, of which encoding 14,434 rows for the
-metric `embedding` is two; `--work DIR` keeps the working folder, `--only pictures` leaves the commands out.
+metric `embedding` is two, and eight minutes of two cores for the comparison; `--work DIR` keeps the working folder,
+`--only` makes a part alone.
 """
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -25,16 +27,16 @@ from typing import Any
 from transformers import TrainerCallback
 
 from benchmarks.common import machine
-from benchmarks.mixture import find_minilm, prepare, reuse_freed_memory, tiny_llama
-from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer
+from benchmarks.mixture import find_minilm, prepare, read_mixture, reuse_freed_memory, tiny_llama
+from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer, demo
 
 DOCS = Path(__file__).parent
-PAGE = DOCS / "choosing-a-metric.md"
-PICTURE = DOCS / "report.png"
+PAGE, PICTURE = DOCS / "choosing-a-metric.md", DOCS / "report.png"
+COMPARE_PAGE, COMPARE_PICTURE = DOCS / "compare.md", DOCS / "compare.png"
 COLUMNS = "110"
 ROWS = 4_000
 WIDE, NARROW = 1_000, 390
-KEPT_HEIGHT = 662
+KEPT_HEIGHT, COMPARE_HEIGHT = 662, 1_400
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # A command of the page and what stands before its output; the output.
 SHOWN = re.compile(r"^(```bash\n(commonit [^`]*)```\n\n(?:<details>.*\n\n)?```text\n)[^`]*?^```$", re.MULTILINE)
@@ -52,8 +54,8 @@ report.onload = () => setTimeout(() => {
 """
 
 
-def write_outputs(work: Path) -> None:
-    """Run the page's commands in `work`, and put their outputs and this machine's name into the page."""
+def write_outputs(page: Path, work: Path) -> None:
+    """Run the commands of `page` in `work`, and put their outputs and this machine's name into it."""
 
     def with_output(match: re.Match[str]) -> str:
         words = shlex.split(match[2].replace("\\\n", " "))
@@ -63,9 +65,24 @@ def write_outputs(work: Path) -> None:
         lines = "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
         return f"{match[1]}{lines}\n```"
 
-    text = SHOWN.sub(with_output, PAGE.read_text(encoding="utf-8"))
+    text = SHOWN.sub(with_output, page.read_text(encoding="utf-8"))
     text = re.sub(r"^Machine: .*$", lambda _: f"Machine: {machine()}.", text, flags=re.MULTILINE)
-    PAGE.write_text(text, encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
+
+
+def compare(data: Path, work: Path, browser: str) -> None:
+    """Compare the metrics on the mixture, from the model of `commonit demo`; photograph the page."""
+    rows, _ = demo.generate_rows(seed=0)
+    (work / "out" / "demo").mkdir(parents=True, exist_ok=True)
+    demo.make_models(work / "out" / "demo", rows, seed=0)
+    (work / "MIXTURE").mkdir(exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in read_mixture(data))
+    (work / "MIXTURE" / "train.jsonl").write_text(lines, encoding="utf-8")
+    write_outputs(COMPARE_PAGE, work)
+    report = work / "out" / "mixture" / "compare" / "compare.html"
+    for width in (WIDE, NARROW):
+        photograph(browser, report, work / f"compare-{width}.png", width, 3_000)
+    photograph(browser, report, COMPARE_PICTURE, WIDE, COMPARE_HEIGHT)
 
 
 def train(data: Path, work: Path, browser: str) -> None:
@@ -132,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the data of benchmarks/mixture.py")
     parser.add_argument("--work", type=Path, help="keep the working folder here; default: a temporary one")
-    parser.add_argument("--only", choices=("outputs", "pictures"), help="make these alone")
+    parser.add_argument("--only", choices=("outputs", "pictures", "compare"), help="make these alone")
     args = parser.parse_args()
     browser = os.environ.get("COMMONIT_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
     encoder = find_minilm()
@@ -144,14 +161,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        if args.only != "pictures":
-            for name, target in (("FOLDER", args.data), ("MINILM", encoder)):
-                if not (work / name).exists():
-                    (work / name).symlink_to(Path(target).absolute(), target_is_directory=True)
+        for name, target in (("FOLDER", args.data), ("MINILM", encoder)):
+            if target is not None and not (work / name).exists():
+                (work / name).symlink_to(Path(target).absolute(), target_is_directory=True)
+        if args.only in (None, "outputs"):
             prepare(args.data, 1)[1].save_pretrained(work / "TOKENIZER")
-            write_outputs(work)
-        if args.only != "outputs":
+            write_outputs(PAGE, work)
+        if args.only in (None, "pictures"):
             train(args.data, work, browser)
+        if args.only in (None, "compare"):
+            compare(args.data, work, browser)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """What docs/ says of names, messages and sizes is what the code has."""
 
+import argparse
 import ast
 import re
 from pathlib import Path
 
 import pytest
 
-from commonit_trl import metrics
+from commonit_trl import comparing, metrics
 from commonit_trl.report import tables
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +84,16 @@ def test_the_page_shows_an_output_below_each_command():
         assert f"Groups by {metric} " in output and "Padding ratio" in output
 
 
+def test_the_comparison_has_its_options_and_its_output():
+    page = read("compare.md")
+    parser = argparse.ArgumentParser()
+    comparing.add_arguments(parser)
+    options = {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help"}
+    assert set(first_cells(page)) == options
+    (output,) = re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert all(word in output for word in ("Held-out", "less none's", "Groups by task", "intervals of equal"))
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < README_LINES
 
@@ -91,7 +102,7 @@ def test_the_readme_is_short():
 def test_pictures_are_small_and_shown(picture):
     assert picture.stat().st_size < PICTURE_BYTES
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert f"({picture.name})" in read("choosing-a-metric.md")
+    assert any(f"({picture.name})" in read(page.name) for page in DOCS.glob("*.md"))
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)

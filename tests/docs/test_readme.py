@@ -19,11 +19,13 @@ import yaml
 from toys import tiny_model, tiny_tokenizer
 
 from commonit_trl import cli, launch, recipes
+from commonit_trl.compare.strategies import parse_strategies
 from commonit_trl.config import OPTIONS, CommonITArguments
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 PLUGIN_README = ROOT / "axolotl_plugin" / "README.md"  # its blocks: tests/axolotl/test_examples.py
+PAPER_README = ROOT / "example_configs" / "paper" / "README.md"  # its blocks: test_paper_recipes.py and _axolotl.py
 MODEL = "Qwen/Qwen3-0.6B"
 RUN_OR_PARSED = {"python", "bash", "yaml"}
 ONLY_READ = {"bibtex", "text"}
@@ -126,10 +128,13 @@ def check_commonit(words, monkeypatch):
         own = {"inspect": inspecting, "group": group}[command].add_arguments
         asked, _ = cli._read_recipe(command, own, options)
         assert asked.axolotl is None or (ROOT / given["recipe"]).is_file()
+    elif command == "compare":
+        asked, (_, _, model, _), _ = cli._read_comparison(options)
+        assert parse_strategies(asked.metrics) and model.model_name_or_path
     elif command == "sft":
         (_, training, model, _), launch_flags = cli._parse_sft(options)
         assert training.commonit_on and model.model_name_or_path
-        launch.prepare(launch_flags, options)
+        launch.prepare(launch_flags, command, options)
         unset_hf_deepspeed_config()  # else other tests' models are made for ZeRO-3
     else:
         assert not options
@@ -215,7 +220,7 @@ def anchors(document):
 
 
 every_document = pytest.mark.parametrize(
-    "document", [*DOCUMENTS, PLUGIN_README], ids=lambda document: str(document.relative_to(ROOT))
+    "document", [*DOCUMENTS, PLUGIN_README, PAPER_README], ids=lambda document: str(document.relative_to(ROOT))
 )
 
 

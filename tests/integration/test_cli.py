@@ -276,7 +276,7 @@ def test_launch_options_are_taken_from_flags_and_file(tmp_path):
     (_, training, _, _), flags = cli._parse_sft(argv)
     assert training.use_cpu and training.commonit_metric == "length"
     assert flags == ["--num_machines", "2", "--same_network", "--num-processes", "2", "--accelerate_config=zero2"]
-    prepared = launch.prepare(flags, argv)
+    prepared = launch.prepare(flags, "sft", argv)
     assert (prepared.num_processes, prepared.num_machines, prepared.same_network) == (2, 2, True)
     assert Path(prepared.config_file).name == "zero2.yaml"
     assert (prepared.module, prepared.training_script, prepared.training_script_args) == (

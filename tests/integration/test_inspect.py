@@ -110,7 +110,12 @@ def test_a_recipe_is_inspected_as_it_is_trained(metric, packing, model, data, tm
 
 
 def test_geometry_comes_from_the_recipe_and_the_flags_override_it(model, data, tmp_path, capsys):
-    recipe = {"model_name_or_path": model, "commonit_metric": "task", "num_processes": 3}
+    recipe = {
+        "model_name_or_path": model,
+        "commonit_metric": "task",
+        "num_processes": 3,
+        "commonit_task_column": "task",
+    }
     recipe |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": True, "fsdp": "full_shard"}
     recipe |= {"eval_strategy": "steps", "load_best_model_at_end": True, "report_to": "wandb", "dataset_name": data}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
