@@ -18,7 +18,7 @@ from typing import Any
 from datasets import Dataset
 
 from commonit_trl.compare.comparison import compare
-from commonit_trl.compare.runs import RunResult, directory_of, execute, read_result
+from commonit_trl.compare.runs import RunResult, claimed, directory_of, execute, read_result
 from commonit_trl.compare.strategies import Run, parse_strategies, runs_of
 from commonit_trl.compare.view import print_comparison, write_html
 from commonit_trl.config import OPTIONS
@@ -190,13 +190,13 @@ def _do(
 
     run = runs[asked.only]
     directory = directory_of(Path(training_args.output_dir) / COMPARE_DIR, run)
-    directory.mkdir(parents=True, exist_ok=True)
     for name, value in run.strategy.settings(training_args).items():
         setattr(training_args, name, value)
     training_args.output_dir, training_args.seed, training_args.data_seed = str(directory), run.seed, None
-    train_and_measure(
-        model_args, training_args, train, held_out, directory, asked_of[run.name], answers=asked.eval_generate
-    )
+    with claimed(directory):
+        train_and_measure(
+            model_args, training_args, train, held_out, directory, asked_of[run.name], answers=asked.eval_generate
+        )
     return 0
 
 

@@ -8,17 +8,17 @@ and the rest go on.
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -27,6 +27,7 @@ from commonit_trl.compare.strategies import Run
 
 RUNS_DIR = "runs"
 RESULT_FILE, ROWS_FILE, PROGRESS_FILE, LOG_FILE = "result.json", "rows.safetensors", "progress.json", "log.txt"
+LOCK_FILE = "lock"
 _LOOK_EVERY = 0.3  # seconds
 _LAST_WORDS = 4_000  # bytes of a log in which the reason of a failure is looked for
 
@@ -109,6 +110,7 @@ def execute(
     running: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ, "TQDM_DISABLE": "1"}
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -127,12 +129,16 @@ def execute(
     finally:
         for _, process in running.values():
             _stop(process)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, frame: Any) -> NoReturn:
+    """Ends the process by way of its `finally`, which ends the runs."""
+    raise SystemExit(128 + number)
 
 
 def _start(directory: Path, run: Run, argv: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    if directory.exists():
-        shutil.rmtree(directory)  # of a run that was interrupted
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "commonit_trl", "compare", *argv, "--only", run.name]
     with (directory / LOG_FILE).open("wb") as log:
         return subprocess.Popen(
@@ -143,6 +149,29 @@ def _start(directory: Path, run: Run, argv: Sequence[str], environment: dict[str
             env=environment,
             start_new_session=True,  # so that it ends with its ranks, and Ctrl-C is for us to pass on
         )
+
+
+@contextlib.contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """In here this process alone does the run of `directory`, in which nothing of an earlier try is left.
+
+    Raises:
+        ValueError: where another process does it: one whose `commonit compare` was killed, or another job of an array.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(directory / LOCK_FILE, blocking=False)
+        with lock:
+            for name in (RESULT_FILE, ROWS_FILE, PROGRESS_FILE):
+                (directory / name).unlink(missing_ok=True)
+            yield
+    except Timeout:
+        raise ValueError(
+            f"{directory} is being written by another process, which does this run: wait for it, or end it."
+        ) from None
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -284,7 +284,7 @@ def test_launch_options_are_taken_from_flags_and_file(tmp_path):
         "commonit_trl",
         ["sft", *argv],
     )
-    assert launch.prepare([], argv) is None
+    assert launch.prepare([], "sft", argv) is None
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ what failed."""
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from toys import QUIET, row_losses
 from commonit_trl import cli
 from commonit_trl.compare import one_run
 from commonit_trl.compare.one_run import exact_matches, measure_rows, padded_collator
+from commonit_trl.compare.runs import claimed
 
 EXAMPLES = Path(__file__).parents[2] / "example_configs"
 STRATEGIES = ("none", "task", "length:num_groups=2")
@@ -168,6 +171,29 @@ def test_an_interrupted_comparison_goes_on_and_a_failed_run_is_named(recipe, tmp
         assert np.array_equal(values, alone[name])
 
 
+def test_a_run_is_done_by_one_process_at_a_time(recipe, capfd):
+    """As when a comparison was killed and its run goes on."""
+    with claimed(Path("out/compare/runs/none@7")):
+        assert compare(recipe, "--only", "none@7") == 2
+    assert "is being written by another process" in capfd.readouterr().err.strip().splitlines()[-1]
+    assert compare(recipe, "--only", "none@7") == 0
+
+
+def test_runs_end_with_the_comparison(recipe):
+    command = [sys.executable, "-m", "commonit_trl", "compare", *as_argv(recipe | {"num_train_epochs": 10_000})]
+    comparison = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    locks = [Path("out/compare/runs") / run / "lock" for run in RUNS[:2]]
+    deadline = time.monotonic() + 120
+    while not all(lock.exists() for lock in locks):
+        assert comparison.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    comparison.terminate()
+    assert comparison.wait(timeout=60) == 128 + signal.SIGTERM
+    for lock in locks:  # nobody holds them
+        with claimed(lock.parent):
+            pass
+
+
 def test_two_ranks_measure_every_row_in_its_place(recipe, tmp_path):
     assert compare(recipe, "--only", "task@7") == 0
     alone = written("task@7")
@@ -259,7 +285,8 @@ def test_a_wrong_option_is_one_line(case, recipe, capfd):
 
 def test_rows_are_held_out_of_a_file_without_a_test_split(recipe, capfd):
     recipe = recipe | {"dataset_name": "data/train.jsonl", "held_out_rows": 6, "train_rows": 10}
+    recipe["eval_generate"] = "completion"
     assert compare(recipe, "--only", "none@7") == 0
     result, arrays = written("none@7")
-    assert len(arrays["loss"]) == 6
+    assert len(arrays["loss"]) == len(arrays["exact"]) == 6
     assert result["steps"] == 10  # two epochs of ten rows, two at a time
