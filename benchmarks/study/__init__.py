@@ -36,8 +36,8 @@ _CPU: dict[str, Any] = {
     "max_length": 384,
     "seeds": 5,
     "accumulations": [1, 4],
+    "rates": [1e-4, 2e-4, 5e-4, 1e-3],
 }
-_CPU["rates"] = [5e-4, 1e-3, 2e-3, 4e-3]
 SIZES: dict[str, dict[str, Any]] = {
     "quick": {
         **_CPU,

@@ -108,8 +108,9 @@ def execute(
     """
     waiting = list(runs)
     running: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, "TQDM_DISABLE": "1"}
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    if jobs > 1:  # else they wait for each other's threads
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     before = signal.signal(signal.SIGTERM, _end)
     try:
         while waiting or running:

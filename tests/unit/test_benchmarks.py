@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import __main__ as entry
+from benchmarks import study
 from benchmarks.common import RESULTS, Cases, Report, Settings, Skipped, Table, medians, paired_rounds, write_report
 
 
@@ -78,10 +79,31 @@ def test_without_real_data_a_benchmark_says_so():
 
 
 def test_all_benchmarks_are_listed():
-    modules = {path.stem for path in RESULTS.parent.glob("*.py")}
+    folder = RESULTS.parent
+    modules = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
     assert set(entry.NAMES) == modules - {"__init__", "__main__", "common", "mixture"}
 
 
 @pytest.mark.parametrize(("text", "value"), [("rows=1e5", 1e5), ("rows=[1, 2]", [1, 2]), ("model=tiny", "tiny")])
 def test_parameters_are_json_or_words(text, value):
     assert entry.parameter(text) == (text.partition("=")[0], value)
+
+
+def test_the_study_marks_the_differences_that_leave_zero_out(tmp_path):
+    def strategy(name, difference):
+        measure = {"value": 3.0, "difference": difference}
+        numbers = {"steps": 10, "lost": 0, "repeated": 1, "padding": 0.25, "tokens_per_second": 50.0}
+        return {"name": name, "loss": measure, "accuracy": measure, **numbers}
+
+    found = {"value": -0.2, "low": -0.3, "high": -0.1}
+    not_found = {"value": -0.2, "low": -0.5, "high": 0.1}
+    strategies = [strategy("none", None), strategy("task", found), strategy("length", not_found)]
+    comparison = {"strategies": strategies, "rates": {1e-3: 3.0}, "rate": 1e-3, "failed": {"task@1": "it broke"}}
+    settings = Settings(size="full", given=study.SIZES["full"], folder=None, out=tmp_path)
+    comparison |= {"train_rows": 5, "held_out_rows": 6}
+    report = study.report(settings, 1_000_000, {1: comparison}, {"base": 60.0})
+    text = "\n".join(part if isinstance(part, str) else part.markdown() for part in report.parts)
+    assert "| none | 10 | 3.0000 |  |  | 0 / 1 | 25% | 1.00 |" in text
+    assert "| task | 10 | 3.0000 | **-0.2000 ± 0.1000** |" in text
+    assert "| length | 10 | 3.0000 | -0.2000 ± 0.3000 |" in text
+    assert "Failed: task@1 (it broke)" in text
