@@ -19,6 +19,7 @@ from commonit_trl.report.html import render_page
 from commonit_trl.shown import shown
 
 MOST_GROUPS = 20  # in a table or chart
+MORE_STEPS = 0.1  # of the baseline's: from here on it is said
 BESIDE = f"less {BASELINE}'s\n(95 %)"
 HEADINGS = ("Strategy", "Held-out\nloss", BESIDE, "Token\naccuracy", BESIDE)
 EXACT_HEADINGS = ("Right\nanswers", BESIDE)
@@ -103,7 +104,13 @@ def notes(comparison: Comparison) -> list[str]:
         said.append("With one seed the intervals do not cover how much runs differ by chance: give --seeds 3 or more.")
     if comparison.at_a_time > 1:
         said.append(f"Tokens a second: {comparison.at_a_time} runs shared the machine.")
+    plain = comparison.strategies[0].steps
     for result in comparison.strategies[1:]:
+        if abs(result.steps - plain) > MORE_STEPS * plain:
+            said.append(
+                f"{result.name}: {result.steps:,.0f} steps, {BASELINE} {plain:,.0f}: how many there are is part of the "
+                "difference; commonit_min_group_size makes them fewer."
+            )
         if len(result.seeds) < seeds:
             said.append(f"{result.name}: of seeds {', '.join(map(str, result.seeds))} alone.")
     said += [f"Failed: {run}: {why}" for run, why in comparison.failed.items()]
@@ -217,7 +224,7 @@ def _intervals(points: Sequence[tuple[str, Interval | None]]) -> go.Figure:
         [marks],
         90 + 28 * len(known),
         yaxis=line_axis(names),
-        xaxis=number_axis("difference of the loss of a token; below zero is better than plain batches"),
+        xaxis=number_axis("less the loss of plain batches (left is better)"),
         shapes=[zero],
     )
 

@@ -71,6 +71,13 @@ def test_a_difference_is_told_from_none_in_words():
     assert task.curves["loss"] == [(0.5, pytest.approx(2.8)), (1.0, pytest.approx(1.8))]
 
 
+def test_other_numbers_of_steps_are_pointed_out():
+    few = compared([result("none", 0), result("task", 0, steps=10)])
+    many = compared([result("none", 0), result("task", 0, steps=14)])
+    said = "task: 14 steps, none 10: how many there are is part of the difference"
+    assert said in shown(many, 200) and "part of the difference" not in shown(few, 200)
+
+
 def test_a_seed_counts_where_its_baseline_has_finished():
     results = [result("none", 0), result("none", 1), result("task", 1), result("task", 2), result("task", 0)]
     comparison = compared([*results[:4]], failed={"task@0": "it broke"})
