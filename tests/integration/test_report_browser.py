@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 from hostile import HOSTILE, hostile_inspection
+from made_runs import compared, result
 
+from commonit_trl.compare.view import write_html as write_comparison
 from commonit_trl.report import html, write_html
 from commonit_trl.report.analysis import MapPoint
 from commonit_trl.shown import shown
@@ -176,3 +178,19 @@ def test_the_policy_lets_no_other_script_draw(browser, directory, report):
     page.write_text(report.read_text(encoding="utf-8").replace(html._DRAW, "window.ran = 1"), encoding="utf-8")
     found = look_at(browser, directory, page)
     assert (found["ran"], found["charts"]) == (None, 0)
+
+
+def test_the_page_of_a_comparison_is_as_safe(browser, directory):
+    runs = [result(name, seed) for seed in range(2) for name in ("none", "length:num_groups=2")]
+    runs += [result("task", seed, -0.1, groups=HOSTILE.values()) for seed in range(2)]
+    page = directory / "compare.html"
+    write_comparison(page, compared(runs, failed={"task@2": " ".join(HOSTILE.values())}))
+    found = look_at(browser, directory, page, width=390)
+    assert (found["ran"], found["title"], found["foreign"]) == (None, "CommonIT comparison", [])
+    assert (found["links"], found["images"]) == (0, 0)
+    assert found["width"] <= 390
+    assert found["charts"] >= 4  # differences, training loss, groups of two strategies
+    for text in HOSTILE.values():
+        assert shown(text) in found["text"]
+        assert any(tick.startswith(shown(text)[:20]) for tick in found["ticks"]), text
+    assert any(hover.startswith("task: −0.1") for hover in found["hovers"])  # d3 writes a real minus sign
