@@ -97,9 +97,7 @@ def run(
         if each.name not in failed:
             results[each.name] = read_result(output_dir, each, asked_of[each.name])
     finished: list[RunResult] = [result for result in results.values() if result is not None]
-    comparison = compare(
-        finished, train_rows=len(train), held_out_rows=len(held_out), failed=failed, at_a_time=asked.jobs
-    )
+    comparison = compare(finished, train_rows=len(train), failed=failed, at_a_time=asked.jobs)
     numbers = json.dumps(comparison.to_json(), indent=1)
     write_text(output_dir / NUMBERS_FILE, numbers)
     write_html(output_dir / PAGE_FILE, comparison)

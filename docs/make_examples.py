@@ -62,7 +62,7 @@ def write_outputs(page: Path, work: Path) -> None:
         environment = os.environ | {"COLUMNS": COLUMNS, "PYTHONPATH": str(DOCS.parent)}
         command = [sys.executable, "-m", "commonit_trl", *words[1:]]
         done = subprocess.run(command, cwd=work, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        lines = "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+        lines = "\n".join(line.rstrip() for line in done.stdout.splitlines()).strip("\n")
         return f"{match[1]}{lines}\n```"
 
     text = SHOWN.sub(with_output, page.read_text(encoding="utf-8"))

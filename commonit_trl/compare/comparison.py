@@ -71,6 +71,7 @@ class Comparison:
     strategies: list[StrategyResult]
     train_rows: int
     held_out_rows: int
+    """Those that preparing them has left."""
     epochs: float
     failed: dict[str, str]
     """Run -> why it has no result."""
@@ -82,13 +83,13 @@ class Comparison:
 
 
 def compare(
-    results: Sequence[RunResult], *, train_rows: int, held_out_rows: int, failed: Mapping[str, str], at_a_time: int = 1
+    results: Sequence[RunResult], *, train_rows: int, failed: Mapping[str, str], at_a_time: int = 1
 ) -> Comparison:
     """Put the results of the runs together.
 
     Args:
         results: of the runs that have finished; those of a seed without its baseline are left out.
-        train_rows, held_out_rows: that the runs were given.
+        train_rows: that the runs were given.
         failed: the others, and why.
         at_a_time: runs that shared the machine.
 
@@ -111,7 +112,7 @@ def compare(
     return Comparison(
         strategies=strategies,
         train_rows=train_rows,
-        held_out_rows=held_out_rows,
+        held_out_rows=len(next(iter(baseline.values())).tokens),
         epochs=next(iter(baseline.values())).written["epochs"],
         failed=dict(failed),
         at_a_time=at_a_time,
