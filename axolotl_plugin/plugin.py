@@ -69,7 +69,16 @@ class CommonITPlugin(BasePlugin):
             LOG.info("CommonIT is off (commonit_metric: none): these are Axolotl's own batches.")
 
     def get_trainer_cls(self, cfg: Any) -> Any:
+        """CommonIT's trainer; with `commonit_metric: none` Axolotl's own, once all ranks have said that they have it.
+
+        Raises:
+            ValueError: on every rank, where others have another metric; CommonIT's trainer raises it there.
+        """
         if self._options(cfg) is None:
+            if cfg.get("commonit_metric") == "none":
+                from commonit_trl.mixin import compare_ranks
+
+                compare_ranks({"commonit_metric": "none"})
             return None
         from axolotl_plugin.trainer import CommonITAxolotlTrainer
 

@@ -3,7 +3,7 @@
 At construction the options are checked, then the groups are fitted to the training rows. `get_train_dataloader` takes
 the parent's dataloader apart and puts it together again around a `CommonITBatchSampler`. Before each epoch the ranks
 compare what its batches follow from; while it trains, each group's losses go into the Trainer's logs. With
-`commonit_metric="none"` every method is the parent's.
+`commonit_metric="none"` every method is the parent's, once all ranks have said that they have it.
 
 Why the loader is not given to `accelerator.prepare`: the sampler knows its rank, and accelerate would shard it once
 more (`BatchSamplerShard` in `accelerate/data_loader.py`, which drops rounds that end in a short batch). `Trainer` moves
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather
 from datasets import Dataset
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -107,6 +108,9 @@ class CommonITMixin(_Mixed):
                 "dataclass that derives from CommonITArguments and your TrainingArguments."
             )
         self._commonit_on = options.commonit_on and dataset is not None
+        if dataset is not None:
+            # Before the first collective that only some metrics have: a rank without CommonIT takes part in none.
+            compare_ranks({"commonit_metric": options.commonit_metric})
         if self._commonit_on:
             self._commonit_check_settings(options)
             _check_dataset(dataset)
@@ -282,26 +286,6 @@ class CommonITMixin(_Mixed):
         )
 
     # --- while it trains --------------------------------------------------------------------------------------------
-
-    def _commonit_check_ranks(self) -> None:
-        """Compare on all ranks what the epoch's batches follow from.
-
-        Raises:
-            ValueError: on every rank, naming the ranks and what differs.
-        """
-        if self._commonit_world_size == 1:
-            return
-        run = self._commonit_run(self._commonit_sampler.current)
-        digests = [int(_digest(json.dumps(value).encode()), 16) >> 1 for value in run.values()]
-        by_rank = self.accelerator.gather(torch.tensor([digests], device=self.args.device)).cpu()
-        differs = by_rank != by_rank[0]
-        if differs.any():
-            ranks = ", ".join(map(str, differs.any(dim=1).nonzero()[:, 0].tolist()))
-            names = ", ".join(name for name, here in zip(run, differs.any(dim=0)) if here)
-            raise ValueError(
-                f"The ranks would train different batches: rank {ranks} differs from rank 0 in {names}. Give every "
-                "rank the same data, options, seed and commonit_cache_dir."
-            )
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """The parent's; collects the micro-batch's loss for its group."""
@@ -692,7 +676,8 @@ class _EpochStart(TrainerCallback):
             self.trainer._commonit_rest = None  # trained: later checkpoints need not hold it
         train_dataloader.set_epoch(epoch)
         sampler.skip_first(done * sampler.current.accumulation_steps)
-        self.trainer._commonit_check_ranks()
+        if args.world_size > 1:  # it hashes the rows
+            compare_ranks(self.trainer._commonit_run(sampler.current))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._commonit_micro_steps = 0
@@ -718,6 +703,24 @@ def fit_assign(options: Any, rows: Rows) -> tuple[Grouper, NDArray[np.int64]]:
 
 def data_seed(args: Any) -> int:
     return args.seed if args.data_seed is None else args.data_seed
+
+
+def compare_ranks(values: dict[str, Any]) -> None:
+    """Compare on all ranks what the batches follow from; the ranks wait for each other.
+
+    Raises:
+        ValueError: on every rank, naming the ranks and what differs.
+    """
+    digests = [int(_digest(json.dumps(value).encode()), 16) >> 1 for value in values.values()]
+    by_rank = gather(torch.tensor([digests], device=PartialState().device)).cpu()
+    differs = by_rank != by_rank[0]
+    if differs.any():
+        ranks = ", ".join(map(str, differs.any(dim=1).nonzero()[:, 0].tolist()))
+        names = ", ".join(name for name, here in zip(values, differs.any(dim=0)) if here)
+        raise ValueError(
+            f"The ranks would train different batches: rank {ranks} differs from rank 0 in {names}. Give every "
+            "rank the same data, options, seed and commonit_cache_dir."
+        )
 
 
 def _digest_rows(dataset: Dataset) -> str | None:

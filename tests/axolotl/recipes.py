@@ -123,15 +123,15 @@ def process(command: list[str], **options: Any) -> subprocess.CompletedProcess[s
 
 
 def launch(
-    runs: list[dict[str, Any]], directory: Path, world_size: int = 1, killed: bool = False
+    runs: list[dict[str, Any]], directory: Path, world_size: int = 1, code: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """Do the `runs` (see `worker.py`) in one launch; with `killed`, it must die by SIGKILL."""
+    """Do the `runs` (see `worker.py`) in one launch, which must end with `code` (-9: by SIGKILL)."""
     spec = directory / f"{runs[0]['name']}.runs.json"
     spec.write_text(json.dumps(runs), encoding="utf-8")
     environment = {**os.environ, **ENVIRONMENT}
     environment.pop("ACCELERATE_USE_CPU")  # the worker sets it where it fits
     done = forked.run([str(WORKER), str(spec)], env=environment, cwd=directory, world_size=world_size, timeout=500)
-    assert done.returncode == (-9 if killed else 0), done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 

@@ -36,7 +36,7 @@ def runs(request, tmp_path_factory):
     launch([whole], directory, world_size)
     per_epoch = result(directory / "whole")["global_step"] // 2
     killed["kill_at"] = per_epoch + KILLED_IN_SECOND_EPOCH
-    launch([killed], directory, world_size, killed=True)
+    launch([killed], directory, world_size, code=-9)
     if "auto_resume_from_checkpoints" not in keys:
         last = directory / "killed-out" / f"checkpoint-{per_epoch + KILLED_IN_SECOND_EPOCH}"
         resumed = run("resumed", "killed-out", resume_from_checkpoint=str(last))

@@ -3,8 +3,9 @@
     python worker.py runs.json          torchrun --nproc_per_node 2 worker.py runs.json
 
 `runs.json` is a list of runs, each with `recipe` (path of a YAML file), `name` (of what it leaves beside that file),
-and any of: `kill_at` (optimizer step in which this process kills itself), `arrange_by` ("nothing" or "noise": other
-lengths for the arrangement inside steps than the rows' own), `deepspeed` (true: a real engine on CPU). Each run leaves
+and any of: `rank_recipes` (rank -> recipe that only it has), `kill_at` (optimizer step in which this process kills
+itself), `arrange_by` ("nothing" or "noise": other lengths for the arrangement inside steps than the rows' own),
+`deepspeed` (true: a real engine on CPU). A run that a rank refuses ends when all ranks refuse it. Each run leaves
 `<name>.ids.rank*` (a JSON line a micro-step: optimizer step, texts' row numbers, tokens), and of rank 0
 `<name>.gradient.safetensors` (of the first step) and `<name>.json`.
 """
@@ -13,6 +14,7 @@ import gc
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -43,7 +45,7 @@ if __name__ == "__main__":  # not in the processes that datasets starts to save 
 
 def train(run: dict) -> None:
     PluginManager.get_instance().plugins.clear()  # it keeps those of the last recipe
-    cfg = load_cfg(run["recipe"])
+    cfg = load_cfg(run.get("rank_recipes", {}).get(os.environ.get("RANK"), run["recipe"]))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         cfg.device_map = None  # Axolotl sets the rank, which is no device on a machine without GPUs
     recorder.start(Path(run["recipe"]).with_name(run["name"]), run)
@@ -63,7 +65,12 @@ def main() -> None:
     if USES_DEEPSPEED:  # else Axolotl's trainer takes the process group away, and each rank would train alone
         AcceleratorState._reset_state = staticmethod(lambda *args, **kwargs: None)
     for run in RUNS:
-        train(run)
+        try:
+            train(run)
+        except ValueError:
+            traceback.print_exc()
+            torch.distributed.barrier()  # the launcher kills the others when a rank ends
+            os._exit(1)
         if USES_DEEPSPEED:
             reset_state(False)  # else the next run's Accelerator is refused as a second one
             axolotl.utils.distributed.distributed_state = None  # likewise

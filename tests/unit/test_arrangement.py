@@ -86,6 +86,14 @@ def test_lengths_beyond_32_bits(case):
         assert (small == large).all()
 
 
+def test_long_samples_of_many_units_are_arranged_as_few():
+    """A length and a place together take more than 32 bits, the costs do not."""
+    lengths = np.tile([30_000, 20_000, 40_000, 10_000, 15_000, 35_000, 25_000, 5_000], 8_192)
+    order, sizes = arrange(lengths, np.full(8_192, 8), 2, 2)
+    few = arrange(lengths[:8], np.array([8]), 2, 2)
+    assert (order.reshape(-1, 8) - np.arange(0, len(lengths), 8)[:, None] == few[0]).all() and (sizes == few[1]).all()
+
+
 def least_peak(lengths, blocks):
     """The least cost of the costliest micro-batch, by dynamic programming over the sorted lengths."""
     lengths = np.sort(np.maximum(lengths, 1))[::-1].tolist()

@@ -7,6 +7,7 @@
 5. A directory that can't be used is an error of one line with the option's name.
 """
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -23,6 +24,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 from datasets import Dataset
+from filelock import FileLock
 
 from commonit_trl.grouping import (
     EmbeddingGrouper,
@@ -35,6 +37,7 @@ from commonit_trl.grouping import (
     load_grouper,
 )
 from commonit_trl.grouping.cache import fingerprint
+from commonit_trl.grouping.work import SharedWork
 from commonit_trl.text import Rows
 
 FEATURES = {"sun": [1.0, 0.0], "moon": [1.0, 0.1], "cat": [0.0, 1.0], "dog": [0.1, 1.0]}
@@ -110,8 +113,8 @@ def test_a_second_call_loads_and_measures_nothing(metric: str, tmp_path: Path, c
     for _ in range(3):
         caplog.clear()
         found.append(fit_assign_cached(make(), some_rows(), tmp_path))
-        loaded = any("Loaded groups from" in record.getMessage() for record in caplog.records)
-        assert loaded == (len(found) > 1)
+        loaded = [record.getMessage() for record in caplog.records if "Loaded" in record.getMessage()]
+        assert loaded == [f"Loaded groups from {entry_of(tmp_path)}."] * (len(found) > 1)
     assert type(make()).measured == 1
     expected = make().fit(some_rows())
     for grouper, group_ids in found:
@@ -154,6 +157,14 @@ def test_a_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def print_of(grouper: Grouper, dataset: Dataset) -> str:
     return fingerprint(grouper, grouper.read(Rows(dataset)))
+
+
+def test_known_fingerprints_stay() -> None:
+    """What one version has cached the next one finds, or else `_VERSION` says that it must not."""
+    dataset = some_rows().dataset
+    assert print_of(TaskGrouper(columns=["task"]), dataset) == "5c8963dae420d8456626b87216280a5d"
+    assert print_of(LengthGrouper(num_groups=6), dataset) == "9928e4bd71fc12daa9897314f59e783f"
+    assert print_of(EmbeddingGrouper(model="org/x", dtype="float32"), dataset) == "ecbc1c7e8f7dd79b259de8c7a40f13bb"
 
 
 def test_the_fingerprint_follows_what_the_metric_reads_and_nothing_else() -> None:
@@ -239,7 +250,9 @@ def test_the_fingerprint_follows_a_local_models_files(tmp_path: Path) -> None:
     prints.append(print_of(EmbeddingGrouper(model=str(model)), X))
     os.utime(model / "1_Pooling" / "config.json", (1, 1))
     prints.append(print_of(EmbeddingGrouper(model=str(model)), X))
-    assert prints[0] == prints[1] and len(set(prints)) == 3
+    (model / "model.safetensors").rename(model / "model.bin")
+    prints.append(print_of(EmbeddingGrouper(model=str(model)), X))
+    assert prints[0] == prints[1] and len(set(prints)) == 4
 
 
 @pytest.mark.parametrize("file", ["modules.json", "config.json"])
@@ -352,10 +365,61 @@ def test_a_killed_process_leaves_its_finished_work_to_the_next(
     entry_of(tmp_path / "cache")
 
 
-def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    "tasks, pieces",
+    [
+        (None, ["centroids-0", "features-0", "features-1", "groups-0", "groups-1", "small groups-0"]),
+        (["a", "b", "c", "d"], ["centroids-0", "groups-0", "groups-1", "small groups-0"]),
+    ],
+    ids=["clusters", "reference"],
+)
+def test_a_run_interrupted_at_its_end_encodes_nothing_again(
+    tasks: list[str] | None, pieces: list[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Each piece of work has a file of its own in the directory that the processes share."""
+    monkeypatch.setattr(embedding, "_CHUNK", 2)
+    rows = Rows(Dataset.from_dict({"text": [*FEATURES, "cat"]}))
 
+    reference = None
+    if tasks is not None:
+        reference = str(tmp_path / "reference.jsonl")
+        lines = [json.dumps({"task": task, "text": text}) for task, text in zip(tasks, FEATURES)]
+        Path(reference).write_text("\n".join(lines))
+
+    def make() -> EmbeddingGrouper:
+        return FakeEncoder(model="fake", num_groups=4, dtype="float32", min_size=2, reference=reference)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Grouper, "save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit_assign_cached(make(), rows, tmp_path / "cache")
+    (work,) = (tmp_path / "cache").glob("*.work")
+    assert sorted(path.stem for path in work.glob("*.safetensors")) == pieces
+    encoded = FakeEncoder.measured
+    grouper, group_ids = fit_assign_cached(make(), rows, tmp_path / "cache")
+    assert FakeEncoder.measured == encoded
+    expected = make()
+    assert group_ids.tolist() == expected.fit_assign(expected.read(rows)).tolist()
+    assert grouper.description() == expected.description() and not work.exists()
+
+
+def test_a_process_that_is_behind_takes_what_another_one_has_finished(tmp_path: Path) -> None:
+    expected, group_ids = fit_assign_cached(SharedEncoder(tmp_path / "first"), many_texts(), tmp_path / "cache")
+    entry = entry_of(tmp_path / "cache")
+    finished = entry.rename(tmp_path / "finished")
+
+    def finish(chunk: int) -> None:
+        if chunk == 2:  # as the other process does it: the entry first, then the work is removed
+            finished.rename(entry)
+            shutil.rmtree(entry.with_name(f"{entry.name}.work"))
+
+    behind = SharedEncoder(tmp_path / "second", finish)
+    grouper, again = fit_assign_cached(behind, many_texts(), tmp_path / "cache")
+    assert behind.calls == 2 and again.tolist() == group_ids.tolist()
+    np.testing.assert_array_equal(grouper.fitted_arrays()["centroids"], expected.fitted_arrays()["centroids"])
+
+
+def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -363,6 +427,80 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path, monkeypatch:
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     fit_assign_cached(GROUPERS["task"](), some_rows(), tmp_path)
     assert CountingTask.measured == 2
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+# --- shared work --------------------------------------------------------------------------------------------
+
+
+def shared_work(tmp_path: Path) -> SharedWork:
+    return SharedWork(tmp_path / "a" / "b", lambda: False, contextlib.nullcontext)
+
+
+def square(number: int) -> Any:
+    return np.array([number * number])
+
+
+def test_what_others_are_at_is_waited_for_last(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    work, done = shared_work(tmp_path), []
+    work.directory.mkdir(parents=True)
+    other = FileLock(work.directory / "squares-0.lock")
+    other.acquire()
+
+    class Watched(FileLock):
+        def acquire(self, *args: Any, **kwargs: Any) -> Any:
+            if self.blocking:
+                other.release()  # the process that had it dies
+            return super().acquire(*args, **kwargs)
+
+    def write_down(number: int) -> Any:
+        done.append(number)
+        return square(number)
+
+    monkeypatch.setattr("commonit_trl.grouping.work.FileLock", Watched)
+    assert [result.tolist() for result in work.map("squares", write_down, [5, 6, 7])] == [[25], [36], [49]]
+    assert done == [6, 7, 5] and not caplog.records
+
+
+@pytest.mark.parametrize("damage, reason", [("truncate", "SafetensorError: "), ("flip", "ValueError: it is not what")])
+def test_a_damaged_result_is_told_and_computed_again(damage: str, reason: str, tmp_path: Path, caplog: Any) -> None:
+    work = shared_work(tmp_path)
+    work.map("squares", square, [5, 6])
+    damaged = work.directory / "squares-1.safetensors"
+    globals()[damage](damaged)
+    assert [result.tolist() for result in work.map("squares", square, [5, 6])] == [[25], [36]]
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{damaged} is damaged ({reason}")
+    assert record.getMessage().endswith(") and is computed again.")
+
+
+def test_a_damaged_result_that_others_have_removed_is_computed_again(tmp_path: Path) -> None:
+    work = shared_work(tmp_path)
+
+    def remove_the_first(number: int) -> Any:
+        if number == 7:
+            (work.directory / "squares-0.safetensors").unlink()
+        return square(number)
+
+    assert [result.tolist() for result in work.map("squares", remove_the_first, [5, 6, 7])] == [[25], [36], [49]]
+
+
+@pytest.mark.parametrize("rank, shown", [(None, True), ("0", True), ("1", False)])
+def test_one_process_of_a_machine_shows_progress(
+    rank: str | None, shown: bool, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    work = shared_work(tmp_path)
+    for _ in range(2):  # again, where all of it is there
+        work.map("squares", square, [5, 6, 7], progress="Squaring")
+        assert ("Squaring: 100%" in capfd.readouterr().err) == shown
+    work.map("squares", square, [5, 6, 7])
+    assert capfd.readouterr().err == ""
 
 
 # --- damage -------------------------------------------------------------------------------------------------
@@ -398,7 +536,10 @@ def test_a_damaged_entry_is_told_and_computed_again(file: str, damage: Any, tmp_
     assert FakeEncoder.measured == 2
     np.testing.assert_array_equal(again, group_ids)
     (record,) = caplog.records
-    assert str(entry) in record.getMessage() and "are computed again" in record.getMessage()
+    assert record.getMessage().startswith(f"The cached groups in {entry} are damaged (")
+    assert record.getMessage().endswith(") and are computed again.")
+    if damage is flip and file != "checksums.json":
+        assert f"(ValueError: {file} is not what was written)" in record.getMessage()
     caplog.clear()
     fit_assign_cached(make(), some_rows(), tmp_path)
     assert FakeEncoder.measured == 2 and not caplog.records
@@ -426,6 +567,7 @@ def test_an_entry_of_another_number_of_rows_is_not_used(tmp_path: Path, caplog: 
         ({"options": {"min_size": "few"}}, "Input should be a valid integer"),
         ({"options": {"a\nb": 1}}, "KeyError"),
         ({"fitted": {"edges": [3, 1e400]}}, "OverflowError"),
+        ({"names": ["only one"]}, "ValueError: 2 edges do not make 1 groups"),
     ],
 )
 def test_what_the_fuzzer_found_in_saved_groups(change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -484,6 +626,21 @@ def test_a_saved_grouper_of_another_format_is_an_error_with_its_path(change: dic
     (tmp_path / "groups.json").write_text("[]")
     with pytest.raises(ValueError, match=r"groups\.json is not a readable set of groups \("):
         load_grouper(tmp_path)
+
+
+def test_saved_centroids_of_other_groups_are_refused(tmp_path: Path) -> None:
+    GROUPERS["embedding"]().fit(some_rows()).save(tmp_path)
+    saved = json.loads((tmp_path / "groups.json").read_text())
+    (tmp_path / "groups.json").write_text(json.dumps(saved | {"names": ["only one"]}))
+    with pytest.raises(ValueError, match=r"\(ValueError: centroids of shape \(3, 2\) do not make 1 groups\)"):
+        load_grouper(tmp_path)
+
+
+def test_saved_groups_can_be_read_by_people(tmp_path: Path) -> None:
+    rows = Rows(Dataset.from_dict({"task": ["übersetzen", "sum"]}))
+    TaskGrouper(columns=["task"]).fit(rows).save(tmp_path / "not" / "there yet", data="mine")
+    text = (tmp_path / "not" / "there yet" / "groups.json").read_text(encoding="utf-8")
+    assert '\n  "names": [\n    "sum",\n    "übersetzen"\n  ],\n' in text and '\n  "data": "mine"' in text
 
 
 def test_a_directory_without_groups_is_an_error_with_its_path(tmp_path: Path) -> None:

@@ -152,11 +152,19 @@ def test_the_precision_is_what_the_device_calculates_in(
     cuda: bool | None, can: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda is not None)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cuda or including_emulation)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
     assert best_dtype() == expected
     assert EmbeddingGrouper(model="any").identity()["dtype"] == expected
     assert EmbeddingGrouper(model="any", dtype="float32").identity()["dtype"] == "float32"
+
+
+def test_the_precision_is_float32_where_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # torch before 2.12
+    assert best_dtype() == "float32"
+    monkeypatch.setattr("sentence_transformers.util.get_device_name", lambda: "mps")
+    assert best_dtype() == "float32"
 
 
 def test_the_centroid_is_the_mean_of_directions_and_the_row_s_length_does_not_matter(tmp_path: Path) -> None:
@@ -179,6 +187,28 @@ def test_the_text_that_is_encoded_is_the_one_asked_for(
     grouper = EmbeddingGrouper(model=static, text=text, reference=reference).fit(rows)
     # "sun" counts for 1 and "cat" for 2 where both are read; a response of "moon" is as far from either.
     assert grouper.assign(rows).tolist() == expected
+
+
+def test_of_a_reference_the_prompts_are_encoded(static: str, tmp_path: Path) -> None:
+    lines = [{"task": "a", "prompt": "sun", "completion": "cat"}, {"task": "b", "prompt": "cat", "completion": "sun"}]
+    reference = tmp_path / "r.jsonl"
+    reference.write_text("\n".join(map(json.dumps, lines)))
+    grouper = EmbeddingGrouper(model=static, text="response", reference=str(reference))
+    rows = Rows(Dataset.from_dict({"prompt": ["moon"] * 2, "completion": ["sun", "cat"]}))
+    assert grouper.fit(rows).assign(rows).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("splits, read", [(["test", "train"], "train"), (["dev", "test"], "dev")])
+def test_of_a_reference_with_splits_train_is_read_or_else_the_first(
+    splits: list[str], read: str, static: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "reference"
+    folder.mkdir()
+    files = [{"split": split, "path": f"{split}.jsonl"} for split in splits]
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps([{'config_name': 'all', 'data_files': files}])}\n---")
+    for split in splits:
+        write_reference(folder / f"{split}.jsonl", {split: ["sun"]})
+    assert EmbeddingGrouper(model=static, reference=str(folder)).fit(rows_of(["sun"])).names == [read]
 
 
 def test_reference_tasks_without_rows_stay_for_rows_to_come(static: str, tmp_path: Path) -> None:
@@ -204,7 +234,7 @@ def test_a_reference_is_read_from_any_of_the_file_formats(suffix: str, static: s
 def test_k_means_finds_the_groups_that_are_there_and_finds_them_again(static: str) -> None:
     groupers = [EmbeddingGrouper(model=static, num_groups=2, seed=5).fit(rows_of(SKY + PETS)) for _ in range(2)]
     assert by_group(groupers[0], SKY + PETS) == {frozenset(SKY), frozenset(PETS)}
-    assert groupers[0].names == ["cluster 0", "cluster 1"]
+    assert groupers[0].names == ["cluster 0", "cluster 1"] and not groupers[0].notices
     np.testing.assert_array_equal(groupers[0].centroids, groupers[1].centroids)
 
 
@@ -264,8 +294,9 @@ def test_default_number_of_clusters_and_their_names() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("min_size", [1, 5, 40, 101])
-def test_small_groups_dissolve_one_by_one_into_the_nearest(seed: int, min_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("min_size", [1, 2, 5, 40, 101])
+def test_small_groups_dissolve_one_by_one_into_the_nearest(seed: int, min_size: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(embedding, "_ROWS_AT_ONCE", 7)
     rng = np.random.default_rng(seed)
     features, centroids = (rng.normal(size=(size, 4)).astype(np.float32) for size in (100, 12))
     centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
@@ -285,6 +316,16 @@ def test_small_groups_dissolve_one_by_one_into_the_nearest(seed: int, min_size: 
     expected = [max(kept, key=lambda one: features[row] @ centroids[one]) for row in range(100)]
     assert [grouper.names[group] for group in grouper.group_ids] == [names[one] for one in expected]
     assert len(kept) == 1 or min_size == 1 or min(expected.count(one) for one in kept) >= min_size
+
+
+def test_the_size_of_a_group_is_in_rows(static: str, tmp_path: Path) -> None:
+    """A task with one text in four rows is not small, nor is one to which a dissolved one brings two rows."""
+    reference = write_reference(tmp_path / "r.jsonl", {"a": ["sun"], "b": ["cat"], "c": ["cat cat dog"], "d": ["bird"]})
+    texts = ["sun"] * 4 + ["cat"] * 2 + ["cat dog"] * 2 + ["bird"]
+    grouper = EmbeddingGrouper(model=static, reference=reference, min_size=4)
+    group_ids = grouper.fit_assign(grouper.read(rows_of(texts)))
+    assert [grouper.names[group] for group in group_ids[:8]] == ["a"] * 4 + ["c"] * 4
+    assert grouper.names == ["a", "c"]
 
 
 # --- encoding -----------------------------------------------------------------------------------------------
@@ -312,6 +353,43 @@ def test_equal_texts_are_encoded_once(static: str, encoded: list[list[str]]) -> 
     assert [sorted(call) for call in encoded] == [["cat", "moon", "sun"]] * 2
 
 
+def test_embeddings_have_length_1(static: str) -> None:
+    features = EmbeddingGrouper(model=static).encode(["sun", "sun cat"])
+    np.testing.assert_allclose(features[:, [1, 4]], [[1, 0], [0.5**0.5, 0.5**0.5]], atol=1e-3)
+    assert features.dtype == np.float32
+    nothing = EmbeddingGrouper(model="not needed").encode([])
+    assert nothing.shape == (0, 0) and nothing.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_encoder_calculates_in_the_precision_asked_for(
+    dtype: str, static: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    precisions, encode = [], SentenceTransformer.encode
+
+    def record(self: Any, *args: Any, **kwargs: Any) -> Any:
+        reduced = torch.is_autocast_enabled(self.device.type)
+        precisions.append(torch.get_autocast_dtype(self.device.type) if reduced else torch.float32)
+        return encode(self, *args, **kwargs)
+
+    monkeypatch.setattr(SentenceTransformer, "encode", record)
+    EmbeddingGrouper(model=static, dtype=dtype).encode(["sun"])
+    assert precisions == [getattr(torch, dtype)]
+    assert not [warning for warning in recwarn if "autocast" in str(warning.message)]
+
+
+def test_there_is_an_end_to_the_number_of_chunks(static: str, encoded: list[list[str]], monkeypatch: Any) -> None:
+    monkeypatch.setattr(embedding, "_CHUNK", 2)
+    monkeypatch.setattr(embedding, "_MAX_CHUNKS", 3)
+    texts = [f"{one} {other}" for one in WORDS[:2] for other in WORDS[1:]]
+    grouper = EmbeddingGrouper(model=static, num_groups=2)
+    group_ids = grouper.fit_assign(grouper.read(rows_of(texts)))
+    assert [len(call) for call in encoded] == [4, 4, 2]
+    assert sorted(text for call in encoded for text in call) == sorted(texts)
+    assert group_ids.tolist() == grouper.assign(rows_of(texts)).tolist() and group_ids.dtype == np.int64
+    assert grouper.assign(rows_of(texts)).dtype == np.int64
+
+
 def test_fit_assign_encodes_once(static: str, encoded: list[list[str]]) -> None:
     grouper = EmbeddingGrouper(model=static, num_groups=2)
     assert len(set(grouper.fit_assign(grouper.read(rows_of(["sun", "cat"]))))) == 2
@@ -327,9 +405,12 @@ def test_rows_without_text_are_in_some_group(static: str, minilm: str) -> None:
     assert grouper.assign(rows_of([])).tolist() == []
 
 
-def test_progress_is_shown(static: str, capfd: pytest.CaptureFixture) -> None:
+def test_progress_is_shown(static: str, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")  # at which the encoder shows a bar of its own for each call, if it may
     EmbeddingGrouper(model=static).fit(rows_of(["sun", "cat"]))
-    assert "Encoding texts: 100%" in capfd.readouterr().err
+    shown = capfd.readouterr().err
+    assert "Encoding texts: 100%" in shown and "Assigning texts to groups: 100%" in shown
+    assert "Batches" not in shown
 
 
 # --- errors -------------------------------------------------------------------------------------------------
@@ -346,9 +427,12 @@ def test_a_model_that_gives_nan_is_refused(tmp_path: Path) -> None:
     weights = np.eye(7)
     weights[4] = np.nan
     model = save_static(tmp_path / "model", weights)
-    message = refusal(EmbeddingGrouper(model=model), ["sun", "cat", "cat", "dog"])
-    assert message.startswith(f"commonit_embedding_model={model!r} gives NaN or infinite embeddings for 1 of 3 texts")
-    assert "'cat'" in message and "use another model" in message
+    text = "cat " * 20
+    message = refusal(EmbeddingGrouper(model=model), ["sun", text, text, "dog"])
+    assert message == (
+        f"commonit_embedding_model={model!r} gives NaN or infinite embeddings for 1 of 3 texts, first for "
+        f"{text[:60]!r}: use another model, or commonit_embedding_dtype='float32'."
+    )
 
 
 def test_a_reference_that_gives_infinity_is_refused(tmp_path: Path) -> None:
@@ -435,6 +519,7 @@ def test_a_saved_grouper_assigns_as_the_fitted_one(options: dict[str, Any], stat
     (tmp_path / "r.jsonl").unlink(missing_ok=True)  # the reference is not needed again
     loaded = load_grouper(tmp_path / "saved")
     assert type(loaded) is EmbeddingGrouper and loaded.description() == grouper.description()
+    assert grouper.description()["fitted"] == {"dtype": best_dtype()}
     new = [*SKY, *PETS, "bird", "", "unknown words"]
     assert loaded.assign(rows_of(new)).tolist() == grouper.assign(rows_of(new)).tolist()
 
@@ -461,6 +546,7 @@ def test_build_grouper_takes_the_options(static: str) -> None:
     }
     options = CommonITArguments(commonit_metric="embedding", commonit_num_groups=4)
     assert build_grouper(options, ["text"]).options["num_groups"] == 4
+    assert build_grouper(options, ["text"]).options["seed"] == 0
     assert build_grouper(options, ["text"]).options["model"] == "sentence-transformers/all-MiniLM-L6-v2"
 
 

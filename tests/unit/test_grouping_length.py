@@ -193,3 +193,5 @@ def test_build_grouper_takes_the_options() -> None:
     )
     expected |= {"of": "total", "edges": [64], "min_size": 2}
     assert build_grouper(options, ["input_ids"]).identity() == expected
+    options = CommonITArguments(commonit_metric="length", commonit_num_groups=5)
+    assert build_grouper(options, ["input_ids"]).options["num_groups"] == 5

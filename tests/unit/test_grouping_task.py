@@ -89,6 +89,7 @@ def test_several_columns_are_joined_and_missing_where_one_is() -> None:
         "y / 1",
         "(no label)",
     ]
+    assert grouper.notices[0].startswith("commonit_task_column=set+kind: 1 of 4 ")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ def test_a_column_that_is_not_found_is_an_error_with_the_way_out() -> None:
         resolve_task_columns(CommonITArguments(commonit_metric="task"), ["text", "kind"])
     assert "\n" not in str(caught.value)
     options = CommonITArguments(commonit_metric="task", commonit_task_column=["text", "knd"])
-    with pytest.raises(ValueError, match=r"commonit_task_column='knd' .*did you mean 'kind'"):
+    with pytest.raises(ValueError, match=r"commonit_task_column='knd' .*has: text, kind; did you mean 'kind'"):
         resolve_task_columns(options, ["text", "kind"])
 
 
@@ -198,5 +199,5 @@ def test_build_grouper_takes_the_options() -> None:
 
 
 def test_no_column_at_all_is_refused() -> None:
-    with pytest.raises(ValueError, match="names no label column"):
+    with pytest.raises(ValueError, match=r"^columns=\[\] names no label column: name one or more\.$"):
         TaskGrouper(columns=[])

@@ -225,6 +225,11 @@ def test_known_plan_stays():
     assert arranged.digest() == "59cee687c3ea4a0c25e68391a82ba9ac"
 
 
+def test_seed_and_epoch_are_0_by_default():
+    ids = np.arange(50) % 3
+    assert plan_epoch(ids, micro_batch_size=2).digest() == plan_epoch(ids, micro_batch_size=2, seed=0, epoch=0).digest()
+
+
 @settings(max_examples=200, deadline=None)
 @given(cases(), st.data())
 def test_i4_read_from_anywhere(case, data):
@@ -369,6 +374,14 @@ def test_weights_epochs_draw_different_samples():
     assert len(set.union(*seen)) > 990
 
 
+@pytest.mark.parametrize("sizes, units", [((9, 8), [3, 3]), ((3, 5), [2, 2])])
+def test_the_group_with_the_fullest_units_is_cut_once_more(sizes, units):
+    """Purity `micro` on two ranks, where there would be an odd number of micro-batches: 3 of 3 samples and 2 of 4, or
+    1 of 3 and 2 of 2 or 3, of at most 4 or 3."""
+    plan = plan_epoch(np.repeat([0, 1], sizes), micro_batch_size=max(3, sizes[0] // 2), world_size=2, purity="micro")
+    assert np.bincount(plan.unit_groups).tolist() == units
+
+
 def test_group_of_ten_thousand_groups():
     """Many groups of one or a few samples: still lossless and pure."""
     group_ids = np.random.default_rng(0).integers(0, 40_000, 100_000)
@@ -383,7 +396,9 @@ def test_group_of_ten_thousand_groups():
         ({"purity": "steps"}, "purity='steps' is not one of step, global, micro: did you mean 'step'?"),
         ({"remainder": "dorp"}, "remainder='dorp' is not one of keep, drop, pad: did you mean 'drop'?"),
         ({"weights": "unifrom"}, "did you mean 'uniform'?"),
-        ({"weights": {0: 1.0}}, "weights must name every group that has samples: missing [1]"),
+        ({"weights": {0: 1.0}}, "weights must name every group that has samples: missing [1], without samples []."),
+        ({"weights": {0: 1.0, 1: 1.0, 2: 1.0}}, "missing [], without samples [2]."),
+        ({"weights": {0: 1.0, 1: 1.0, 2: 1.0}, "group_ids": [0, 2] * 5}, "missing [], without samples [1]."),
         ({"weights": {0: 1.0, 1: -1.0}}, "must be a number >= 0"),
         ({"weights": {0: 0.0, 1: 0.0}}, "gives no group a weight above 0"),
         ({"micro_batch_size": 0}, "micro_batch_size=0 must be a whole number >= 1."),
@@ -392,6 +407,11 @@ def test_group_of_ten_thousand_groups():
         ({"seed": -1}, "seed=-1 must be a whole number >= 0."),
         ({"epoch": -1}, "epoch=-1"),
         ({"world_size": 64}, "The dataset has 10 samples, fewer than the 64 micro-batches of one step"),
+        (
+            {"accumulation_steps": 11},
+            "fewer than the 11 micro-batches of one step (world_size=1 x accumulation_steps=11): use fewer ranks, less "
+            "gradient accumulation or more data.",
+        ),
         ({"remainder": "drop", "micro_batch_size": 8}, "remainder='drop' leaves no step: the largest group has 5"),
         ({"group_ids": [0.5] * 10}, "group_ids must be one-dimensional integers >= 0"),
         ({"group_ids": [-1] * 10}, "group_ids must be one-dimensional integers >= 0"),

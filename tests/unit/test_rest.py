@@ -118,8 +118,24 @@ def test_a_rest_of_more_steps_than_an_epoch_is_refused():
     ids = np.arange(12) % 4
     whole = plan_epoch(ids, micro_batch_size=3)
     few = plan_epoch(ids, micro_batch_size=12, weights={0: 1, 1: 0, 2: 0, 3: 0})
-    with pytest.raises(ValueError, match=r"The rest of epoch 2 \(12 samples\) takes more steps than the 1 of"):
+    with pytest.raises(ValueError) as caught:
         plan_rest(few, whole.left(0), seed=0, epoch=2)
+    assert str(caught.value) == (
+        "The rest of epoch 2 (12 samples) takes more steps than the 1 of a whole epoch with the new settings: resume "
+        "with larger batches, or with commonit_remainder='keep' and commonit_weights='proportional'."
+    )
+
+
+def test_a_rest_is_read_and_saved_a_part_at_a_time(monkeypatch):
+    """Stretches in which all steps are done hold nothing to arrange; a row left takes four bytes."""
+    whole = plan_epoch(np.arange(40) % 3, np.arange(40), micro_batch_size=2, world_size=2, seed=1)
+    left = whole.left(4)
+    assert left.dtype.itemsize == 4
+    rest = plan_rest(whole, left, seed=1, epoch=0)
+    at_once = steps_of(rest)
+    assert not any(at_once[:2]) and sorted(row for step in at_once for row in set(step)) == left.tolist()
+    monkeypatch.setattr("commonit_trl.plan._SAMPLES_AT_ONCE", 1)
+    assert steps_of(rest) == at_once
 
 
 def test_no_checkpoint_to_go_on_from(tmp_path):

@@ -8,10 +8,11 @@ RUN = {"world_size": 2, "group_sizes": [9, 9], "options": OPTIONS, "limit_s": 30
 ORDER = "order of samples"
 CASES = {
     "seed": ({"seed": 8}, None, ["data seed", ORDER]),
-    "metric": (
-        {"commonit_metric": "length", "commonit_num_groups": 3},
+    "metric": ({"commonit_metric": "length", "commonit_num_groups": 3}, None, ["commonit_metric"]),
+    "number of groups": (
+        {"commonit_min_group_size": 10},
         None,
-        ["commonit_metric", "number of groups", "names of groups", "assignment of rows to groups", ORDER],
+        ["number of groups", "names of groups", "assignment of rows to groups", ORDER],
     ),
     "every other option": (
         {
@@ -54,6 +55,14 @@ def test_ranks_that_disagree_stop(server, tmp_path, case):
     options, data, names = CASES[case]
     differs = {"rank_options": {"1": options}, "data": {"1": data} if data else {}}
     assert_both_stop(server.do(**RUN, name="run", dir=str(tmp_path), **differs), tmp_path, names)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_rank_without_groups(server, tmp_path, packing):
+    """It has no part in what the other one waits for: to compare plans, and with packing already to group the rows."""
+    run = {**RUN, "options": {**OPTIONS, "packing": packing, "max_length": 64}, "name": "run", "dir": str(tmp_path)}
+    answer = server.do(**run, rank_options={"1": {"commonit_metric": "none"}})
+    assert_both_stop(answer, tmp_path, ["commonit_metric"])
 
 
 def test_a_cache_of_other_groups(server, tmp_path):
