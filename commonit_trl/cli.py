@@ -126,7 +126,7 @@ def _compare(argv: list[str]) -> int:
             launch.start(processes)
             return 0
         _check_places(arguments[1])
-        return comparing.run(asked, *arguments, argv=argv)
+        return comparing.run(asked, *arguments, launch_flags=launch_flags, argv=argv)
 
 
 def _demo(argv: list[str]) -> int:

@@ -68,6 +68,7 @@ def run(
     model_args: Any,
     mixture: Any,
     *,
+    launch_flags: Sequence[str],
     argv: Sequence[str],
 ) -> int:
     """Do the runs that have not finished, and show what all of them say; returns the exit code.
@@ -76,9 +77,10 @@ def run(
         asked: of `add_arguments`.
         script_args, training_args, model_args, mixture: TRL's arguments, of which `training_args` is an
             `SFTRecipeConfig`.
+        launch_flags: for `accelerate launch`.
         argv: those of `commonit compare`, for its processes.
     """
-    _check(asked, training_args)
+    _check(asked, script_args, training_args, mixture)
     strategies = parse_strategies(asked.metrics)
     output_dir = Path(training_args.output_dir) / COMPARE_DIR
     runs = list(runs_of(strategies, training_args.seed, asked.seeds))
@@ -86,7 +88,8 @@ def run(
     training_args.commonit_metric = "task" if any(strategy.metric == "task" for strategy in strategies) else "none"
     check_model(model_args, training_args)
     train, held_out = _load(asked, script_args, training_args, mixture)
-    asked_of = {each.name: _asked_of(each, asked, script_args, training_args, model_args, mixture) for each in runs}
+    given = _given(asked, script_args, training_args, model_args, mixture, launch_flags)
+    asked_of = {each.name: _asked_of(each, training_args, given) for each in runs}
     if asked.only is not None:
         return _do(asked, {each.name: each for each in runs}, asked_of, training_args, model_args, train, held_out)
 
@@ -108,7 +111,7 @@ def run(
     return 1 if failed else 0
 
 
-def _check(asked: argparse.Namespace, training_args: Any) -> None:
+def _check(asked: argparse.Namespace, script_args: Any, training_args: Any, mixture: Any) -> None:
     for name, least in (("seeds", 1), ("jobs", 1), ("train_rows", 1), ("held_out_rows", 2)):
         value = getattr(asked, name)
         if value is not None and value < least:
@@ -118,6 +121,9 @@ def _check(asked: argparse.Namespace, training_args: Any) -> None:
             f"max_steps={training_args.max_steps}: steps hold other numbers of samples by other metrics, and the runs "
             "must see the same: set num_train_epochs instead, and --train_rows N for a shorter comparison."
         )
+    if script_args.dataset_streaming or mixture.streaming:
+        option = "streaming" if mixture.streaming else "dataset_streaming"
+        raise ValueError(f"{option}=True: a comparison needs every row beforehand: set it to False.")
     if "RANK" in os.environ and asked.only is None:
         raise ValueError(
             "commonit compare starts its own processes, and a launcher has started this one: start it alone; "
@@ -156,21 +162,30 @@ def _some(rows: Dataset, most: int | None, seed: int) -> Dataset:
     return rows if most is None or len(rows) <= most else rows.shuffle(seed=seed).select(range(most))
 
 
-def _asked_of(
-    run: Run, asked: argparse.Namespace, script_args: Any, training_args: Any, model_args: Any, mixture: Any
+def _given(
+    asked: argparse.Namespace,
+    script_args: Any,
+    training_args: Any,
+    model_args: Any,
+    mixture: Any,
+    launch_flags: Sequence[str],
 ) -> dict[str, Any]:
-    """All that decides what a run does, as JSON values."""
-    given = {
+    """All that decides what the runs do and is the same in them; `seed` is that of the rows that are drawn."""
+    return {
         **{name: value for name, value in training_args.to_dict().items() if name not in _OF_THE_PLACE},
         **vars(script_args),
         **vars(model_args),
         **vars(mixture),
-        **run.strategy.settings(training_args),
         **{name: getattr(asked, name) for name in ("train_rows", "held_out_rows", "eval_generate")},
         **{f"version of {name}": version(name) for name in ("commonit-trl", "torch", "transformers", "trl")},
-        "seed": run.seed,
+        "options of the launcher": launch_flags,
     }
-    return json.loads(json.dumps(given, default=str))
+
+
+def _asked_of(run: Run, training_args: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """All that decides what `run` does, as JSON values."""
+    values = given | run.strategy.settings(training_args) | {"seed of the run": run.seed}
+    return json.loads(json.dumps(values, default=str))
 
 
 def _do(

@@ -139,6 +139,8 @@ def test_what_changed_between_runs_is_named(recipe, capfd):
     assert compare(recipe | {"learning_rate": 0.02}) == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert "learning_rate (0.01 there, 0.02 now)" in error and str(directory) in error
+    assert compare(recipe, "--num_processes", "2") == 2
+    assert "options of the launcher ([] there, ['--num_processes', '2'] now)" in capfd.readouterr().err
     (directory / "result.json").write_text("{", encoding="utf-8")
     assert compare(recipe) == 2
     assert "is damaged" in capfd.readouterr().err.strip().splitlines()[-1]
@@ -266,6 +268,7 @@ WRONG = {
     "seeds": ({"seeds": 0}, "--seeds 0 must be at least 1"),
     "jobs": ({"jobs": 0}, "--jobs 0 must be at least 1"),
     "steps": ({"max_steps": 10}, "max_steps=10"),
+    "stream": ({"dataset_streaming": True}, "dataset_streaming=True"),
     "no such run": ({"only": "task@99"}, "--only task@99 is none of the runs"),
     "answers": ({"eval_generate": "reply"}, "--eval_generate reply is no column"),
     "all held out": ({"dataset_name": "data/train.jsonl", "held_out_rows": 24}, "of which none would be left"),
