@@ -133,6 +133,13 @@ def test_the_runs_are_paired(seen, recipe, capfd):
     assert "length:num_groups=2" in page and "http-equiv" in page
 
 
+def test_new_adapters_begin_the_same(recipe):
+    for run in ("none@7", "task@7", "none@8"):
+        assert compare(recipe | {"use_peft": True}, "--only", run) == 0
+    plain, task, other_seed = (written(run)[0]["weights"] for run in ("none@7", "task@7", "none@8"))
+    assert plain == task != other_seed
+
+
 def test_what_changed_between_runs_is_named(recipe, capfd):
     assert compare(recipe, "--only", "none@7") == 0
     (directory,) = Path("out/compare/runs").iterdir()
