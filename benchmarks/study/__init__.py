@@ -66,7 +66,7 @@ SIZES: dict[str, dict[str, Any]] = {
         **_CPU,
         "work": "out/study-gpu",
         "hidden": 768,
-        "layers": 12,
+        "layers": 16,
         "vocabulary": 16_000,
         "base_rows": None,
         "base_epochs": 6,
