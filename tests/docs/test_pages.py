@@ -94,6 +94,16 @@ def test_the_comparison_has_its_options_and_its_output():
     assert all(word in output for word in ("Held-out", "less none's", "Groups by task", "intervals of equal"))
 
 
+def test_the_study_shows_its_result():
+    page = read("study.md")
+    (name,) = re.findall(r"\(\.\./(benchmarks/results/study-[\w-]+\.md)\)", page)
+    result = (ROOT / name).read_text(encoding="utf-8")
+    tables = re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)
+    assert len(tables) == 2 and all(table in result for table in tables)
+    command, machine = (re.search(rf"^- {key}: (.*)$", result, re.MULTILINE)[1] for key in ("command", "machine"))
+    assert command in page and machine in page
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < README_LINES
 
