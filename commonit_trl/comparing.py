@@ -23,7 +23,7 @@ from commonit_trl.compare.strategies import Run, parse_strategies, runs_of
 from commonit_trl.compare.view import print_comparison, write_html
 from commonit_trl.config import OPTIONS
 from commonit_trl.files import write_text
-from commonit_trl.sft import check_model, check_rows, load_all_splits, named_data
+from commonit_trl.sft import check_model, check_rows, load_all_splits, named_data, split_of
 
 COMPARE_DIR = "compare"
 PAGE_FILE, NUMBERS_FILE = "compare.html", "compare.json"
@@ -135,9 +135,7 @@ def _load(asked: argparse.Namespace, script_args: Any, training_args: Any, mixtu
     """The rows to train on, and those that are held out; the same for all runs of these arguments."""
     splits, train_split, test_split, _ = load_all_splits(script_args, mixture, training_args)
     data, seed = named_data(script_args, mixture), training_args.seed
-    if train_split not in splits:
-        raise ValueError(f"{data}: there is no split {train_split!r}: set dataset_train_split.")
-    train = splits[train_split]
+    train = split_of(splits, train_split, "Training", "dataset_train_split")
     for rows in (train, splits.get(test_split)):
         check_rows(rows, data, training_args.dataset_text_field)
     if test_split in splits:

@@ -46,11 +46,11 @@ def load_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple[Any
         ValueError: on data that is missing or unreadable, naming the option.
     """
     splits, train_split, test_split, test_option = load_all_splits(script_args, mixture, training_args)
-    train = _split(splits, train_split, "Training", "dataset_train_split")
+    train = split_of(splits, train_split, "Training", "dataset_train_split")
     if training_args.eval_strategy == "no":
         return train, None
     evaluation = f"eval_strategy={training_args.eval_strategy.value!r}"
-    return train, _split(splits, test_split, evaluation, f"{test_option}, or eval_strategy='no'")
+    return train, split_of(splits, test_split, evaluation, f"{test_option}, or eval_strategy='no'")
 
 
 def load_all_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple[Any, str, str, str]:
@@ -128,7 +128,8 @@ def _model_source(model_args: Any, training_args: Any) -> dict[str, Any]:
     return {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
 
 
-def _split(splits: Any, name: str, reader: str, way_out: str) -> Any:
+def split_of(splits: Any, name: str, reader: str, way_out: str) -> Any:
+    """The split `name`; where it is missing, an error that says who reads it and what to set."""
     if name not in splits:
         raise ValueError(f"{reader} needs the split {name!r}, and the data has: {', '.join(splits)}. Set {way_out}.")
     return splits[name]

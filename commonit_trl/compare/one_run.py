@@ -62,7 +62,7 @@ def train_and_measure(
     """
     set_seed(training_args.seed)  # new adapters too start the same; TRL 1.9 makes them before the Trainer seeds
     trainer = make_trainer(model_args, training_args, train, held_out)
-    weights = _digest_weights(trainer.model)
+    weights = _digest_weights(trainer.model) if trainer.is_world_process_zero() else None  # which alone writes it
     trainer.add_callback(_Progress(directory / PROGRESS_FILE))
     counted = _CountedTokens(trainer.model)
     trained = trainer.train()

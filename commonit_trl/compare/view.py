@@ -54,8 +54,13 @@ def group_cells(group: GroupResult) -> tuple[str, ...]:
     return (shown(group.name), f"{group.rows:,}", *_measured(group.loss, 4), *_measured(group.accuracy, 4))
 
 
-def headings(comparison: Comparison) -> tuple[str, ...]:
-    return HEADINGS if comparison.strategies[0].exact is None else HEADINGS + EXACT_HEADINGS
+def tables(comparison: Comparison) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    """Headings and lines of the two tables of strategies: what was measured, and what it cost."""
+    measured = HEADINGS if comparison.strategies[0].exact is None else HEADINGS + EXACT_HEADINGS
+    return [
+        (measured, [cells(result) for result in comparison.strategies]),
+        (COST_HEADINGS, [cost_cells(result) for result in comparison.strategies]),
+    ]
 
 
 def _measured(measure: Measure, digits: int) -> tuple[str, str]:
@@ -126,8 +131,8 @@ def kept_groups(result: StrategyResult) -> list[GroupResult]:
 def print_comparison(comparison: Comparison, page: Path, console: Console | None = None) -> None:
     """Print the tables, what they say in words, and where the page is."""
     console = console or Console(highlight=False)
-    for heads, line in ((headings(comparison), cells), (COST_HEADINGS, cost_cells)):
-        console.print(_table("", heads, [line(result) for result in comparison.strategies]))
+    for heads, rows in tables(comparison):
+        console.print(_table("", heads, rows))
     for result in comparison.strategies:
         if groups := kept_groups(result):
             lines = [group_cells(group) for group in groups]
@@ -164,7 +169,8 @@ def render(comparison: Comparison) -> str:
     for curve, title in CURVES.items():
         if any(result.curves.get(curve) for result in comparison.strategies):
             drawn[f"{title}, mean over seeds"] = _curves(comparison, curve)
-    charts: dict[str, Any] = {f"chart-{place}": chart for place, chart in enumerate(drawn.values())}
+    titles = {f"chart-{place}": title for place, title in enumerate(drawn)}
+    charts: dict[str, Any] = dict(zip(titles, drawn.values()))
     sections = []
     for number, result in enumerate(comparison.strategies):
         if not (groups := kept_groups(result)):
@@ -184,13 +190,10 @@ def render(comparison: Comparison) -> str:
         "compare.html",
         charts,
         title="CommonIT comparison",
-        tables=[
-            (heads, [line(result) for result in comparison.strategies])
-            for heads, line in ((headings(comparison), cells), (COST_HEADINGS, cost_cells))
-        ],
+        tables=tables(comparison),
         verdicts=verdicts(comparison),
         notes=notes(comparison),
-        charts_of=dict(zip((name for name in charts if name.startswith("chart-")), drawn)),
+        charts_of=titles,
         group_headings=GROUP_HEADINGS,
         sections=sections,
     )
