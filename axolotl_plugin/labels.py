@@ -23,10 +23,10 @@ import axolotl.utils.data.wrappers as wrappers
 from datasets import Dataset
 
 from axolotl_plugin.args import read_options
+from commonit_trl.cli.data import entry_labels
 from commonit_trl.config import CommonITArguments
 from commonit_trl.grouping import resolve_task_columns
-from commonit_trl.sft import entry_labels
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
 
 COLUMN_PREFIX = "commonit_task["
 CACHE_SUFFIX = "-commonit-task"

@@ -21,7 +21,7 @@ import numpy as np
 from axolotl.utils.samplers.multipack import allocate_sequentially, pack_parallel
 from numpy.typing import NDArray
 
-from commonit_trl.sampler import CommonITBatchSampler
+from commonit_trl.plan.sampler import CommonITBatchSampler
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,7 @@ class CommonITPlugin(BasePlugin):
         """
         if self._options(cfg) is None:
             if cfg.get("commonit_metric") == "none":
-                from commonit_trl.mixin import compare_ranks
+                from commonit_trl.trainer.mixin import compare_ranks
 
                 compare_ranks({"commonit_metric": "none"})
             return None
@@ -114,7 +114,7 @@ class CommonITPlugin(BasePlugin):
                 "and would train with plain batches: remove what brings it from the recipe."
             )
         if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
-            from commonit_trl.resume import last_checkpoint
+            from commonit_trl.trainer.checkpoint import last_checkpoint
 
             # Axolotl would take the highest number, though that checkpoint may not have been written to its end.
             cfg.resume_from_checkpoint = last_checkpoint(cfg.output_dir)

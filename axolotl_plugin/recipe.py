@@ -18,8 +18,8 @@ import yaml
 from datasets.exceptions import DatasetsError
 from pydantic import ValidationError
 
-from commonit_trl.recipes import Recipe
-from commonit_trl.text import Rows
+from commonit_trl.cli.recipes import Recipe
+from commonit_trl.rows import Rows
 
 # Keys that need the hardware of the run or set it up, and decide neither rows nor batches.
 _OFF = {"bf16": False, "fp16": False, "tf32": False, "load_in_8bit": False, "load_in_4bit": False} | {

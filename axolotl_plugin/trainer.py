@@ -20,10 +20,10 @@ from torch.utils.data import SequentialSampler
 from transformers.trainer_utils import unwrap_peft_model
 
 from axolotl_plugin.packing import Bins, PackedBatchSampler, bin_shape, pack_for_training
-from commonit_trl.mixin import CommonITMixin
 from commonit_trl.plan import EpochPlan
-from commonit_trl.sampler import CommonITBatchSampler
-from commonit_trl.text import Rows
+from commonit_trl.plan.sampler import CommonITBatchSampler
+from commonit_trl.rows import Rows
+from commonit_trl.trainer.mixin import CommonITMixin
 
 LOG = get_logger(__name__)
 

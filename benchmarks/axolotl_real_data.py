@@ -193,7 +193,7 @@ def prepare(recipe: Path) -> tuple[NDArray[np.int64], dict[str, NDArray[np.int64
 
     from commonit_trl.config import CommonITArguments
     from commonit_trl.grouping import build_grouper
-    from commonit_trl.text import Rows
+    from commonit_trl.rows import Rows
 
     PluginManager.get_instance().plugins.clear()
     cfg = load_cfg(str(recipe))

@@ -28,7 +28,7 @@ from benchmarks.common import Cases, Report, Settings, Table, medians, paired_ro
 from benchmarks.mixture import encoder, read_mixture, stratified_slice
 from commonit_trl.grouping.cache import fit_assign_cached
 from commonit_trl.grouping.embedding import EmbeddingGrouper
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
 
 TITLE = "Grouping by embedding"
 SIZES = {

@@ -1,7 +1,7 @@
 """What the metrics of each group cost: the time of an optimizer step with them and without, paired in one run.
 
 Steps: (1) make the demo's model and a larger Llama, and rows of six tasks that all have the same number of tokens, so
-that all steps cost the same; (2) train each, two optimizer steps with the metrics of `commonit_trl.metrics` and two
+that all steps cost the same; (2) train each, two optimizer steps with the metrics of `trainer/metrics.py` and two
 without by turns, with everything logged after every step, which is the most that they can cost; and once more with
 none, which shows what the comparison itself makes of equal steps; (3) compare the medians of neighbours' differences.
 

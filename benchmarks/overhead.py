@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.common import Cases, Report, Settings, Table, medians, paired_rounds
 from benchmarks.mixture import llama, reuse_freed_memory
 from benchmarks.training import MODELS, Case, Run, by_task, random_order, train
-from commonit_trl.demo import INITIAL_DIR, generate_rows, make_models
+from commonit_trl.cli.demo import INITIAL_DIR, generate_rows, make_models
 
 TITLE = "A step beside TRL's"
 SIZES = {"quick": {"rows": 288, "rounds": 3}, "full": {"rows": 960, "rounds": 10}}

@@ -23,13 +23,13 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 from benchmarks.common import Cases, Report, Settings, Table
 from benchmarks.mixture import VOCABULARY, encoder, read_mixture, tokenized, train_tokenizer
 from commonit_trl import plan_epoch
-from commonit_trl.arrange import _deal, _step_costs, arrange
 from commonit_trl.grouping.base import Grouper
 from commonit_trl.grouping.cache import fit_assign_cached
 from commonit_trl.grouping.embedding import EmbeddingGrouper
 from commonit_trl.grouping.length import LengthGrouper
 from commonit_trl.grouping.task import TaskGrouper
-from commonit_trl.text import Rows
+from commonit_trl.plan.balance import _deal, _step_costs, arrange
+from commonit_trl.rows import Rows
 
 TITLE = "Padding and waiting"
 SIZES = {

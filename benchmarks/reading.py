@@ -22,7 +22,7 @@ from sentence_transformers.base.sampler import GroupByLabelBatchSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from benchmarks.common import Cases, Report, Settings, Table, medians, paired_rounds
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
 
 TITLE = "Reading lengths and labels"
 SIZES = {

@@ -43,7 +43,7 @@ from benchmarks.mixture import (
     train_tokenizer,
 )
 from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
 
 TITLE = "Training, real tokens a second"
 SIZES = {

@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from commonit_trl.config import CommonITArguments
     from commonit_trl.grouping import Grouper, load_grouper
-    from commonit_trl.mixin import CommonITMixin
     from commonit_trl.plan import EpochPlan, PlanSummary, plan_epoch
-    from commonit_trl.sampler import CommonITBatchSampler
-    from commonit_trl.text import Rows
-    from commonit_trl.trainer import CommonITSFTConfig, CommonITSFTTrainer
+    from commonit_trl.plan.sampler import CommonITBatchSampler
+    from commonit_trl.rows import Rows
+    from commonit_trl.trainer.mixin import CommonITMixin
+    from commonit_trl.trainer.sft import CommonITSFTConfig, CommonITSFTTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "CommonITArguments": "config",
-    "CommonITBatchSampler": "sampler",
-    "CommonITMixin": "mixin",
-    "CommonITSFTConfig": "trainer",
-    "CommonITSFTTrainer": "trainer",
+    "CommonITBatchSampler": "plan.sampler",
+    "CommonITMixin": "trainer.mixin",
+    "CommonITSFTConfig": "trainer.sft",
+    "CommonITSFTTrainer": "trainer.sft",
     "EpochPlan": "plan",
     "Grouper": "grouping",
     "PlanSummary": "plan",
-    "Rows": "text",
+    "Rows": "rows",
     "load_grouper": "grouping",
     "plan_epoch": "plan",
 }

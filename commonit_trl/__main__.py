@@ -2,7 +2,7 @@
 
 import sys
 
-from commonit_trl.cli import main
+from commonit_trl.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

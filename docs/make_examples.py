@@ -28,7 +28,8 @@ from transformers import TrainerCallback
 
 from benchmarks.common import machine
 from benchmarks.mixture import find_minilm, prepare, read_mixture, reuse_freed_memory, tiny_llama
-from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer, demo
+from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer
+from commonit_trl.cli import demo
 
 DOCS = Path(__file__).parent
 PAGE, PICTURE = DOCS / "choosing-a-metric.md", DOCS / "report.png"

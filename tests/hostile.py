@@ -6,7 +6,7 @@ from commonit_trl.config import CommonITArguments
 from commonit_trl.grouping import TaskGrouper
 from commonit_trl.plan import plan_epoch
 from commonit_trl.report import inspect_groups
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
 
 HOSTILE = {
     "script": "<script>window.ran='script';document.title='ran'</script>",

@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, set_seed
 from xxhash import xxh3_128
 
+from commonit_trl.cli.data import make_trainer
 from commonit_trl.compare.runs import PROGRESS_FILE, RESULT_FILE, ROWS_FILE
 from commonit_trl.files import write_arrays, write_text
-from commonit_trl.metrics import IGNORED_LABEL, TokenCounts, count_tokens
 from commonit_trl.report import ledger
-from commonit_trl.sft import make_trainer
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
+from commonit_trl.trainer.metrics import IGNORED_LABEL, TokenCounts, count_tokens
 
 logger = logging.getLogger(__name__)
 

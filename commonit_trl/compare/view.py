@@ -16,7 +16,7 @@ from commonit_trl.compare.strategies import BASELINE
 from commonit_trl.files import write_text
 from commonit_trl.report.charts import ABOVE, COLOURS, GREY, chart_text, figure, line_axis, number_axis, thinned
 from commonit_trl.report.html import render_page
-from commonit_trl.shown import shown
+from commonit_trl.sanitize import shown
 
 MOST_GROUPS = 20  # in a table or chart
 MORE_STEPS = 0.1  # of the baseline's: from here on it is said

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from commonit_trl.files import write_arrays, write_text
 from commonit_trl.grouping.work import ALONE, Work
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from safetensors.numpy import load_file
 from commonit_trl.files import write_arrays
 from commonit_trl.grouping.base import Grouper, load_grouper
 from commonit_trl.grouping.work import SharedWork, WorkIsDone
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from commonit_trl.config import DEFAULT_NUM_GROUPS
 from commonit_trl.grouping.base import Grouper
 from commonit_trl.grouping.work import ALONE, Work
 from commonit_trl.loading import load_rows
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
 
 logger = logging.getLogger(__name__)
 

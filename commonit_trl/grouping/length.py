@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from commonit_trl.config import DEFAULT_NUM_GROUPS
 from commonit_trl.grouping.base import Grouper
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
 
 
 class LengthGrouper(Grouper):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from commonit_trl.grouping.base import Grouper
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
 
 NO_LABEL = "(no label)"
 OTHER = "other"

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from commonit_trl.config import CommonITArguments
 from commonit_trl.grouping import EmbeddingGrouper, Grouper
 from commonit_trl.plan import EpochPlan
-from commonit_trl.shown import cut
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
+from commonit_trl.sanitize import cut
 
 EXAMPLES_PER_GROUP = 3
 GROUPS_WITH_EXAMPLES = 100

@@ -18,7 +18,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from commonit_trl.report.analysis import CHART_GROUPS, GroupNumbers, Inspection, LossRecord, Spread
-from commonit_trl.shown import cut, shown
+from commonit_trl.sanitize import cut, shown
 
 LOSS_POINTS = 300
 OTHERS = "other groups"

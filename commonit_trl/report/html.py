@@ -18,7 +18,7 @@ from typing import Any
 from commonit_trl.files import write_text
 from commonit_trl.report import tables
 from commonit_trl.report.analysis import Inspection, LossRecord
-from commonit_trl.shown import shown
+from commonit_trl.sanitize import shown
 
 MOST_GROUPS = 100  # in a table
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from commonit_trl.plan import EpochPlan
-from commonit_trl.shown import cut, shown
+from commonit_trl.sanitize import cut, shown
 
 MOST_GROUPS = 20  # in a table
 NAME_CHARACTERS = 40

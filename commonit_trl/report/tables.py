@@ -14,7 +14,7 @@ from rich.text import Text
 
 from commonit_trl.grouping import Grouper
 from commonit_trl.report.analysis import BatchNumbers, Example, GroupNumbers, Inspection, Spread
-from commonit_trl.shown import cut, shown
+from commonit_trl.sanitize import cut, shown
 
 MOST_GROUPS = 30  # in a table
 NAME_CHARACTERS = 120

@@ -7,7 +7,7 @@ Llama of 0.4 million random weights and a toy encoder. Takes a few seconds; down
 import sys
 from pathlib import Path
 
-from commonit_trl.demo import generate_rows, make_models, write_rows
+from commonit_trl.cli.demo import generate_rows, make_models, write_rows
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "out/smoke")
 train, held_out = generate_rows(seed=0)

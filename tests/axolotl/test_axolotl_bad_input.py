@@ -13,7 +13,7 @@ from axolotl.cli.config import load_cfg
 from bad_input import check_refusal, record, timed
 from recipes import PLUGIN, make_rows, recipe, save_model, write_recipe, write_rows
 
-from commonit_trl import cli
+from commonit_trl.cli import main as cli
 from commonit_trl.config import OPTIONS
 
 ESCAPE = "\x1b[2J"

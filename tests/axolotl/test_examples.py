@@ -19,7 +19,7 @@ from pydantic import AliasChoices, BaseModel
 from recipes import ENVIRONMENT, PLUGIN, launch, result, save_model, seen, write_recipe, write_rows
 
 from commonit_trl import load_grouper
-from commonit_trl.demo import FAMILIES
+from commonit_trl.cli.demo import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "example_configs" / "axolotl"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from commonit_trl import comparing, metrics
+from commonit_trl.cli import compare as comparing
 from commonit_trl.report import tables
+from commonit_trl.trainer import metrics
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -59,7 +60,7 @@ def test_the_code_has_the_quoted_message(message, strings):
 
 
 def test_checkpoints_lists_what_is_compared():
-    tree = ast.parse((ROOT / "commonit_trl" / "mixin.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "commonit_trl" / "trainer" / "mixin.py").read_text(encoding="utf-8"))
     (run,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "_commonit_run")
     (compared,) = (node for node in ast.walk(run) if isinstance(node, ast.Dict))
     assert first_cells(read("checkpoints.md")) == [key.value for key in compared.keys]

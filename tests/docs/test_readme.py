@@ -18,7 +18,8 @@ import pytest
 import yaml
 from toys import tiny_model, tiny_tokenizer
 
-from commonit_trl import cli, launch, recipes
+from commonit_trl.cli import launch, recipes
+from commonit_trl.cli import main as cli
 from commonit_trl.compare.strategies import parse_strategies
 from commonit_trl.config import OPTIONS, CommonITArguments
 
@@ -116,7 +117,8 @@ def test_yaml_blocks_are_configs_that_a_front_end_takes(block, bf16, tmp_path):
 def check_commonit(words, monkeypatch):
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    from commonit_trl import group, inspecting
+    from commonit_trl.cli import group
+    from commonit_trl.cli import inspect as inspecting
 
     command, *options = words
     assert command in cli.COMMANDS
@@ -248,11 +250,11 @@ def test_lines_are_short(document):
     assert [line for line in long if not line.startswith("Machine: ")] == []
 
 
-def test_the_rooms_are_the_modules():
-    rooms = re.findall(r"^ +(\w+\.py) ", read(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
+def test_the_layout_lists_every_module():
+    listed = re.findall(r"^ +(\w+\.py) ", read(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
     files = [file for package in ("commonit_trl", "axolotl_plugin") for file in (ROOT / package).rglob("*.py")]
     modules = {file.name for file in files} - {"__init__.py", "__main__.py"}
-    assert set(rooms) == modules | {"toys.py"}
+    assert set(listed) == modules | {"toys.py"}
 
 
 def test_the_options_table_is_the_config():

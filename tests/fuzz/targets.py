@@ -25,12 +25,12 @@ import yaml
 from datasets import Dataset
 from transformers import TrainerState
 
-from commonit_trl import cli
+from commonit_trl.cli import main as cli
 from commonit_trl.config import OPTIONS, CommonITArguments
 from commonit_trl.grouping import EmbeddingGrouper, LengthGrouper, TaskGrouper, cache, fit_assign_cached, load_grouper
-from commonit_trl.resume import last_checkpoint, load_rest, read_checkpoint
-from commonit_trl.shown import shown
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
+from commonit_trl.sanitize import shown
+from commonit_trl.trainer.checkpoint import last_checkpoint, load_rest, read_checkpoint
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from helpers import Seen, as_argv, make_trainer, rows_of_task, write_jsonl
 from safetensors.numpy import load_file, save_file
 from toys import id_rows
 
-from commonit_trl import cli
+from commonit_trl.cli import main as cli
 from commonit_trl.config import OPTIONS
 from commonit_trl.report import ledger_table
 

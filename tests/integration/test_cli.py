@@ -12,7 +12,9 @@ from datasets import Dataset, IterableDataset
 from helpers import as_argv
 from safetensors.torch import load_file
 
-from commonit_trl import CommonITSFTTrainer, __version__, cli, launch, sft
+from commonit_trl import CommonITSFTTrainer, __version__, sft
+from commonit_trl.cli import launch
+from commonit_trl.cli import main as cli
 from commonit_trl.config import CommonITArguments
 
 EXAMPLES = Path(__file__).parents[2] / "example_configs"
@@ -470,7 +472,7 @@ def test_help_imports_nothing_heavy():
     code = (
         "import atexit, sys\n"
         "atexit.register(lambda: print({'torch', 'trl', 'transformers', 'datasets'} & set(sys.modules)))\n"
-        "from commonit_trl.cli import main\n"
+        "from commonit_trl.cli.main import main\n"
         "main(['--help'])"
     )
     done = python("-c", code)

@@ -19,7 +19,7 @@ from helpers import Seen, as_argv, make_trainer, rows_of_task, write_jsonl
 from safetensors.numpy import load_file
 from toys import QUIET, row_losses
 
-from commonit_trl import cli
+from commonit_trl.cli import main as cli
 from commonit_trl.compare import one_run
 from commonit_trl.compare.one_run import exact_matches, measure_rows, padded_collator
 from commonit_trl.compare.runs import claimed

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from commonit_trl.cli import main
-from commonit_trl.demo import FAMILIES, METRICS, batch_quality, generate_rows
+from commonit_trl.cli.demo import FAMILIES, METRICS, batch_quality, generate_rows
+from commonit_trl.cli.main import main
 from commonit_trl.plan import plan_epoch
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,9 +9,10 @@ import yaml
 from helpers import rows_of_task, write_jsonl
 from safetensors.numpy import load_file
 
-from commonit_trl import cli, load_grouper
+from commonit_trl import load_grouper
+from commonit_trl.cli import main as cli
+from commonit_trl.cli.group import FITTED_WITH
 from commonit_trl.config import READ_BY
-from commonit_trl.group import FITTED_WITH
 from commonit_trl.grouping.build import GROUPERS
 
 TASKS = ("add", "sort", "spell")

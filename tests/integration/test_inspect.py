@@ -12,7 +12,8 @@ from datasets import Dataset
 from helpers import rows_of_task, write_jsonl
 from toys import tiny_tokenizer
 
-from commonit_trl import CommonITSFTTrainer, cli
+from commonit_trl import CommonITSFTTrainer
+from commonit_trl.cli import main as cli
 
 TASKS = ("add", "sort", "spell")
 
@@ -236,7 +237,7 @@ def test_what_is_wrong_is_one_line(argv, said, data, capfd):
 
 def test_other_front_ends_come_from_installed_packages(tmp_path, monkeypatch, capfd):
     """A recipe of another front end goes to the package that has the entry point, and says where there is none."""
-    monkeypatch.setattr("commonit_trl.recipes.ENTRY_POINTS", "commonit.test_recipes")
+    monkeypatch.setattr("commonit_trl.cli.recipes.ENTRY_POINTS", "commonit.test_recipes")
     said = error(capfd, "--axolotl", "recipe.yml")
     assert said.endswith("nothing installed reads such recipes: pip install 'commonit-trl[axolotl]'.")
 
@@ -250,8 +251,8 @@ def test_other_front_ends_come_from_installed_packages(tmp_path, monkeypatch, ca
     (tmp_path / "site" / "other_reader.py").write_text(
         "import numpy as np\n"
         "from commonit_trl.config import CommonITArguments\n"
-        "from commonit_trl.recipes import Recipe\n"
-        "from commonit_trl.text import Rows\n"
+        "from commonit_trl.cli.recipes import Recipe\n"
+        "from commonit_trl.rows import Rows\n"
         "from toys import id_rows\n"
         "def pack(grouper, group_ids, world_size):\n"
         "    assert grouper.names == ['g000', 'g001']\n"

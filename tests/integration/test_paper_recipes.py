@@ -18,8 +18,9 @@ from datasets import Dataset
 from helpers import Seen, as_argv, groups_of_steps
 from toys import tiny_model, tiny_tokenizer
 
-from commonit_trl import cli, launch
-from commonit_trl.sft import load_splits, make_trainer
+from commonit_trl.cli import launch
+from commonit_trl.cli import main as cli
+from commonit_trl.cli.data import load_splits, make_trainer
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "example_configs" / "paper"

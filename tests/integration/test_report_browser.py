@@ -19,7 +19,7 @@ from made_runs import compared, result
 from commonit_trl.compare.view import write_html as write_comparison
 from commonit_trl.report import html, write_html
 from commonit_trl.report.analysis import MapPoint
-from commonit_trl.shown import shown
+from commonit_trl.sanitize import shown
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 LOOK = """

@@ -25,7 +25,7 @@ from hostile import HOSTILE
 from safetensors.torch import load_file
 
 import commonit_trl
-from commonit_trl import cli
+from commonit_trl.cli import main as cli
 from commonit_trl.report import model_card_section
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
@@ -186,7 +186,7 @@ def watch(event, args):
         written.extend(os.path.abspath(os.fsdecode(path)) for path in args[:2] if isinstance(path, (str, bytes)))
 
 sys.addaudithook(watch)
-from commonit_trl import cli
+from commonit_trl.cli import main as cli
 
 codes = [cli.main(argv) for argv in json.loads(sys.argv[1])]
 import socket

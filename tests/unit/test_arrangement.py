@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from commonit_trl.arrange import _sorting_network, arrange
 from commonit_trl.plan import plan_epoch
+from commonit_trl.plan.balance import _sorting_network, arrange
 
 
 @st.composite

@@ -38,7 +38,7 @@ from commonit_trl.grouping import (
 )
 from commonit_trl.grouping.cache import fingerprint
 from commonit_trl.grouping.work import SharedWork
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
 
 FEATURES = {"sun": [1.0, 0.0], "moon": [1.0, 0.1], "cat": [0.0, 1.0], "dog": [0.1, 1.0]}
 

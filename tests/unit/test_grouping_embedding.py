@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from commonit_trl.config import CommonITArguments
 from commonit_trl.grouping import EmbeddingGrouper, build_grouper, embedding, load_grouper
 from commonit_trl.grouping.embedding import best_dtype
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
 
 WORDS = ["sun", "moon", "star", "cat", "dog", "bird"]
 SKY, PETS = ["sun moon", "moon star", "sun star", "star"], ["cat dog", "dog bird", "cat bird", "dog"]

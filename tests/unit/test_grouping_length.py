@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from commonit_trl.config import CommonITArguments
 from commonit_trl.grouping import LengthGrouper, build_grouper, load_grouper
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
 
 LENGTHS = st.lists(st.integers(0, 30), min_size=1, max_size=60)
 

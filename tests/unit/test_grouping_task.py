@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from commonit_trl.config import CommonITArguments
 from commonit_trl.grouping import TaskGrouper, build_grouper, load_grouper, resolve_task_columns
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
 
 
 def fit(labels: list[Any], feature: Any = None, **options: Any) -> tuple[TaskGrouper, list[str]]:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commonit_trl.plan import plan_epoch
-from commonit_trl.sampler import CommonITBatchSampler
+from commonit_trl.plan.sampler import CommonITBatchSampler
 
 PURITIES = ("step", "global", "micro")
 REMAINDERS = ("keep", "drop", "pad")
@@ -252,7 +252,7 @@ def test_i4_read_from_anywhere(case, data):
 def test_i4_how_much_is_read_at_once_makes_no_difference(lengths, monkeypatch):
     plans = []
     for samples_at_once in (1, 50, 1 << 16):
-        monkeypatch.setattr("commonit_trl.plan._SAMPLES_AT_ONCE", samples_at_once)
+        monkeypatch.setattr("commonit_trl.plan.epoch._SAMPLES_AT_ONCE", samples_at_once)
         plan = plan_epoch(np.arange(900) % 7, lengths, micro_batch_size=3, world_size=2, accumulation_steps=2)
         plans.append((walk(plan), plan.digest(), list(plan.batches(1, 21))))
     assert plans[0] == plans[1] == plans[2]

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from commonit_trl import CommonITBatchSampler, CommonITSFTConfig, CommonITSFTTrainer
-from commonit_trl.sampler import CommonITDataLoader
+from commonit_trl.plan.sampler import CommonITDataLoader
 
 ROWS = id_rows([5, 4])
 QUIET = {"use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}

@@ -16,7 +16,7 @@ from commonit_trl.config import CommonITArguments
 from commonit_trl.grouping import LengthGrouper, TaskGrouper
 from commonit_trl.plan import plan_epoch
 from commonit_trl.report import analysis, inspect_groups
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
 
 GEOMETRIES = [(2, 1, 1), (2, 2, 3), (3, 2, 2), (5, 3, 1)]  # B, W, A
 

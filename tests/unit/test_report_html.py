@@ -13,7 +13,7 @@ from hostile import HOSTILE, hostile_inspection
 
 from commonit_trl.report import charts, html, write_html
 from commonit_trl.report.analysis import MapPoint
-from commonit_trl.shown import shown
+from commonit_trl.sanitize import shown
 
 PLOTLY = 5_000_000  # bytes, at most
 

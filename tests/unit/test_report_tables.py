@@ -12,8 +12,8 @@ from rich.console import Console
 
 from commonit_trl.grouping import TaskGrouper
 from commonit_trl.report import print_inspections, print_sizes, tables
-from commonit_trl.shown import cut, shown
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
+from commonit_trl.sanitize import cut, shown
 
 
 def printed(*inspections, width=100, terminal=False):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import Trainer
 
 from commonit_trl.plan import plan_epoch, plan_rest
-from commonit_trl.resume import first_step, last_checkpoint
+from commonit_trl.trainer.checkpoint import first_step, last_checkpoint
 
 
 @st.composite
@@ -134,7 +134,7 @@ def test_a_rest_is_read_and_saved_a_part_at_a_time(monkeypatch):
     rest = plan_rest(whole, left, seed=1, epoch=0)
     at_once = steps_of(rest)
     assert not any(at_once[:2]) and sorted(row for step in at_once for row in set(step)) == left.tolist()
-    monkeypatch.setattr("commonit_trl.plan._SAMPLES_AT_ONCE", 1)
+    monkeypatch.setattr("commonit_trl.plan.epoch._SAMPLES_AT_ONCE", 1)
     assert steps_of(rest) == at_once
 
 

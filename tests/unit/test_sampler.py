@@ -11,9 +11,9 @@ import pytest
 from torch.utils.data import DataLoader
 
 from commonit_trl import CommonITBatchSampler
-from commonit_trl.mixin import data_parallel_place
 from commonit_trl.plan import plan_epoch
-from commonit_trl.sampler import CommonITDataLoader
+from commonit_trl.plan.sampler import CommonITDataLoader
+from commonit_trl.trainer.mixin import data_parallel_place
 
 GROUP_IDS = np.repeat([0, 1, 2, 3], [13, 7, 2, 31])
 LENGTHS = np.random.default_rng(0).integers(1, 90, len(GROUP_IDS))

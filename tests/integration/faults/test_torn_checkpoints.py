@@ -7,7 +7,7 @@ import torch
 from helpers import Seen, make_trainer, train
 from toys import id_rows
 
-from commonit_trl.resume import last_checkpoint, read_checkpoint
+from commonit_trl.trainer.checkpoint import last_checkpoint, read_checkpoint
 
 ROWS = id_rows([9, 6])
 OPTIONS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}

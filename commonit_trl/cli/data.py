@@ -106,7 +106,7 @@ def make_trainer(model_args: Any, training_args: Any, train: Any, evaluation: An
     which `model_init_kwargs` is filled in."""
     from trl import get_peft_config, get_quantization_config
 
-    from commonit_trl.trainer import CommonITSFTTrainer
+    from commonit_trl.trainer.sft import CommonITSFTTrainer
 
     training_args.model_init_kwargs = {
         **_model_source(model_args, training_args),

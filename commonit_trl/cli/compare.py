@@ -17,13 +17,13 @@ from typing import Any
 
 from datasets import Dataset
 
+from commonit_trl.cli.data import check_model, check_rows, load_all_splits, named_data, split_of
 from commonit_trl.compare.comparison import compare
 from commonit_trl.compare.runs import RunResult, claimed, directory_of, execute, read_result
 from commonit_trl.compare.strategies import Run, parse_strategies, runs_of
 from commonit_trl.compare.view import print_comparison, write_html
 from commonit_trl.config import OPTIONS
 from commonit_trl.files import write_text
-from commonit_trl.sft import check_model, check_rows, load_all_splits, named_data, split_of
 
 COMPARE_DIR = "compare"
 PAGE_FILE, NUMBERS_FILE = "compare.html", "compare.json"

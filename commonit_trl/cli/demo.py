@@ -354,7 +354,7 @@ def _make_trainer(
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
-    from commonit_trl.trainer import CommonITSFTConfig, CommonITSFTTrainer
+    from commonit_trl.trainer.sft import CommonITSFTConfig, CommonITSFTTrainer
 
     metric_options: dict[str, dict[str, Any]] = {
         "task": {},
@@ -411,7 +411,7 @@ def _progress_callback(progress: Any, bar: Any) -> Any:
 
 
 def _train(trainer: Any) -> MetricResult:
-    from commonit_trl.text import Rows
+    from commonit_trl.rows import Rows
 
     before = trainer.evaluate()
     trainer.train()

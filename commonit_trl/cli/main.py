@@ -20,7 +20,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from commonit_trl import __version__
 from commonit_trl.config import OPTIONS, check_option_names, nearest
-from commonit_trl.shown import escaped, shown
+from commonit_trl.sanitize import escaped, shown
 
 
 class UserError(Exception):
@@ -67,8 +67,8 @@ def _sft(argv: list[str]) -> int:
     """train as `trl sft` does, with its flags and YAML files, and commonit_* options"""
     with user_errors(TypeError):  # a YAML value of the wrong type, which TRL's dataclasses do not check
         (script_args, training_args, model_args, mixture), launch_flags = _parse_sft(argv)
-        from commonit_trl import launch
-        from commonit_trl.sft import check_model, check_rows, load_splits, make_trainer, named_data
+        from commonit_trl.cli import launch
+        from commonit_trl.cli.data import check_model, check_rows, load_splits, make_trainer, named_data
 
         processes = launch.prepare(launch_flags, "sft", argv)
     with user_errors():
@@ -97,7 +97,7 @@ def _sft(argv: list[str]) -> int:
 def _inspect(argv: list[str]) -> int:
     """show what metrics do to the data: groups, steps, batches"""
     with user_errors(TypeError):
-        from commonit_trl import inspecting
+        from commonit_trl.cli import inspect as inspecting
 
         asked, recipe = _read_recipe("inspect", inspecting.add_arguments, argv)
     with user_errors():
@@ -107,7 +107,7 @@ def _inspect(argv: list[str]) -> int:
 def _group(argv: list[str]) -> int:
     """fit the groups ahead of training, or give new rows to fitted ones"""
     with user_errors(TypeError):
-        from commonit_trl import group
+        from commonit_trl.cli import group
 
         asked, recipe = _read_recipe("group", group.add_arguments, argv)
     with user_errors():
@@ -117,7 +117,8 @@ def _group(argv: list[str]) -> int:
 def _compare(argv: list[str]) -> int:
     """train by several metrics with several seeds, and tell whether they help"""
     with user_errors(TypeError):
-        from commonit_trl import comparing, launch
+        from commonit_trl.cli import compare as comparing
+        from commonit_trl.cli import launch
 
         asked, arguments, launch_flags = _read_comparison(argv)
         processes = launch.prepare(launch_flags, "compare", argv) if asked.only is not None else None
@@ -131,7 +132,7 @@ def _compare(argv: list[str]) -> int:
 
 def _demo(argv: list[str]) -> int:
     """show the method on generated data: no GPU, no download"""
-    from commonit_trl import demo
+    from commonit_trl.cli import demo
 
     parser = argparse.ArgumentParser(prog="commonit demo", description=_demo.__doc__, allow_abbrev=False)
     demo.add_arguments(parser)
@@ -184,8 +185,8 @@ def _read_recipe(
     command: str, add_arguments: Callable[[argparse.ArgumentParser], None], argv: list[str]
 ) -> tuple[argparse.Namespace, Any]:
     """The options of `command` itself, and the `Recipe` that the data and the other options describe."""
-    from commonit_trl import recipes
-    from commonit_trl.group import asked_metrics
+    from commonit_trl.cli import recipes
+    from commonit_trl.cli.group import asked_metrics
 
     parser = argparse.ArgumentParser(
         prog=f"commonit {command}",
@@ -220,7 +221,8 @@ def _read_recipe(
 
 def _read_comparison(argv: list[str]) -> tuple[argparse.Namespace, Any, list[str]]:
     """The options of `commonit compare` itself, and what `_parse_sft` gives of the others."""
-    from commonit_trl import comparing, recipes
+    from commonit_trl.cli import compare as comparing
+    from commonit_trl.cli import recipes
 
     parser = argparse.ArgumentParser(
         prog="commonit compare",
@@ -244,8 +246,8 @@ def _parse_sft(
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
     from trl.scripts.utils import DatasetConfig
 
-    from commonit_trl import launch
-    from commonit_trl.trainer import CommonITSFTConfig
+    from commonit_trl.cli import launch
+    from commonit_trl.trainer.sft import CommonITSFTConfig
 
     kinds: Any = (ScriptArguments, training_config or CommonITSFTConfig, ModelConfig, DatasetMixtureConfig)
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

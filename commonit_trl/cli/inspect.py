@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from commonit_trl.group import asked_metrics, group_rows
-from commonit_trl.mixin import weights_by_id
+from commonit_trl.cli.group import asked_metrics, group_rows
+from commonit_trl.cli.recipes import Recipe
 from commonit_trl.plan import plan_epoch
-from commonit_trl.recipes import Recipe
 from commonit_trl.report import Inspection, inspect_groups, print_inspections, write_html
+from commonit_trl.trainer.mixin import weights_by_id
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

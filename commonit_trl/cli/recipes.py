@@ -23,11 +23,11 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from trl import SFTConfig
 
+from commonit_trl.cli.data import check_rows, load_splits, named_data
 from commonit_trl.grouping import Grouper
-from commonit_trl.mixin import data_seed
-from commonit_trl.sft import check_rows, load_splits, named_data
-from commonit_trl.text import Rows
-from commonit_trl.trainer import CommonITSFTConfig, CommonITSFTTrainer, sft_rows
+from commonit_trl.rows import Rows
+from commonit_trl.trainer.mixin import data_seed
+from commonit_trl.trainer.sft import CommonITSFTConfig, CommonITSFTTrainer, sft_rows
 
 logger = logging.getLogger(__name__)
 

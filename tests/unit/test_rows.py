@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import tiny_model, tiny_tokenizer
 
-from commonit_trl.text import Rows, split_conversation
+from commonit_trl.rows import Rows, split_conversation
 
 
 def texts(dataset: Dataset, tokenizer: Any = None, **options: Any) -> list[tuple[str, str]]:
@@ -180,7 +180,7 @@ def numbered(rows: int = 50) -> Dataset:
 @pytest.mark.parametrize("how", ["shuffle", "select", "repeat", "slice", "none"])
 @pytest.mark.parametrize("format", [None, "numpy", "torch", "arrow", "transform"])
 def test_rows_are_read_in_the_datasets_order_and_in_any_format(how: str, format: str | None, monkeypatch: Any) -> None:
-    monkeypatch.setattr("commonit_trl.text._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("commonit_trl.rows._ROWS_AT_ONCE", 7)
     dataset = {
         "shuffle": lambda dataset: dataset.shuffle(seed=3),
         "select": lambda dataset: dataset.select([9, 2, 31, 4]),

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from commonit_trl.config import CommonITArguments
-from commonit_trl.mixin import CommonITMixin, fit_assign
-from commonit_trl.shown import shown
-from commonit_trl.text import Rows
+from commonit_trl.rows import Rows
+from commonit_trl.sanitize import shown
+from commonit_trl.trainer.mixin import CommonITMixin, fit_assign
 
 
 @dataclass(kw_only=True)

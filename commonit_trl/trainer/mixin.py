@@ -35,8 +35,8 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from commonit_trl.config import CommonITArguments, nearest
 from commonit_trl.files import write_text
 from commonit_trl.grouping import Grouper, build_grouper, fit_assign_cached, load_grouper
-from commonit_trl.metrics import GroupMetrics, count_tokens
 from commonit_trl.plan import EpochPlan, plan_epoch
+from commonit_trl.plan.sampler import CommonITBatchSampler, CommonITDataLoader
 from commonit_trl.report import (
     Inspection,
     LossRecord,
@@ -46,7 +46,9 @@ from commonit_trl.report import (
     model_card_section,
     write_html,
 )
-from commonit_trl.resume import (
+from commonit_trl.rows import Rows
+from commonit_trl.sanitize import shown
+from commonit_trl.trainer.checkpoint import (
     COMMONIT_DIR,
     RUN_FILE,
     Rest,
@@ -56,9 +58,7 @@ from commonit_trl.resume import (
     move_schedule,
     read_checkpoint,
 )
-from commonit_trl.sampler import CommonITBatchSampler, CommonITDataLoader
-from commonit_trl.shown import shown
-from commonit_trl.text import Rows
+from commonit_trl.trainer.metrics import GroupMetrics, count_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -319,7 +319,7 @@ class CommonITMixin(_Mixed):
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The parent's; training logs get the metrics of `commonit_trl.metrics`."""
+        """The parent's; training logs get the metrics of `commonit_trl.trainer.metrics`."""
         if self._commonit_on and "loss" in logs:
             logs = {**logs, **self._commonit_metrics.take(self._commonit_sum_over_ranks)}
         super().log(logs, *args, **kwargs)

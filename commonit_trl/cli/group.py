@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from commonit_trl.cli.recipes import Recipe
 from commonit_trl.config import METRICS, OPTIONS, READ_BY, CommonITArguments, check_choice
 from commonit_trl.files import write_arrays
 from commonit_trl.grouping import Grouper, build_grouper, fit_assign_cached, load_grouper
-from commonit_trl.recipes import Recipe
 from commonit_trl.report import print_sizes
-from commonit_trl.shown import shown
+from commonit_trl.sanitize import shown
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 Steps: (1) sort the rows by group and shuffle them inside each group; (2) decide how many samples each group gives to
 the epoch, and cut that count into *units*, the largest runs of micro-batches that hold one group: an optimizer step
 (purity `step`), a micro-step of all ranks (`global`) or one micro-batch (`micro`); (3) shuffle the units of all groups;
-(4) as micro-batches are read, cut each unit into them, by token length where lengths are given (arrange.py). Everything
+(4) as micro-batches are read, cut each unit into them, by token length where lengths are given (balance.py). Everything
 follows from the arguments, so ranks that call `plan_epoch` with the same arguments need no communication to agree.
 `EpochPlan.left` and `plan_rest` go on with an epoch under other arguments than it was begun with.
 
@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from commonit_trl.arrange import arrange, concatenated_ranges
 from commonit_trl.config import check_choice, check_weights
+from commonit_trl.plan.balance import arrange, concatenated_ranges
 
 _SAMPLES_AT_ONCE = 1 << 16
 """Sorted, arranged or read together: few enough for the processor's cache, enough to make numpy's overhead small."""

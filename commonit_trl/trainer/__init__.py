@@ -1,0 +1,1 @@
+"""CommonIT in `transformers.Trainer` and in TRL's `SFTTrainer`."""
