@@ -69,7 +69,7 @@ def pack_for_training(
         world_size: data-parallel ranks.
     """
     capacity, bins = bin_shape(args, micro_batch_size)
-    units = {"step": world_size * args.gradient_accumulation_steps, "global": world_size, "micro": 1}
+    units = {"step": world_size * args.gradient_accumulation_steps, "micro": 1}
     return pack_groups(
         group_ids,
         lengths,

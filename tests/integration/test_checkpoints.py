@@ -110,7 +110,7 @@ DIFFERENCES = {
     ),
     "purity": ({"commonit_purity": "micro"}, ["commonit_purity ('step' in the checkpoint, 'micro' now)"]),
     "remainder": (
-        {"commonit_remainder": "pad"},
+        {"commonit_remainder": "drop"},
         ["commonit_remainder ('keep' in the checkpoint, 'pad' now)"],
     ),
     "weights": (
