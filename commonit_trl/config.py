@@ -121,9 +121,7 @@ class CommonITArguments:
     )
     commonit_remainder: str = field(
         default="keep",
-        metadata={
-            "help": "A group's last, incomplete step: 'keep' it by evening out the group's steps, or 'drop' it."
-        },
+        metadata={"help": "A group's last, incomplete step: 'keep' it by evening out the group's steps, or 'drop' it."},
     )
     commonit_min_group_size: int = field(
         default=1,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,7 @@ from commonit_trl.grouping.base import Grouper
 from commonit_trl.grouping.build import build_grouper
 from commonit_trl.grouping.cache import fit_assign_cached
 from commonit_trl.grouping.dropped import DroppedRows
+from commonit_trl.grouping.tracing import TracedRows, count_traced
 from commonit_trl.rows import Rows
 
 
@@ -54,8 +56,11 @@ class Grouping:
         }
 
 
-def fit_grouping(options: CommonITArguments, rows: Rows, dropped: DroppedRows | None = None) -> Grouping:
+def fit_grouping(options: CommonITArguments, rows: Rows, traced: Sequence[TracedRows] = ()) -> Grouping:
     """Fit the groups of `options.commonit_metric` to `rows` and assign them, or load both from the cache.
+
+    Args:
+        traced: the rows that training cannot use.
 
     Raises:
         ValueError: when the metric needs something that the rows lack, and when the cache cannot be used.
@@ -64,7 +69,7 @@ def fit_grouping(options: CommonITArguments, rows: Rows, dropped: DroppedRows | 
     grouper, group_ids = fit_assign_cached(grouper, rows, options.commonit_cache_dir)
     if PartialState().is_main_process:
         grouper.log_notices()
-    return Grouping(grouper=grouper, rows=rows, group_ids=group_ids, dropped=dropped or DroppedRows())
+    return Grouping(grouper=grouper, rows=rows, group_ids=group_ids, dropped=count_traced(traced, grouper))
 
 
 def data_seed(args: Any) -> int:

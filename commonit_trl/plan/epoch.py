@@ -111,6 +111,12 @@ class EpochPlan:
         highest = np.maximum.reduceat(groups.max(axis=1), starts)
         return np.where(lowest == highest, lowest, -1)
 
+    def group_of(self, step: int) -> int:
+        """Return the group of optimizer step `step`, counted from the run's start; -1 for a step of several groups."""
+        first = step % self.num_steps * self.accumulation_steps
+        groups = np.unique(self.micro_batch_groups[first : first + self.accumulation_steps])
+        return int(groups[0]) if len(groups) == 1 else -1
+
     @property
     def indices(self) -> NDArray[np.int64]:
         """(samples seen,) row numbers of the dataset, in the order micro-step, rank, place in the micro-batch."""

@@ -112,7 +112,7 @@ def test_a_valid_value_is_read_as_its_type(given: dict[str, Any], read: Any) -> 
         ),
         (
             {"commonit_metric": "task", "commonit_purity": "batch"},
-            ["commonit_purity='batch'", "step, global, micro"],
+            ["commonit_purity='batch'", "step, micro"],
         ),
         ({"commonit_metric": "task", "commonit_remainder": "dorp"}, ["commonit_remainder='dorp'", "'drop'"]),
         (

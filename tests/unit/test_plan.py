@@ -128,7 +128,7 @@ def test_i2_lossless(case):
 @settings(max_examples=200, deadline=None)
 @given(cases(remainders=("drop",)))
 def test_i2_drop_leaves_out_less_than_a_partition_per_group(case):
-    """`drop` repeats nothing and leaves out less than a partition per group; the summary agrees with an outside count."""
+    """`drop` repeats nothing and leaves out less than a partition per group; the summary is right."""
     group_ids, _, geometry, options = case
     plan = plan_or_none(*case)
     if plan is None:
