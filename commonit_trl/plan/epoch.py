@@ -286,7 +286,8 @@ def plan_epoch(
         weights: `proportional` (every sample once), `uniform` or `sqrt` over groups, or a mapping of group id to
             weight; the samples drawn in the epoch stay as many as the dataset has, so a group drawn beyond its size
             repeats samples and one drawn below it leaves some out.
-        seed, epoch: integers >= 0. The same pair gives the same plan, another epoch another shuffle of equal length.
+        seed: integer >= 0.
+        epoch: integer >= 0. Another epoch is another shuffle of equal length.
 
     Raises:
         ValueError: on an argument out of range, fewer samples than W * A, or an epoch without a step.
