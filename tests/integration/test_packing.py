@@ -129,5 +129,5 @@ def test_unpacked_evaluation_of_packed_training(tmp_path):
 
 
 def test_packing_needs_max_length(tmp_path):
-    with pytest.raises(ValueError, match="packing=True needs max_length"):
+    with pytest.raises(ValueError, match="packing=True: max_length"):
         train_packed(tmp_path, packed_rows([20]), "bfd", max_length=None)
