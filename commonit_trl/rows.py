@@ -26,7 +26,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, LargeList, List
 from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,27 @@ class Rows:
         response = self._response_counts(total)
         return response if of == "response" else total - response
 
+    def trained_counts(self, shifted: bool = True) -> NDArray[np.int64]:
+        """Count the (rows,) tokens that training trains on, after truncation to `max_length`.
+
+        Args:
+            shifted: the loss predicts the next token, so it never trains on the first one.
+
+        Raises:
+            ValueError: when the rows are not tokenised.
+        """
+        if "labels" in self.columns:
+            count = functools.partial(self._count_unmasked, mask=-100, skipped=int(shifted))
+            return self._per_row(["labels", "input_ids"], count)
+        return np.maximum(self.token_counts("total") - int(shifted), 0)
+
+    def is_trained(self, shifted: bool = True) -> NDArray[np.bool_]:
+        """Return for each of the (rows,) whether it has a token to train on; True for rows without labels per token."""
+        labels = self.dataset.features.get("labels") if self.tokenized else None
+        if not isinstance(labels, List | LargeList):
+            return np.ones(len(self), dtype=bool)
+        return self.trained_counts(shifted) > 0
+
     def _response_counts(self, total: NDArray[np.int64]) -> NDArray[np.int64]:
         if "labels" in self.columns:
             counts = self._per_row(["labels", "input_ids"], functools.partial(self._count_unmasked, mask=-100))
@@ -173,15 +194,15 @@ class Rows:
         lengths = _list_lengths(lists)
         return lengths if self.max_length is None else np.minimum(lengths, self.max_length)
 
-    def _count_unmasked(self, lists: pa.Array, input_ids: pa.Array, mask: int) -> NDArray[np.int64]:
-        """(rows,) values other than `mask` in what truncation leaves of each list, or has left of `input_ids`."""
+    def _count_unmasked(self, lists: pa.Array, input_ids: pa.Array, mask: int, skipped: int = 0) -> NDArray[np.int64]:
+        """Count the values other than `mask` of each list after truncation, without the first `skipped`."""
         lengths = _list_lengths(lists)
         left = np.minimum(lengths, self._lengths(input_ids))
         ends = np.cumsum(lengths)
         first = ends - left if self.keep_end else ends - lengths
         unmasked = pc.list_flatten(lists).cast(pa.int64()).fill_null(mask).to_numpy() != mask
         running = np.concatenate([[0], np.cumsum(unmasked)])
-        return running[first + left] - running[first]
+        return running[first + left] - running[first + np.minimum(left, skipped)]
 
     def _count_assistant_tokens(self, conversation: str, total: NDArray[np.int64]) -> NDArray[np.int64]:
         """(rows,) tokens of the assistant's turns, each from where the generation prompt ends, within what
