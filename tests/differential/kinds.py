@@ -296,8 +296,9 @@ class Kind:
     """Of `arguments`."""
     extra: Callable[[], dict[str, Any]] = lambda: {"processing_class": tiny_tokenizer()}
     """More arguments of the trainer."""
-    token_loss: bool = False
-    """Whether its loss is that of a causal language model, so that group losses are weighted by trained tokens."""
+    loss_over: str = "samples"
+    """What its loss of a micro-batch is a mean over, and so what group losses are weighted by: `samples`, `tokens`, or
+    `next tokens`, where the first label of a row is not trained."""
     any_cut: bool = False
     """Whether the parent's update is the same however the rows of a step are cut into micro-batches: the loss is a sum
     divided by the number of items of the step. Only then may steps be arranged by length."""
@@ -370,8 +371,13 @@ CAUSAL = _with(lambda tokenizer: DataCollatorForSeq2Seq(tokenizer, padding=True)
 MASKED = _with(lambda tokenizer: MaskByToken(_with_mask(tokenizer)))
 WITH_REFERENCE = lambda: {"processing_class": tiny_tokenizer(), "ref_model": LLAMA()}  # noqa: E731
 HF = {"parent": Trainer, "arguments": TrainingArguments}
-SEQ2SEQ = {"parent": Seq2SeqTrainer, "arguments": Seq2SeqTrainingArguments, "form": "translations"}
-SFT = {"parent": SFTTrainer, "arguments": SFTConfig, "form": "tokens", "token_loss": True, "any_cut": True}
+SEQ2SEQ = {
+    "parent": Seq2SeqTrainer,
+    "arguments": Seq2SeqTrainingArguments,
+    "form": "translations",
+    "loss_over": "tokens",
+}
+SFT = {"parent": SFTTrainer, "arguments": SFTConfig, "form": "tokens", "loss_over": "next tokens", "any_cut": True}
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.1}
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
 BART = {
@@ -400,12 +406,20 @@ KINDS = {
             **{**SFT, "form": "images"},
         ),
         Kind(
-            name="causal", model=LLAMA, form="tokens", extra=CAUSAL, token_loss=True, any_cut=True, balances=True, **HF
+            name="causal",
+            model=LLAMA,
+            form="tokens",
+            extra=CAUSAL,
+            loss_over="next tokens",
+            any_cut=True,
+            balances=True,
+            **HF,
         ),
         Kind(
             name="mean-loss",
             model=LLAMA,
             form="tokens",
+            loss_over="next tokens",
             extra=CAUSAL,
             parent=MeanLoss,
             arguments=TrainingArguments,
@@ -414,6 +428,7 @@ KINDS = {
             name="declared-mean-loss",
             model=LLAMA,
             form="tokens",
+            loss_over="next tokens",
             extra=CAUSAL,
             parent=DeclaredMeanLoss,
             arguments=TrainingArguments,
@@ -423,7 +438,7 @@ KINDS = {
             model=LLAMA,
             form="tokens",
             extra=lambda: {**CAUSAL(), "compute_loss_func": token_loss},
-            token_loss=True,
+            loss_over="next tokens",
             any_cut=True,
             **HF,
         ),
@@ -431,6 +446,7 @@ KINDS = {
             name="mean-loss-func",
             model=LLAMA,
             form="tokens",
+            loss_over="next tokens",
             extra=lambda: {**CAUSAL(), "compute_loss_func": mean_loss},
             **HF,
         ),
@@ -469,14 +485,23 @@ KINDS = {
             model=_models("BertForTokenClassification", "BertConfig", num_labels=3),
             form="tags",
             extra=_with(lambda tokenizer: DataCollatorForTokenClassification(tokenizer)),
+            loss_over="tokens",
             **HF,
         ),
-        Kind(name="bert-masked", model=_models("BertForMaskedLM", "BertConfig"), form="unlabelled", extra=MASKED, **HF),
+        Kind(
+            name="bert-masked",
+            model=_models("BertForMaskedLM", "BertConfig"),
+            form="unlabelled",
+            extra=MASKED,
+            loss_over="tokens",
+            **HF,
+        ),
         Kind(
             name="roberta-masked",
             model=_models("RobertaForMaskedLM", "RobertaConfig", max_position_embeddings=400),
             form="unlabelled",
             extra=MASKED,
+            loss_over="tokens",
             **HF,
         ),
         Kind(
@@ -668,8 +693,8 @@ def row_groups(kind: Kind, directory: Path, form: str = "") -> dict[tuple[Any, .
     return groups
 
 
-def trained_tokens(inputs: dict[str, Any]) -> int:
-    labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][:, 1:]
+def trained_tokens(inputs: dict[str, Any], shifted: bool) -> int:
+    labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][:, int(shifted) :]
     return int((labels != IGNORED_LABEL).sum())
 
 
@@ -677,12 +702,15 @@ def number_of_samples(inputs: dict[str, Any]) -> int:
     return max(len(value) for value in inputs.values() if torch.is_tensor(value) and value.ndim)
 
 
-def step_loss(trainer: Any, micro_batches: list[dict[str, Any]], by_tokens: bool) -> float:
-    """The trainer's own losses of micro-batches, weighted by their trained tokens or their samples."""
+def group_loss(kind: Kind, trainer: Any, micro_batches: list[dict[str, Any]]) -> float:
+    """The trainer's own losses of micro-batches, weighted as the kind says."""
     trainer.model.train()
     with torch.no_grad():
         losses = [float(trainer.compute_loss(trainer.model, copied(inputs))) for inputs in micro_batches]
-    weights = [trained_tokens(inputs) if by_tokens else number_of_samples(inputs) for inputs in micro_batches]
+    if kind.loss_over == "samples":
+        weights = [number_of_samples(inputs) for inputs in micro_batches]
+    else:
+        weights = [trained_tokens(inputs, kind.loss_over == "next tokens") for inputs in micro_batches]
     return float(np.average(losses, weights=weights))
 
 

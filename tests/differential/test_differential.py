@@ -23,10 +23,10 @@ from kinds import (
     counts,
     differences,
     feed,
+    group_loss,
     outcome,
     row_groups,
     samples,
-    step_loss,
     train,
 )
 
@@ -145,7 +145,7 @@ def test_the_parents_update_depends_on_the_cut_where_we_may_not_balance(kind, tm
 
 @trained_with_a_metric
 def test_logged_group_losses_are_those_of_the_groups_batches(case: Case) -> None:
-    """By trained tokens for a causal language model, else by samples; absent where they cannot be counted."""
+    """Or absent where they cannot be counted; those of a language model always can."""
     needs(case)
     if case.cuts_rows:
         pytest.skip("packing cuts rows")
@@ -160,10 +160,9 @@ def test_logged_group_losses_are_those_of_the_groups_batches(case: Case) -> None
             group = groups[run.rows[number][0][0]]
             expected.setdefault(group, []).extend(inputs for inputs, _ in run.losses[number])
         assert not found or set(found) == set(expected)
-        if case.kind.token_loss:
-            assert found
+        assert found or case.kind.loss_over != "next tokens"
         for group, value in found.items():
-            np.testing.assert_allclose(value, step_loss(trainer, expected[group], case.kind.token_loss), rtol=1e-4)
+            np.testing.assert_allclose(value, group_loss(case.kind, trainer, expected[group]), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
