@@ -155,6 +155,19 @@ class Rows:
         response = self._response_counts(total)
         return response if of == "response" else total - response
 
+    def trained_counts(self) -> NDArray[np.int64]:
+        """Count the (rows,) tokens that a causal language model trains on, after truncation to `max_length`.
+
+        The first token of a row is never predicted.
+
+        Raises:
+            ValueError: when the rows are not tokenised.
+        """
+        if "labels" in self.columns:
+            count = functools.partial(self._count_unmasked, mask=-100, skipped=1)
+            return self._per_row(["labels", "input_ids"], count)
+        return np.maximum(self.token_counts("total") - 1, 0)
+
     def _response_counts(self, total: NDArray[np.int64]) -> NDArray[np.int64]:
         if "labels" in self.columns:
             counts = self._per_row(["labels", "input_ids"], functools.partial(self._count_unmasked, mask=-100))
@@ -173,15 +186,17 @@ class Rows:
         lengths = _list_lengths(lists)
         return lengths if self.max_length is None else np.minimum(lengths, self.max_length)
 
-    def _count_unmasked(self, lists: pa.Array, input_ids: pa.Array, mask: int) -> NDArray[np.int64]:
-        """(rows,) values other than `mask` in what truncation leaves of each list, or has left of `input_ids`."""
+    def _count_unmasked(
+        self, lists: pa.Array, input_ids: pa.Array, mask: int, skipped: int = 0
+    ) -> NDArray[np.int64]:
+        """Count the values other than `mask` of each list after truncation, without the first `skipped`."""
         lengths = _list_lengths(lists)
         left = np.minimum(lengths, self._lengths(input_ids))
         ends = np.cumsum(lengths)
         first = ends - left if self.keep_end else ends - lengths
         unmasked = pc.list_flatten(lists).cast(pa.int64()).fill_null(mask).to_numpy() != mask
         running = np.concatenate([[0], np.cumsum(unmasked)])
-        return running[first + left] - running[first]
+        return running[first + left] - running[first + np.minimum(left, skipped)]
 
     def _count_assistant_tokens(self, conversation: str, total: NDArray[np.int64]) -> NDArray[np.int64]:
         """(rows,) tokens of the assistant's turns, each from where the generation prompt ends, within what
