@@ -186,9 +186,7 @@ class Rows:
         lengths = _list_lengths(lists)
         return lengths if self.max_length is None else np.minimum(lengths, self.max_length)
 
-    def _count_unmasked(
-        self, lists: pa.Array, input_ids: pa.Array, mask: int, skipped: int = 0
-    ) -> NDArray[np.int64]:
+    def _count_unmasked(self, lists: pa.Array, input_ids: pa.Array, mask: int, skipped: int = 0) -> NDArray[np.int64]:
         """Count the values other than `mask` of each list after truncation, without the first `skipped`."""
         lengths = _list_lengths(lists)
         left = np.minimum(lengths, self._lengths(input_ids))

@@ -26,7 +26,7 @@ from trl import SFTConfig
 
 from commonit_trl.cli.data import check_rows, load_splits, named_data
 from commonit_trl.grouping import Grouper
-from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN, DroppedRows
+from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN, NONE_DROPPED, DroppedRows
 from commonit_trl.grouping.tracing import (
     TracedRows,
     missing_rows,
@@ -109,7 +109,7 @@ class Recipe:
     """(rows,) row number of each row in the source data, None if the front end does not trace rows."""
     traced: tuple[TracedRows, ...] = ()
     """Source rows that training cannot use, counted by group once groups are fitted."""
-    dropped: DroppedRows = DroppedRows()
+    dropped: DroppedRows = NONE_DROPPED
     """Further rows that training cannot use, counted by the front end."""
 
     def count_dropped(self, grouper: Grouper) -> DroppedRows:

@@ -148,6 +148,52 @@ def test_each_kind_of_column_is_read(tokenizer, tmp_path, capsys):
         assert shown["groups"][0]["response_tokens"]["median"] < shown["groups"][1]["response_tokens"]["median"], kind
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_dropped_rows_are_counted_by_group(packing, model, tmp_path, capsys):
+    """A row is either in a group or dropped; `--json` and the table have both, for each metric."""
+    rows = [row for task in TASKS for row in rows_of_task(task, 20)]
+    long = "x" * 60
+    rows = [row | {"prompt": long} if n >= 40 or n % 5 == 0 else row for n, row in enumerate(rows)]
+    data = write_jsonl(tmp_path / "long.jsonl", rows)
+    options = ["--tokenizer", model, "--max_length", 40, "--packing", packing, "--html", "report.html"]
+    options += ["--commonit_length_edges", 12, "--per_device_train_batch_size", 2]
+    task, length = numbers(capsys, data, "--compare", "task,length", *options)
+    lengths = [len(row["completion"]) + 1 for row in rows]  # and the end of the text
+    short = sum(tokens < 12 for tokens, row in zip(lengths, rows, strict=True) if row["prompt"] == long)
+    assert task["dropped"]["rows"] == length["dropped"]["rows"] == 28 and task["rows"] == length["rows"] == 32
+    assert task["dropped"]["by_group"] == {"add": 4, "sort": 4, "spell": 20}
+    if packing:  # truncation is part of packing, so the response before truncation is not known
+        assert sum(length["dropped"]["by_group"].values()) == 28
+    else:
+        assert length["dropped"]["by_group"] == {"response 12 and more": 28 - short, "response under 12": short}
+    (reason,) = task["dropped"]["by_reason"]
+    assert "no token to train on" in reason
+    assert [(group["name"], group["rows"], group["dropped"]) for group in task["groups"]] == [
+        ("add", 16, 4),
+        ("sort", 16, 4),
+    ]
+    assert any("28 of 60 rows" in said and "'spell' (20)" in said for said in task["warnings"])
+    assert "spell" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert inspect(data, "--commonit_metric", "task", *options[:6]) == 0
+    assert re.search(r"spell +0 +0.0% +- +- +0 +20 +0 +0 *\n", capsys.readouterr().out)
+
+
+def test_rows_without_a_trained_token_are_dropped(tokenizer, tmp_path, capsys):
+    """Also those that the preparation keeps: the first token of a row is never predicted."""
+    masked = {"input_ids": [1, 2, 3], "labels": [1, -100, -100], "task": "masked"}
+    rows = [{"input_ids": [1] * 4, "labels": [-100, *[1] * 3], "task": "seen"}] * 8
+    data = write_jsonl(tmp_path / "tokens.jsonl", [masked, *rows, masked])
+    (shown,) = numbers(capsys, data, "--commonit_metric", "task", "--tokenizer", tokenizer)
+    assert [(group["name"], group["rows"]) for group in shown["groups"]] == [("seen", 8)]
+    assert shown["dropped"]["by_group"] == {"masked": 2}
+
+
+def test_data_without_a_trained_token_are_an_error(tokenizer, tmp_path, capfd):
+    data = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "x" * 60, "completion": "y"}] * 4)
+    said = error(capfd, data, "--commonit_metric", "length", "--tokenizer", tokenizer, "--max_length", 40)
+    assert "max_length=40" in said and "4 rows" in said
+
+
 # --- what it prints -----------------------------------------------------------------------------------------------
 
 
