@@ -5,13 +5,16 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import Dataset
 from helpers import rows_of_task, write_jsonl
 from toys import tiny_tokenizer
 
+from benchmarks.mixture import REFERENCE, read_mixture
 from commonit_trl import CommonITSFTTrainer
 from commonit_trl.cli import main as cli
 
@@ -338,6 +341,34 @@ def test_real_data_takes_seconds(real_data, tokenizer, capsys):
     shown = numbers(capsys, *files, "--compare", "task,length", "--tokenizer", tokenizer)
     assert [one["planned"]["pure_steps"] for one in shown] == [1.0, 1.0]
     assert time.process_time() - started < 60
+
+
+@pytest.mark.real_data
+def test_real_rows_are_in_a_group_or_dropped(real_data, tokenizer, tmp_path, capsys):
+    """I2 on the mixture and the reference set, of which two whole tasks do not fit in 700 tokens.
+
+    A byte tokenizer makes a token per byte, so a row has a token to train on if its prompt has fewer than 700 bytes.
+    """
+    rows = read_mixture(real_data)
+    for line in map(json.loads, (real_data / REFERENCE).read_text(encoding="utf-8").splitlines()):
+        prompt = f"{line['instruction'].strip()}\n{line['input'].strip()}\n"
+        rows.append({"prompt": prompt, "completion": line["output"].strip(), "task": line["task"]})
+    dropped = [len(row["prompt"].encode()) >= 700 for row in rows]
+    by_task = Counter(row["task"] for row, drop in zip(rows, dropped, strict=True) if drop)
+    remaining = Counter(row["task"] for row, drop in zip(rows, dropped, strict=True) if not drop)
+    assert len(by_task.keys() - remaining.keys()) == 2
+
+    data = write_jsonl(tmp_path / "real.jsonl", rows)
+    options = [data, "--commonit_metric", "task", "--tokenizer", tokenizer, "--max_length", 700]
+    (shown,) = numbers(capsys, *options)
+    assert shown["dropped"]["by_group"] == by_task and shown["dropped"]["rows"] == sum(dropped)
+    assert {group["name"]: group["rows"] for group in shown["groups"]} == remaining
+
+    assert cli.main(["group", *map(str, options), "--output", "saved"]) == 0
+    table = pq.read_table("saved/assignment.parquet")
+    expected = [None if drop else row["task"] for row, drop in zip(rows, dropped, strict=True)]
+    assert table["row"].to_pylist() == list(range(len(rows))) and table["name"].to_pylist() == expected
+    assert [reason is not None for reason in table["dropped"].to_pylist()] == dropped
 
 
 def test_raw_rows_are_not_changed(data, tmp_path):
