@@ -33,6 +33,7 @@ from commonit_trl.grouping.fit import fingerprint
 from commonit_trl.plan import EpochPlan, PlanSpec
 from commonit_trl.plan.spec import weights_by_id
 from commonit_trl.report import ledger
+from commonit_trl.trainer.run import row_costs
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +212,7 @@ def _saved_spec(trainer: Any, checkpoint: Path, saved: Mapping[str, Any], differ
         group_ids = grouper.assign(run.grouping.rows)
     return PlanSpec(
         group_ids=group_ids,
-        lengths=trainer._commonit_row_costs() if saved["commonit_balance_lengths"] else None,
+        lengths=row_costs(trainer.train_dataset, trainer.data_collator) if saved["commonit_balance_lengths"] else None,
         micro_batch_size=saved["per-device batch size"],
         world_size=saved["world size"],
         accumulation_steps=saved["gradient accumulation steps"],
