@@ -8,8 +8,8 @@ sorted partition are the cheapest choice. (2) Find by bisection the lowest cost 
 single samples between blocks while that lowers the cost of the step; the peak may grow by a twentieth. (4) Deal the
 blocks to micro-steps and ranks from the costliest to the cheapest, in alternating directions.
 
-All partitions are computed at once, in integers, so every machine gets the same result. `python -m benchmarks padding`
-measures the cost of steps, the peak and the time beside other methods.
+All partitions are computed at once, in integers, so every machine gets the same result. `python -m benchmarks balance`
+compares this search with others: cost of a step, peak, time and lines of code.
 """
 
 import itertools
@@ -22,7 +22,7 @@ _SLOWEST_RANK_WEIGHT = 4
 """Weight of the slowest rank over the whole step (DDP synchronises once a step) against the slowest ranks of each
 micro-step (ZeRO-3 and FSDP synchronise in every micro-step)."""
 _MOVES_TRIED = 64
-"""Bounds the time per partition."""
+"""Moves tried per partition: two passes over all pairs of up to 6 blocks; it bounds the time for more."""
 
 
 def balance(
@@ -104,8 +104,10 @@ def move_samples(descending: NDArray[Any], sizes: NDArray[Any], micro_steps: int
     most = costs.max(axis=0) + costs.max(axis=0) // 20
     least = step_costs(costs, micro_steps, world_size)
     blocks = len(sizes)
-    pairs = [(giver, (giver + distance) % blocks) for distance in range(1, blocks) for giver in range(blocks)]
-    for giver, taker in itertools.islice(pairs * 2, _MOVES_TRIED if micro_steps > 1 else 0):
+    distances = itertools.chain(range(1, blocks), range(1, blocks))
+    pairs = ((giver, (giver + distance) % blocks) for distance in distances for giver in range(blocks))
+    # With one micro-step the cut into equal costs is optimal.
+    for giver, taker in itertools.islice(pairs, _MOVES_TRIED if micro_steps > 1 else 0):
         sizes[giver] -= 1
         sizes[taker] += 1
         costs = block_costs(descending, sizes)
@@ -124,7 +126,7 @@ def step_costs(costs: NDArray[Any], micro_steps: int, world_size: int) -> NDArra
 
 
 def deal(micro_steps: int, world_size: int) -> NDArray[np.int64]:
-    """Return for each micro-batch the rank of its block by cost; ranks take turns in alternating directions."""
+    """Return the index of each micro-batch's block by cost; ranks take turns in alternating directions."""
     dealt = np.arange(micro_steps * world_size).reshape(micro_steps, world_size)
     dealt[1::2] = dealt[1::2, ::-1].copy()
     return dealt.ravel()
