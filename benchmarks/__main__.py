@@ -21,6 +21,7 @@ NAMES = (
     "plan_speed",
     "reading",
     "padding",
+    "balance",
     "training",
     "overhead",
     "embedding",
