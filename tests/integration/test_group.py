@@ -13,7 +13,7 @@ from commonit_trl import load_grouper
 from commonit_trl.cli import main as cli
 from commonit_trl.cli.group import FITTED_WITH
 from commonit_trl.config import READ_BY
-from commonit_trl.grouping.build import GROUPERS
+from commonit_trl.grouping.registry import GROUPERS
 
 TASKS = ("add", "sort", "spell")
 
