@@ -30,7 +30,7 @@ from commonit_trl.rows import Rows
 
 CHUNK = 4
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["commonit_trl.grouping", "accelerate", "sklearn.cluster"])
+FORKS.set_forkserver_preload(["commonit_trl.grouping", "accelerate", "sklearn.cluster", "sentence_transformers"])
 
 
 class RandomEncoder(EmbeddingGrouper):
