@@ -13,7 +13,7 @@ from commonit_trl import load_grouper
 from commonit_trl.cli import main as cli
 from commonit_trl.cli.group import FITTED_WITH
 from commonit_trl.config import READ_BY
-from commonit_trl.grouping.build import GROUPERS
+from commonit_trl.grouping.registry import GROUPERS
 
 TASKS = ("add", "sort", "spell")
 
@@ -192,8 +192,8 @@ def test_each_option_that_fits_groups_has_its_name_among_the_groupers():
             assert name in made[metric].options
 
 
-def test_ranks_group_together_as_one_does(minilm, tmp_path):
-    """Two ranks under torchrun, which share nothing but the cache: the same groups, written and told once."""
+def test_two_ranks_find_the_groups_of_one_process(minilm, tmp_path):
+    """Two ranks under torchrun find the groups of one process, byte for byte, and print once."""
     questions = [f"Question {row}: what is {row} plus {row * 7 % 50}?" for row in range(600)]
     rows = [{"prompt": question, "completion": "I see."} for question in questions]
     data = write_jsonl(tmp_path / "many.jsonl", rows * 2)

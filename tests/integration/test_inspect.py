@@ -273,7 +273,7 @@ def test_groups_that_were_saved_are_used(data, tokenizer, tmp_path, capsys):
             ["data.jsonl", "--commonit_metric", "task", "--html", "/proc/no/report.html"],
             "--html /proc/no/report.html cannot",
         ),
-        (["data.jsonl", "--load", "nowhere"], "nowhere/groups.json is not a readable set of groups"),
+        (["data.jsonl", "--load", "nowhere"], "nowhere/groups.json: "),
         (["missing.jsonl", "--commonit_metric", "task"], "dataset_name='missing.jsonl' cannot be loaded"),
         (["--commonit_metric", "task"], "dataset_name=None and 0 entries in datasets: give one of the two"),
         (["--config", "missing.yaml"], "missing.yaml"),
