@@ -24,6 +24,7 @@ NAMES = (
     "training",
     "overhead",
     "embedding",
+    "dtype",
     "sharded",
     "clustering",
     "backends",
