@@ -325,8 +325,13 @@ class EmbeddingGrouper(Grouper):
 
 
 def best_dtype() -> str:
-    """The fastest precision in which the groups stay the same: bfloat16 where the device that sentence-transformers
-    takes calculates in it, else float16 on CUDA devices, else float32."""
+    """Return the fastest precision of the device that sentence-transformers takes.
+
+    Reduced precision moves rows that lie between two centroids to the other group; benchmarks/dtype.py counts them.
+
+    Returns:
+        `bfloat16` where the device computes in it, else `float16` on CUDA devices, else `float32`.
+    """
     import torch
     from sentence_transformers.util import get_device_name
 
