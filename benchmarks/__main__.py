@@ -25,6 +25,7 @@ NAMES = (
     "training",
     "overhead",
     "embedding",
+    "dtype",
     "sharded",
     "clustering",
     "backends",

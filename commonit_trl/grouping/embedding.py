@@ -307,6 +307,8 @@ class EmbeddingGrouper(Grouper):
 def best_dtype() -> str:
     """Return the fastest suitable precision of the encoder's device.
 
+    Reduced precision moves rows that lie between two centroids to the other group; benchmarks/dtype.py counts them.
+
     Returns:
         bfloat16 where the device computes in it, else float16 on CUDA devices, else float32.
     """
