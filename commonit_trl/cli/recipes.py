@@ -14,7 +14,7 @@ import copy
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -25,6 +25,7 @@ from trl import SFTConfig
 
 from commonit_trl.cli.data import check_rows, load_splits, named_data
 from commonit_trl.grouping import Grouper
+from commonit_trl.grouping.dropped import DroppedRows
 from commonit_trl.rows import Rows
 from commonit_trl.trainer.mixin import data_seed
 from commonit_trl.trainer.sft import CommonITSFTConfig, CommonITSFTTrainer, sft_rows
@@ -84,6 +85,8 @@ class Recipe:
     """Whether training arranges the samples of a step by these lengths."""
     padding_free: bool = False
     """Whether micro-batches are computed without padding."""
+    dropped: DroppedRows = field(default_factory=DroppedRows)
+    """Rows that preparation drops, which `rows` does not hold."""
     pack: Callable[[Grouper, NDArray[np.int64], int], tuple[NDArray[np.int64], NDArray[np.int64]]] | None = None
     """With packing: from the fitted grouper, (rows,) group ids and ranks to (packs,) group ids and (packs,) tokens."""
 
