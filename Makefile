@@ -21,7 +21,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-newest test-lowest test-faults fuzz mutants check format docs bench bench-full bench-gpu constraints audit clean
+.PHONY: help demo test test-newest test-lowest test-faults fuzz mutants check format docs figures bench bench-full bench-gpu constraints audit clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ format: $(NEWEST)/.ready ## Format the code and fix what the linter can
 
 docs: $(NEWEST)/.ready ## Build the documentation site into build/site; every warning is an error
 	$(NEWEST)/bin/python -m docs.make_site
+
+figures: ## Copy the figures of benchmarks/results into the pages that state them
+	$(PYTHON) -m docs.figures
 
 bench: $(BENCH)/.ready ## Compare with peers at small sizes; COMMONIT_REAL_DATA names the data
 	$(BENCH)/bin/python -m benchmarks $(ARGS)

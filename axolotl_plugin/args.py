@@ -1,5 +1,7 @@
-"""The `commonit_*` keys as Axolotl wants them, both derived from `commonit_trl.config`: a pydantic model that becomes
-part of the recipe's schema, and a dataclass that becomes part of the training arguments."""
+"""The `commonit_*` keys for Axolotl, derived from `commonit_trl.config`.
+
+A pydantic model extends the recipe's schema, and a dataclass extends the training arguments.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,17 +13,17 @@ from commonit_trl.config import OPTIONS, CommonITArguments, check_option_names
 
 
 def read_options(recipe: Mapping[str, Any]) -> CommonITArguments:
-    """The checked options of a recipe.
+    """Check and return the options of a recipe.
 
     Raises:
-        ValueError: on a missing metric, an unknown `commonit*` key or a wrong value.
+        ValueError: if the metric is missing, a `commonit*` key is unknown or a value is wrong.
     """
     check_option_names(filter(_is_name, recipe))
     return CommonITArguments(**{name: recipe[name] for name in OPTIONS if recipe.get(name) is not None})
 
 
 def _is_name(key: Any) -> bool:
-    return isinstance(key, str)  # what else a YAML key may be is for Axolotl to judge
+    return isinstance(key, str)  # Axolotl checks YAML keys of other types
 
 
 class _Checked(BaseModel):
@@ -29,7 +31,7 @@ class _Checked(BaseModel):
     @classmethod
     def check_commonit_options(cls, recipe: Any) -> Any:
         if not any(name.startswith("commonit") for name in filter(_is_name, recipe)):
-            return recipe  # a later recipe of the same process; one of ours without a metric is refused in `register`
+            return recipe  # a later recipe of the process without the plugin; `register` refuses a missing metric
         return {**recipe, **asdict(read_options(recipe))}
 
 
@@ -44,7 +46,9 @@ CommonITArgs = create_model("CommonITArgs", __base__=_Checked, __module__=__name
 
 @dataclass(kw_only=True)
 class CommonITTrainingArgs(CommonITArguments):
-    """What Axolotl's training arguments inherit. The class outlives the recipe: a later one of the same process that
-    does not name the plugin trains with plain batches."""
+    """The options among Axolotl's training arguments.
+
+    The class outlives the recipe, so the default is off for later recipes of the process without the plugin.
+    """
 
     commonit_metric: str | None = "none"

@@ -1,11 +1,11 @@
-"""Sample packing where each group is packed alone, by the functions that Axolotl's `MultipackBatchSampler` packs with.
+"""Pack each group alone, with the packing functions of Axolotl's `MultipackBatchSampler`.
 
-Steps: (1) shuffle each group's rows and let Axolotl pack them into bins; (2) where a group has fewer bins than its
-steps have micro-batches, split bins, so that no bin has to be trained twice; (3) plan epochs over bins instead of rows.
-Axolotl's collators then get what they always get: a micro-batch is a list of bins, a bin a list of row numbers.
+Steps: (1) shuffle each group's rows and pack them into bins; (2) split bins of groups that have fewer bins than their
+steps have micro-batches, so that no bin is repeated; (3) plan epochs over bins instead of rows. Axolotl's collators get
+their usual input: a micro-batch is a list of bins, a bin a list of row numbers.
 
-The bins are made once: a run's epochs must have the same number of steps. Which bins share a step, and the order of
-steps, differ from epoch to epoch.
+Bins are packed once, so that all epochs have the same number of steps. The bins that share a step, and the order of
+steps, differ between epochs.
 
 Cost: that of Axolotl's packing, first-fit compiled by numba, at most `sample_packing_group_size` rows at a time.
 """
@@ -31,27 +31,28 @@ class Bins:
     rows: list[list[int]]
     """(bins,) row numbers of each bin."""
     group_ids: NDArray[np.int64]
-    """(bins,) the group of each."""
+    """(bins,) group ids."""
     lengths: NDArray[np.int64]
-    """(bins,) tokens in each."""
+    """(bins,) tokens."""
     capacity: int
-    """Tokens that a bin can hold."""
+    """Tokens that fit into a bin."""
 
     @property
     def efficiency(self) -> float:
-        """Share of the bins' capacity that holds tokens."""
+        """Return the share of the bins' capacity that holds tokens."""
         return float(self.lengths.sum() / (len(self.rows) * self.capacity))
 
     def digest(self) -> str:
-        """A hash of which rows are in which bin."""
+        """Return a hash of the rows of each bin."""
         return hashlib.blake2b(json.dumps(self.rows).encode(), digest_size=8).hexdigest()
 
 
 def bin_shape(args: Any, micro_batch_size: int) -> tuple[int, int]:
-    """Tokens of a bin, and bins of a micro-batch, as in `AxolotlTrainer._create_multipack_sampler`.
+    """Return the tokens of a bin and the bins of a micro-batch, as in `AxolotlTrainer._create_multipack_sampler`.
 
     Args:
         args: Axolotl's training arguments.
+        micro_batch_size: rows of a micro-batch without packing.
     """
     bins = micro_batch_size if args.multipack_real_batches else 1
     return micro_batch_size // bins * args.max_seq_length, bins
@@ -60,12 +61,12 @@ def bin_shape(args: Any, micro_batch_size: int) -> tuple[int, int]:
 def pack_for_training(
     args: Any, group_ids: NDArray[np.integer[Any]], lengths: NDArray[np.int64], micro_batch_size: int, world_size: int
 ) -> Bins:
-    """Pack the rows of each group as a run with these training arguments does.
+    """Pack the rows of each group for a run with these training arguments.
 
     Args:
         args: Axolotl's training arguments, with the `commonit_*` options.
-        group_ids, lengths: (rows,) group and tokens of each row.
-        micro_batch_size: rows of a micro-batch if they were not packed.
+        group_ids, lengths: (rows,) group and tokens of each row. Every row must have a token to train on.
+        micro_batch_size: rows of a micro-batch without packing.
         world_size: data-parallel ranks.
     """
     capacity, bins = bin_shape(args, micro_batch_size)
@@ -103,9 +104,9 @@ def pack_groups(
         group_ids, lengths: (rows,) group and tokens of each row.
         capacity: tokens of a bin.
         bins_per_micro_batch: bins that a micro-batch holds on average.
-        micro_batches_per_unit: micro-batches that must share a group.
-        split: whether to split bins so that a group has at least as many as its units have micro-batches.
-        seed: of the order in which rows are offered to the packer.
+        micro_batches_per_unit: micro-batches of a partition, which share a group.
+        split: whether to split bins so that a group has at least as many as its partitions have micro-batches.
+        seed: of the order of the packer's input.
         options: of `pack_rows`.
     """
     order = np.random.default_rng(seed).permutation(len(group_ids))
@@ -142,7 +143,7 @@ def pack_rows(
     """Pack rows as `MultipackBatchSampler.generate_batches` does; the options are Axolotl's.
 
     Args:
-        rows, lengths: (rows,) row numbers and tokens, in the order in which the packer takes them.
+        rows, lengths: (rows,) row numbers and tokens, in the order of the packer's input.
     """
     lengths = lengths.astype(np.int32)
     if sequential:
@@ -160,7 +161,7 @@ def pack_rows(
 
 
 def split_bins(bins: list[list[int]], least: int) -> list[list[int]]:
-    """Halve the bins with most rows until there are at least `least`, or no bin with two rows is left."""
+    """Halve the bins with most rows until there are at least `least`, or all bins have one row."""
     queue = [(-len(rows), place, rows) for place, rows in enumerate(bins)]
     heapq.heapify(queue)
     while len(queue) < least and queue[0][0] < -1:

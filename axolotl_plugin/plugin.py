@@ -1,16 +1,21 @@
-"""The hooks that Axolotl calls; all of them return at once where CommonIT is off: by `commonit_metric: none`, or in a
-later recipe of the same process that does not name the plugin, since Axolotl asks the plugins of earlier ones too."""
+"""The hooks that Axolotl calls.
+
+With `commonit_metric: none` they change nothing. Axolotl also calls the plugins of earlier recipes of the same process;
+the hooks ignore recipes that do not name the plugin.
+"""
 
 import importlib
 import math
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import click
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.logging import get_logger
+from transformers import TrainerCallback
 
 from axolotl_plugin.args import read_options
 from commonit_trl.config import CommonITArguments
@@ -18,18 +23,18 @@ from commonit_trl.config import CommonITArguments
 LOG = get_logger(__name__)
 
 _LOGGED = ("commonit_purity", "commonit_remainder", "commonit_weights", "commonit_balance_lengths")
-# Recipe keys that ask for other rows, another order of them or another trainer, and what to do instead.
+# Recipe keys that change the rows, their order or the trainer, and the fix for each.
 _CONFLICTS = {
     "rl": "preference and reinforcement learning have other trainers; use CommonIT for supervised fine-tuning",
     "reward_model": "reward models have another trainer; remove one of the two",
     "process_reward_model": "reward models have another trainer; remove one of the two",
     "trainer_cls": "CommonIT brings the trainer; remove trainer_cls",
-    "group_by_length": "it is another order of samples; remove it (commonit_balance_lengths keeps padding low)",
-    "curriculum_sampling": "it is another order of samples; remove it",
-    "streaming": "grouping needs every row beforehand; set it to false",
-    "pretraining_dataset": "grouping needs every row beforehand; list the data in datasets:",
+    "group_by_length": "it sets the order of samples itself; remove it (commonit_balance_lengths keeps padding low)",
+    "curriculum_sampling": "it sets the order of samples itself; remove it",
+    "streaming": "grouping needs all rows before training; set it to false",
+    "pretraining_dataset": "grouping needs all rows before training; list the data in datasets:",
     "skip_prepare_dataset": "grouping reads tokenised rows; set it to false",
-    "dataloader_drop_last": "the plan decides what becomes of remainders; use commonit_remainder: drop",
+    "dataloader_drop_last": "CommonIT handles incomplete steps; use commonit_remainder: drop",
 }
 
 
@@ -37,12 +42,12 @@ class CommonITPlugin(BasePlugin):
     """Group-pure batches in an Axolotl recipe: `commonit_metric: length`, and the other `commonit_*` keys."""
 
     def register(self, cfg: Any) -> None:
-        """Check the recipe as it was written, and prepare Axolotl's data loading for task labels.
+        """Check the recipe as written, and replace functions of Axolotl's data preparation.
 
-        Here, because it is the only hook before the data is loaded that `axolotl evaluate` has too.
+        `axolotl evaluate` calls no other hook before it loads the data.
 
         Raises:
-            ValueError: on a missing, misspelt or wrong `commonit_*` key, and on keys that conflict with them.
+            ValueError: if a `commonit_*` key is missing, misspelt or wrong, or conflicts with another key.
         """
         _check_command_line()
         options = self._options(cfg)
@@ -50,10 +55,9 @@ class CommonITPlugin(BasePlugin):
             return
         _check_recipe(cfg, options)
         _renew_training_arguments()
-        if options.commonit_metric == "task":
-            from axolotl_plugin.labels import replace_in_axolotl
+        from axolotl_plugin.labels import replace_in_axolotl
 
-            replace_in_axolotl()
+        replace_in_axolotl()
 
     def get_input_args(self) -> str:
         return "axolotl_plugin.args.CommonITArgs"
@@ -62,17 +66,23 @@ class CommonITPlugin(BasePlugin):
         return "axolotl_plugin.args.CommonITTrainingArgs"
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
-        """Check the other plugins, which are all there by now; loads nothing."""
-        if self._options(cfg) is not None:
+        """Check the other plugins, all of which are registered by now, and the test sets; load nothing."""
+        options = self._options(cfg)
+        if options is not None:
+            from axolotl_plugin.labels import TaskLabels
+
             _check_other_plugins(self, cfg)
+            labels = TaskLabels.of_recipe(cfg)
+            if labels is not None:
+                labels.warn_of_unseen_entries()
         elif cfg.get("commonit_metric") == "none":
-            LOG.info("CommonIT is off (commonit_metric: none): these are Axolotl's own batches.")
+            LOG.info("CommonIT is off (commonit_metric: none): Axolotl makes the batches.")
 
     def get_trainer_cls(self, cfg: Any) -> Any:
-        """CommonIT's trainer; with `commonit_metric: none` Axolotl's own, once all ranks have said that they have it.
+        """Return CommonIT's trainer; with `commonit_metric: none` None, for Axolotl's own.
 
         Raises:
-            ValueError: on every rank, where others have another metric; CommonIT's trainer raises it there.
+            ValueError: on every rank, if `commonit_metric` differs between ranks.
         """
         if self._options(cfg) is None:
             if cfg.get("commonit_metric") == "none":
@@ -85,7 +95,7 @@ class CommonITPlugin(BasePlugin):
         return CommonITAxolotlTrainer
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
-        """The options, and the settings of Axolotl's that they replace."""
+        """Return the options, and the settings of Axolotl's that they replace."""
         options = self._options(cfg)
         if options is None:
             return None
@@ -96,27 +106,28 @@ class CommonITPlugin(BasePlugin):
         if labels is not None:
             arguments["commonit_task_column"] = [labels.column]
         return arguments | {
-            "max_steps": cfg.max_steps or -1,  # else Axolotl's estimate, which knows nothing of the plan
+            "max_steps": cfg.max_steps or -1,  # Axolotl's estimate does not follow the plan
             "average_tokens_across_devices": True,
         }
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Take warm-up and logging from the plan's steps, choose the checkpoint to go on from, and say what training
-        will do."""
+        """Derive warm-up and logging from the plan's steps, choose the checkpoint to resume, and log the settings."""
         options = self._options(cfg)
         if options is None:
+            if cfg.get("commonit_metric") == "none":
+                trainer.add_callback(_RefuseCommonITCheckpoint(cfg))
             return
         from axolotl_plugin.trainer import CommonITAxolotlTrainer
 
         if not isinstance(trainer, CommonITAxolotlTrainer):
             raise ValueError(
-                f"commonit_metric: {options.commonit_metric}: the trainer is {type(trainer).__name__}, not CommonIT's, "
-                "and would train with plain batches: remove what brings it from the recipe."
+                f"commonit_metric: {options.commonit_metric}: the recipe selects {type(trainer).__name__}, which does "
+                "not group batches. Remove the key or plugin that selects it."
             )
         if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
             from commonit_trl.trainer.checkpoint import last_checkpoint
 
-            # Axolotl would take the highest number, though that checkpoint may not have been written to its end.
+            # Axolotl would take the highest number, even if that checkpoint is incomplete.
             cfg.resume_from_checkpoint = last_checkpoint(cfg.output_dir)
         total_steps = math.ceil(trainer.commonit_plan().num_steps * cfg.num_epochs)
         if cfg.max_steps:
@@ -126,7 +137,7 @@ class CommonITPlugin(BasePlugin):
         _log_settings(trainer, cfg, total_steps)
 
     def _options(self, cfg: Any) -> CommonITArguments | None:
-        """The checked options of a recipe; None where CommonIT is off."""
+        """Return the checked options of a recipe, None where CommonIT is off."""
         plugins = PluginManager.get_instance().plugins
         if not any(plugins.get(name) is self for name in cfg.get("plugins") or ()):
             return None
@@ -134,18 +145,38 @@ class CommonITPlugin(BasePlugin):
         return options if options.commonit_on else None
 
 
+class _RefuseCommonITCheckpoint(TrainerCallback):
+    """Refuses to continue a CommonIT run with Axolotl's own batches, whose order differs.
+
+    A callback and not a check in `post_trainer_create`, which `axolotl evaluate` calls too.
+    """
+
+    def __init__(self, cfg: Any) -> None:
+        self.cfg = cfg
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from commonit_trl.trainer.checkpoint import written_with_commonit
+
+        checkpoint = self.cfg.resume_from_checkpoint  # with auto_resume_from_checkpoints, Axolotl has set it by now
+        if checkpoint and written_with_commonit(Path(checkpoint)):
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r} was written with CommonIT, and commonit_metric: none trains in "
+                "another order. Set the commonit_metric of the checkpoint's run, or start a new run in another "
+                "output_dir."
+            )
+
+
 def _check_command_line() -> None:
-    """Refuse `commonit_*` flags where Axolotl drops them: `axolotl train` gives what it does not know, as any plugin's
-    keys, to the launcher, and `--launcher python` is none."""
+    """Refuse `commonit_*` flags: Axolotl passes the keys of plugins to the launcher, which ignores them."""
     context = click.get_current_context(silent=True)
     for flag in context.args if context else ():
         if flag.startswith("--commonit"):
             name = flag.lstrip("-").partition("=")[0].replace("-", "_")
-            raise ValueError(f"{flag} on the command line is not read by Axolotl: write {name}: into the recipe.")
+            raise ValueError(f"{flag}: Axolotl ignores this flag. Set {name}: in the recipe.")
 
 
 def _renew_training_arguments() -> None:
-    """Have Axolotl's training arguments made again where an earlier recipe of this process made them without ours."""
+    """Rebuild Axolotl's training arguments if an earlier recipe of this process built them without CommonIT's."""
     made = sys.modules.get("axolotl.core.training_args")
     if made is not None and not issubclass(made.AxolotlTrainingArguments, CommonITArguments):
         importlib.reload(made)
@@ -165,8 +196,8 @@ def _check_recipe(cfg: Any, options: CommonITArguments) -> None:
             )
     if cfg.get("sample_packing") and options.commonit_resume == "replan":
         raise ValueError(
-            "commonit_resume: 'replan' does not go with sample_packing: true: its plans are of bins, which follow from "
-            "the ranks, batches and groups; set it to exact."
+            "commonit_resume: 'replan' does not go with sample_packing: true: packed bins depend on the ranks, batch "
+            "sizes and groups that would change; set it to exact."
         )
 
 
@@ -174,17 +205,18 @@ def _check_other_plugins(plugin: CommonITPlugin, cfg: Any) -> None:
     for name, other in PluginManager.get_instance().plugins.items():
         if other is not plugin and other.get_trainer_cls(cfg) is not None:
             raise ValueError(
-                f"plugins: {name} brings a trainer of its own, and there can be one: remove it, or set "
+                f"plugins: {name} also selects the trainer, and only one plugin can: remove it, or set "
                 "commonit_metric: none."
             )
     if cfg.model_config_type == "mamba":
         raise ValueError(
-            "commonit_metric: Axolotl trains models of type mamba with a trainer of their own: set it to none."
+            f"commonit_metric: {cfg.commonit_metric}: Axolotl trains models of type mamba with a trainer of its own. "
+            "Set commonit_metric to none."
         )
 
 
 def _steps_of_axolotl(cfg: Any, total_steps: int) -> dict[str, Any]:
-    """The training arguments that Axolotl derives from the total number of steps: `warmup_steps`, `logging_steps`."""
+    """Return the arguments that Axolotl derives from the total number of steps: `warmup_steps`, `logging_steps`."""
     from axolotl.core.builders import HFCausalTrainerBuilder
 
     arguments: dict[str, Any] = {}

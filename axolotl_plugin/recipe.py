@@ -1,10 +1,11 @@
-"""An Axolotl recipe as `commonit inspect` and `commonit group` read it: `--axolotl recipe.yml`.
+"""Read an Axolotl recipe for `commonit inspect` and `commonit group`: `--axolotl recipe.yml`.
 
-Steps: (1) Axolotl loads and checks the recipe, without what needs the hardware of the training run; (2) it prepares the
-rows, or loads what was prepared before, with the task labels that training would have; (3) what decides the batches is
-read from the recipe. No model is loaded. What Axolotl logs goes to stderr.
+Steps: (1) Axolotl loads and checks the recipe, without the keys that need the hardware of the training run; (2) it
+prepares the rows, or loads prepared ones, with the task labels of training; (3) rows without a token to train on are
+dropped, as the trainer drops them; (4) the settings that determine the batches are read from the recipe. No model is
+loaded. Axolotl's log goes to stderr.
 
-Cost: that of `axolotl preprocess`; the prepared rows are then there for training.
+Cost: that of `axolotl preprocess`; training then loads the prepared rows.
 """
 
 import contextlib
@@ -14,14 +15,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import yaml
 from datasets.exceptions import DatasetsError
 from pydantic import ValidationError
 
 from commonit_trl.cli.recipes import Recipe
+from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN, UNKNOWN_GROUP, DroppedRows
+from commonit_trl.grouping.task import NO_LABEL
 from commonit_trl.rows import Rows
 
-# Keys that need the hardware of the run or set it up, and decide neither rows nor batches.
+# Keys that set up the hardware of the run and affect neither rows nor batches.
 _OFF = {"bf16": False, "fp16": False, "tf32": False, "load_in_8bit": False, "load_in_4bit": False} | {
     key: None for key in ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "fp8", "torch_compile")
 }
@@ -30,15 +34,18 @@ _PACKING = ("sample_packing_group_size", "sample_packing_bin_size", "sample_pack
 
 
 def read_recipe(path: str) -> Recipe:
-    """The recipe in the YAML file `path`.
+    """Read the recipe in a YAML file.
+
+    Args:
+        path: of the file.
 
     Raises:
-        ValueError: on a file that is no recipe or does not name the plugin, on what Axolotl or the plugin refuse, and
-            on data that cannot be read.
+        ValueError: if the file is no recipe or does not name the plugin, if Axolotl or the plugin refuse it, or if its
+            data cannot be read.
     """
     _check_file(path)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # whose place Axolotl's log handlers keep
+        with contextlib.redirect_stdout(sys.stderr):  # Axolotl's log handlers keep the stream they find first
             return _read(path)
     except ValidationError as error:
         wrong = error.errors()[0]
@@ -56,14 +63,14 @@ def _check_file(path: str) -> None:
         keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--axolotl {path} cannot be read ({error.strerror}): name a recipe's YAML file.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the second: not UTF-8
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
         raise ValueError(f"--axolotl {path} is not YAML: {error}") from error
     if not isinstance(keys, dict):
         raise ValueError(f"--axolotl {path} holds no keys: write lines such as 'commonit_metric: length'.")
     plugins = keys.get("plugins")
     if not isinstance(plugins, list) or not _PLUGINS & {*map(str, plugins)}:
         raise ValueError(
-            f"--axolotl {path}: the recipe trains with plain batches: add axolotl_plugin.CommonITPlugin to its plugins."
+            f"--axolotl {path}: the recipe does not name the plugin. Add axolotl_plugin.CommonITPlugin to plugins:."
         )
 
 
@@ -76,6 +83,7 @@ def _read(path: str) -> Recipe:
     from transformers import TrainingArguments
 
     from axolotl_plugin.args import read_options
+    from axolotl_plugin.dropped import dropped_rows, trained_counts
     from axolotl_plugin.labels import TaskLabels
     from axolotl_plugin.packing import bin_shape, pack_for_training
 
@@ -85,6 +93,15 @@ def _read(path: str) -> Recipe:
     options = read_options(cfg)
     if options.commonit_metric == "task":
         options.commonit_task_column = [TaskLabels(options, cfg).column]
+    dropped = dropped_rows(dataset) or DroppedRows()
+    trained = trained_counts(dataset) > 0
+    if not trained.all():
+        dropped += _untrained(Rows(dataset.select(np.flatnonzero(~trained))), options)
+        dataset = dataset.select(np.flatnonzero(trained))
+    if len(dataset) == 0:
+        raise ValueError(
+            f"--axolotl {path}: sequence_len={cfg.sequence_len}: no row has a token to train on. Raise sequence_len."
+        )
     seed = TrainingArguments.seed if cfg.seed is None else cfg.seed
     rows = Rows(dataset, load_tokenizer(cfg))
     multiple = _padding_multiple(cfg)
@@ -96,6 +113,7 @@ def _read(path: str) -> Recipe:
         "accumulation_steps": cfg.gradient_accumulation_steps,
         "world_size": cfg.world_size,
         "arranged": options.commonit_balance_lengths,
+        "dropped": dropped,
     }
     if not cfg.sample_packing:
         lengths = -(-counts // multiple) * multiple
@@ -120,8 +138,15 @@ def _read(path: str) -> Recipe:
     return Recipe(**recipe, micro_batch_size=bin_shape(settings, cfg.micro_batch_size)[1], lengths=counts, pack=pack)
 
 
+def _untrained(rows: Rows, options: Any) -> DroppedRows:
+    """Count rows without a token to train on, by task label where they have one."""
+    if options.commonit_metric != "task":
+        return DroppedRows(counts={(NO_TRAINED_TOKEN, UNKNOWN_GROUP): len(rows)})
+    return DroppedRows.of((NO_TRAINED_TOKEN, label or NO_LABEL) for label in rows.labels(options.commonit_task_column))
+
+
 def _padding_multiple(cfg: Any) -> int:
-    """The multiple of tokens to which micro-batches are padded (`HFCausalTrainerBuilder.build`)."""
+    """Return the multiple of tokens to which Axolotl pads micro-batches (`HFCausalTrainerBuilder.build`)."""
     multiple = cfg.pad_to_multiple_of or 64
     if cfg.pad_to_sequence_len:
         return multiple * math.ceil(cfg.sequence_len / multiple)

@@ -23,7 +23,6 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from benchmarks.common import Cases, Report, Settings, Table, medians, paired_rounds
 from benchmarks.mixture import encoder, read_mixture
 from commonit_trl.grouping.embedding import EmbeddingGrouper
-from commonit_trl.grouping.work import ALONE
 
 TITLE = "k-means of real embeddings"
 SIZES = {
@@ -50,8 +49,7 @@ def read_texts(data: Path, count: int) -> list[str]:
 @CASES(OURS)
 def ours(embeddings: Vectors, clusters: int, seed: int) -> Vectors:
     grouper = EmbeddingGrouper(model=encoder(), num_groups=clusters, seed=seed)
-    grouper._fit_clusters([embeddings], np.ones(len(embeddings), dtype=np.int64), ALONE)
-    return grouper.centroids
+    return grouper.cluster(embeddings, np.ones(len(embeddings), dtype=np.int64))
 
 
 def scikit_learn(kind: Any, sample: int | None = None, **options: Any) -> Callable[[Vectors, int, int], Vectors]:

@@ -247,13 +247,15 @@ def time_cases(inputs: Inputs, rounds: int) -> tuple[dict[str, dict[str, float]]
     return medians(paired_rounds(cases, rounds), "epoch_seconds", FLOOR), skipped
 
 
-def bytes_per_row(inputs: Inputs, arranged: bool) -> float:
-    """Peak of building a plan and walking through one rank's batches, beside the arguments."""
+def bytes_per_row(inputs: Inputs, arranged: bool) -> dict[str, float]:
+    """Measure a plan without its arguments: bytes held, and peak while it is built and one rank's batches are read."""
     tracemalloc.start()
-    collections.deque(ours(inputs, 0, arranged), maxlen=0)
+    sampler = ours(inputs, 0, arranged)
+    held = tracemalloc.get_traced_memory()[0]
+    collections.deque(sampler, maxlen=0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return peak / inputs.rows
+    return {"held": held / inputs.rows, "peak": peak / inputs.rows}
 
 
 def resume_seconds(inputs: Inputs) -> dict[str, float]:
@@ -276,7 +278,10 @@ def measure(rows: int, rounds: int) -> tuple[dict[str, Any], list[Table | str]]:
     cases, skipped = time_cases(inputs, rounds)
     plain, arranged = (cases[f"this package, {name}"] for name in ("without lengths", "arranged by length"))
     added = (arranged["epoch_seconds"] - plain["epoch_seconds"]) / rows * 1e6
-    peak = [bytes_per_row(inputs, arranged=False), bytes_per_row(inputs, arranged=True)]
+    memory = {
+        "without lengths": bytes_per_row(inputs, arranged=False),
+        "arranged by length": bytes_per_row(inputs, arranged=True),
+    }
     resume = resume_seconds(inputs)
     table = Table(
         heading=f"{rows:,} rows",
@@ -296,15 +301,16 @@ def measure(rows: int, rounds: int) -> tuple[dict[str, Any], list[Table | str]]:
         bars_of="one epoch, × torch.randperm",
     )
     text = (
-        f"Arranging adds {added:.2f} µs a sample. Peak memory beside the arguments: {peak[0]:.1f} bytes a row, "
-        f"{peak[1]:.1f} with lengths. First micro-batch of the last hundredth of an epoch with lengths: "
+        f"Arranging adds {added:.2f} µs a sample. Memory without the arguments, in bytes a row: "
+        + "; ".join(f"{name}, {each['held']:.1f} held, {each['peak']:.1f} at the peak" for name, each in memory.items())
+        + ". First micro-batch of the last hundredth of an epoch with lengths: "
         f"{resume['walking'] * 1e3:,.0f} ms through a wrapper that skips, {resume['told'] * 1e3:,.1f} ms when the "
         "sampler is told first."
     )
     figures = {
         "cases": cases,
         "arrangement_microseconds_per_sample": added,
-        "peak_bytes_per_row": peak,
+        "bytes_per_row": memory,
         "resume_seconds": resume,
     }
     return figures, [table, text]

@@ -1,8 +1,8 @@
-"""Grouping by embedding on two ranks: how much sooner is it done than on one, and are the groups the same?
+"""Grouping by embedding on two ranks: how much faster is it than on one, and are the groups the same?
 
-Steps: (1) write prompts of the mixture to a file; (2) in rounds, have `commonit group` make k-means clusters of them in
-one process and in two under torchrun, each with one thread and an empty cache; (3) take the seconds from start to end,
-imports and all, and compare what they saved.
+Steps: (1) write prompts of the mixture to a file; (2) in rounds, run `commonit group` with k-means clusters in one
+process and on two ranks under torchrun, each with one thread and an empty cache; (3) time each from start to end,
+imports included, and compare the saved groups.
 
     python -m benchmarks sharded --size full --data FOLDER
 

@@ -98,7 +98,7 @@ class CommonITArguments:
         default="auto",
         metadata={
             "help": "Metric 'embedding': precision of the encoder, 'float32', 'bfloat16' or 'float16'. Default: "
-            "'bfloat16' where the device calculates in it, which moves less than 1 row in 1,000 to another centroid."
+            "'bfloat16' where the device computes in it: faster, and a row between two centroids may change group."
         },
     )
     commonit_reference_dataset: str | None = field(

@@ -30,6 +30,7 @@ from benchmarks.common import machine
 from benchmarks.mixture import find_minilm, prepare, read_mixture, reuse_freed_memory, tiny_llama
 from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer
 from commonit_trl.cli import demo
+from docs import figures
 
 DOCS = Path(__file__).parent
 PAGE, PICTURE = DOCS / "choosing-a-metric.md", DOCS / "report.png"
@@ -56,7 +57,7 @@ report.onload = () => setTimeout(() => {
 
 
 def write_outputs(page: Path, work: Path) -> None:
-    """Run the commands of `page` in `work`, and put their outputs and this machine's name into it."""
+    """Run the commands of `page` in `work`; write their outputs, this machine's name and the figures into it."""
 
     def with_output(match: re.Match[str]) -> str:
         words = shlex.split(match[2].replace("\\\n", " "))
@@ -68,7 +69,7 @@ def write_outputs(page: Path, work: Path) -> None:
 
     text = SHOWN.sub(with_output, page.read_text(encoding="utf-8"))
     text = re.sub(r"^Machine: .*$", lambda _: f"Machine: {machine()}.", text, flags=re.MULTILINE)
-    page.write_text(text, encoding="utf-8")
+    page.write_text(figures.fill(text), encoding="utf-8")
 
 
 def compare(data: Path, work: Path, browser: str) -> None:

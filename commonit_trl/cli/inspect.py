@@ -1,8 +1,7 @@
-"""`commonit inspect`: the groups, steps and batches of a run before it trains, for one metric or several."""
+"""Show the groups, steps and batches of a run before it trains, for one metric or several: `commonit inspect`."""
 
 import argparse
 import contextlib
-import copy
 import json
 import sys
 from dataclasses import replace
@@ -17,20 +16,20 @@ from commonit_trl.report import Inspection, inspect_groups, print_inspections, w
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `commonit inspect` alone."""
+    """Add the options that only `commonit inspect` has."""
     parser.add_argument("--world_size", type=int, metavar="W", help="data-parallel ranks to plan for")
-    parser.add_argument("--compare", metavar="METRIC,...", help="metrics to show side by side")
+    parser.add_argument("--compare", metavar="METRIC,...", help="show these metrics side by side")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    parser.add_argument("--html", metavar="FILE", help="write a report with charts, one file that needs no network")
+    parser.add_argument("--html", metavar="FILE", help="write a report with charts, one self-contained file")
 
 
 def run(recipe: Recipe, asked: argparse.Namespace) -> int:
-    """Inspect `recipe` and show what was found; returns the exit code."""
+    """Inspect `recipe` and print the numbers; return the exit code."""
     metrics = asked_metrics(recipe.options.commonit_metric, asked.compare, asked.load)
     if asked.world_size is not None:
         recipe = replace(recipe, world_size=asked.world_size)
     compared, embed = asked.compare is not None, asked.html is not None
-    with contextlib.redirect_stdout(sys.stderr):  # for the libraries' messages: stdout may be JSON
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print there, and stdout may be JSON
         inspections = [
             inspect_recipe(recipe, metric, compared=compared, load=asked.load, embed=embed) for metric in metrics
         ]
@@ -51,21 +50,25 @@ def run(recipe: Recipe, asked: argparse.Namespace) -> int:
 def inspect_recipe(
     recipe: Recipe, metric: str, *, compared: bool = False, load: str | None = None, embed: bool = False
 ) -> Inspection:
-    """The numbers of one metric's groups and of their first epoch; the arguments are those of `group_rows` and
-    `inspect_groups`."""
+    """Return the numbers of one metric's groups and of their first epoch.
+
+    The arguments are those of `group_rows` and `inspect_groups`.
+    """
     grouped = group_rows(recipe, metric, compared=compared, load=load)
     options, grouper = grouped.options, grouped.grouper
     found = np.flatnonzero(grouped.group_ids >= 0)
     rows, lengths = recipe.rows, recipe.lengths
-    homeless = len(rows) - len(found)
-    if homeless:
-        rows = copy.copy(rows)
-        rows.dataset = rows.dataset.select(found)
+    unassigned = len(rows) - len(found)
+    if unassigned:
+        rows = rows.select(found)
         lengths = None if lengths is None else lengths[found]
     group_ids = sample_groups = grouped.group_ids[found]
     if recipe.pack is not None:
-        if homeless:
-            raise ValueError(f"--load {load}: packing needs every row in a group, and {homeless} are in none.")
+        if unassigned:
+            raise ValueError(
+                f"--load {load}: packing needs every row in a group, and {unassigned} are in none. Fit groups to these "
+                "rows, or set packing=False."
+            )
         sample_groups, lengths = recipe.pack(grouper, group_ids, recipe.world_size)
     spec = PlanSpec.from_options(
         options,
@@ -88,8 +91,9 @@ def inspect_recipe(
         padding_free=recipe.padding_free,
         seed=recipe.seed,
         embed=embed,
+        dropped=grouped.dropped,
     )
-    if not homeless:
+    if not unassigned:
         return inspection
-    said = f"{homeless} of {len(recipe.rows)} rows belong to none of the loaded groups and are left out here."
-    return replace(inspection, warnings=(said, *inspection.warnings))
+    note = f"{unassigned} of {len(recipe.rows)} rows belong to none of the loaded groups and are left out here."
+    return replace(inspection, warnings=(note, *inspection.warnings))

@@ -209,7 +209,9 @@ def _read_recipe(
             return asked, recipes.read_foreign_recipe("axolotl", asked.axolotl)
     before, after = recipes.sft_flags(data)
     with contextlib.redirect_stdout(sys.stderr):  # for the libraries' messages: stdout may be JSON
-        arguments, launch_flags = _parse_sft([*before, *flags, *after], recipes.SFTRecipeConfig, f"commonit {command}")
+        arguments, launch_flags = _parse_sft(
+            [*before, *flags, *after], recipes.PreparationConfig, f"commonit {command}"
+        )
         recipe = recipes.sft_recipe(
             *arguments,
             metrics=asked_metrics(arguments[1].commonit_metric, asked.compare, asked.load),

@@ -1,12 +1,13 @@
-"""What a run would train on and how, read before it trains: what `commonit inspect` and `commonit group` work on.
+"""Read the data and settings of a run before it trains, for `commonit inspect` and `commonit group`.
 
-A `Recipe` comes from the options of `commonit sft`, whose rows TRL's own trainer prepares here, on a model without
-weights; or, for other front ends, from a package that has an entry point in the group `commonit.recipes`:
+A `Recipe` comes from the options of `commonit sft`; TRL's trainer prepares its rows, with a model on the meta device.
+For other front ends it comes from a package that has an entry point in the group `commonit.recipes`:
 
     [project.entry-points."commonit.recipes"]
     axolotl = "axolotl_plugin.recipe:read_recipe"    # a function: path of the recipe -> Recipe
 
-Cost: that of preparing the rows, about 1,700 a second on one core of a CPU; datasets keeps the result for training.
+Cost: preparing the rows, about 1,700 a second on one CPU core, and the rows that preparation drops once more without
+truncation, to count them by group. The datasets library caches the result for training.
 """
 
 import argparse
@@ -25,16 +26,21 @@ from trl import SFTConfig
 
 from commonit_trl.cli.data import check_rows, load_splits, named_data
 from commonit_trl.grouping import Grouper
+from commonit_trl.grouping.dropped import NONE_DROPPED, DroppedRows
+from commonit_trl.grouping.fit import data_seed
+from commonit_trl.grouping.tracing import TracedRows
 from commonit_trl.rows import Rows
-from commonit_trl.trainer.mixin import data_seed
-from commonit_trl.trainer.sft import CommonITSFTConfig, CommonITSFTTrainer, sft_rows
+from commonit_trl.trainer.loss import has_auxiliary_loss, is_causal_lm_loss
+from commonit_trl.trainer.run import row_costs
+from commonit_trl.trainer.sft import CommonITSFTConfig, CommonITSFTTrainer, pack_by_group, prepare_rows
+from commonit_trl.trainer.validate import check_settings
 
 logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "commonit.recipes"
 
 
-# A run's options that need its hardware or write, and decide neither rows nor batches; given last, they win.
+# Options that need the run's hardware or write files, and affect neither rows nor batches. They come last, so they win.
 _OFF = {
     "use_cpu": "true",
     "bf16": "false",
@@ -55,12 +61,22 @@ _OFF = {
 
 @dataclass(kw_only=True)
 class SFTRecipeConfig(CommonITSFTConfig):
-    """The options of `commonit sft`, whose `commonit_*` are checked later, for one metric at a time."""
+    """The options of `commonit sft`, whose `commonit_*` options are checked later, for one metric at a time."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.commonit_task_column, str):  # in a YAML file; the trainer reads it before the checks
+        if isinstance(self.commonit_task_column, str):  # a YAML file may have one string
             self.commonit_task_column = [self.commonit_task_column]
         SFTConfig.__post_init__(self)
+
+
+@dataclass(kw_only=True)
+class PreparationConfig(SFTRecipeConfig):
+    """The options of `commonit sft`, for a trainer that prepares rows and never trains."""
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """Keep the model on the meta device, where it has no weights to move."""
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,54 +84,70 @@ class Recipe:
     """A run before its groups are fitted."""
 
     options: Any
-    """Has the `commonit_*` options as attributes; they may not have been checked yet."""
+    """Has the `commonit_*` options as attributes, possibly not checked yet."""
     rows: Rows
-    """The rows as training groups them: tokenised and cut, not packed; raw where no tokenizer is known."""
+    """The rows that training groups: tokenised and truncated, not packed; raw rows without a tokenizer."""
     seed: int
-    """Of the order of samples and of k-means."""
+    """Seed of the order of samples and of k-means."""
     micro_batch_size: int
-    """Samples of a rank's micro-batch: rows, or packs."""
+    """Samples (rows or packs) per micro-batch."""
     accumulation_steps: int
     world_size: int = 1
     """Data-parallel ranks."""
     lengths: NDArray[np.int64] | None = None
-    """(rows,) tokens that each row costs; None where they are not known."""
+    """(rows,) tokens that each row costs, None if unknown."""
     arranged: bool = False
-    """Whether training arranges the samples of a step by these lengths."""
+    """Whether training balances each step by these lengths."""
     padding_free: bool = False
     """Whether micro-batches are computed without padding."""
     pack: Callable[[Grouper, NDArray[np.int64], int], tuple[NDArray[np.int64], NDArray[np.int64]]] | None = None
-    """With packing: from the fitted grouper, (rows,) group ids and ranks to (packs,) group ids and (packs,) tokens."""
+    """With packing: fitted grouper, (rows,) group ids and ranks -> (packs,) group ids and (packs,) tokens."""
+    source_rows: NDArray[np.int64] | None = None
+    """(rows,) row number of each row in the source data, None if the front end does not trace rows."""
+    traced: tuple[TracedRows, ...] = ()
+    """Source rows that training cannot use, counted by group once groups are fitted."""
+    dropped: DroppedRows = NONE_DROPPED
+    """Further rows that training cannot use, counted by the front end."""
+
+    def count_dropped(self, grouper: Grouper) -> DroppedRows:
+        """Count all rows that training cannot use by the groups of `grouper`, which is fitted."""
+        return sum((part.count(grouper) for part in self.traced), start=self.dropped)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which recipe, beside those of `commonit sft`."""
+    """Add the options that name the recipe; the others are those of `commonit sft`."""
     parser.add_argument("--axolotl", metavar="FILE", help="an Axolotl recipe instead of DATA and options")
-    parser.add_argument("--tokenizer", metavar="NAME", help="hub name or directory; default, that of the model")
-    parser.add_argument("--load", metavar="DIR", help="groups that were saved, instead of fitting new ones")
+    parser.add_argument("--tokenizer", metavar="NAME", help="hub name or directory; default: the model's tokenizer")
+    parser.add_argument("--load", metavar="DIR", help="use saved groups instead of fitting new ones")
     parser.set_defaults(compare=None)
 
 
 def num_processes(launch_flags: list[str]) -> int:
-    """The processes that the launch options of a run start, 1 where they do not say."""
+    """Return the number of processes in the launch options of a run, 1 by default."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
     return parser.parse_known_args(launch_flags)[0].num_processes
 
 
 def sft_flags(data: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The flags of `commonit sft` that go before and after a user's own: the data, several of which are the entries of
-    a mixture, and what lets the options of another machine's run be read on this one."""
+    """Return the flags of `commonit sft` that go before and after the user's own.
+
+    Args:
+        data: names of data; several are the entries of a mixture.
+
+    Returns:
+        The flags that name the data, and those that switch off what needs the run's hardware.
+    """
     named = (["--dataset_name", *data] if len(data) == 1 else ["--datasets", *data]) if data else []
     off = {**_OFF, "output_dir": tempfile.gettempdir()}
     return named, [part for name, value in off.items() for part in (f"--{name}", value)]
 
 
 def read_foreign_recipe(front_end: str, path: str) -> Recipe:
-    """The recipe of another front end, such as `axolotl`.
+    """Read the recipe of another front end, such as `axolotl`.
 
     Raises:
-        ValueError: where no installed package reads such recipes, and on what is wrong with this one.
+        ValueError: when no installed package reads such recipes, or this one is invalid.
     """
     missing = f"--{front_end} {path}: nothing installed reads such recipes: pip install 'commonit-trl[{front_end}]'."
     readers = list(entry_points(group=ENTRY_POINTS, name=front_end))
@@ -123,7 +155,7 @@ def read_foreign_recipe(front_end: str, path: str) -> Recipe:
         raise ValueError(missing)
     try:
         read = readers[0].load()
-    except (ImportError, RuntimeError) as error:  # the plugin makes one of the other, for Axolotl
+    except (ImportError, RuntimeError) as error:  # the Axolotl plugin raises RuntimeError for a missing Axolotl
         raise ValueError(f"{missing} ({error})") from error
     return read(path)
 
@@ -138,22 +170,23 @@ def sft_recipe(
     tokenizer: str | None = None,
     world_size: int = 1,
 ) -> Recipe:
-    """The recipe of `commonit sft` with these arguments, of which `training_args` is an `SFTRecipeConfig`.
+    """Return the recipe of `commonit sft` with these arguments.
 
     Args:
-        metrics: that will be asked for; with `task` among them, the entries of a mixture become the tasks.
-        tokenizer: name or directory; default, the model's. Without either, rows stay as they are.
+        training_args: a `PreparationConfig`.
+        metrics: the metrics to group by; with `task` among them, the entries of a mixture become the tasks.
+        tokenizer: name or directory; default: the model's. Without either, rows stay raw.
         world_size: data-parallel ranks.
 
     Raises:
-        ValueError: on data, a model or a tokenizer that cannot be read, naming the option, and on settings that
-            training refuses.
+        ValueError: on data, a model or a tokenizer that cannot be read, naming the option, on settings that
+            training refuses, and when no row has a token to train on.
     """
     training_args.commonit_metric = "task" if "task" in metrics else metrics[0]
     train, _ = load_splits(script_args, mixture, training_args)
     data = named_data(script_args, mixture)
     if len(train) == 0:
-        raise ValueError(f"{data}: there are no rows: give some.")
+        raise ValueError(f"{data}: the training split has no rows. Give data that has rows.")
     name = tokenizer or model_args.model_name_or_path
     recipe = Recipe(
         options=training_args,
@@ -162,24 +195,25 @@ def sft_recipe(
         micro_batch_size=training_args.per_device_train_batch_size,
         accumulation_steps=training_args.gradient_accumulation_steps,
         world_size=world_size,
+        source_rows=np.arange(len(train)),
     )
     if name is None:
         lengths = recipe.rows.token_counts() if recipe.rows.tokenized else None
         return replace(recipe, lengths=lengths, arranged=lengths is not None and training_args.commonit_balance_lengths)
     train = _trainable(train, training_args.dataset_text_field)
     check_rows(train, data, training_args.dataset_text_field)
-    return _rehearse(recipe, train, name, model_args)
+    return _prepare(recipe, train, name, model_args)
 
 
 def _trainable(rows: Dataset, text_field: str) -> Dataset:
-    """`rows` with a prompt and a completion, where they have only an instruction and an output."""
+    """Return `rows` with a prompt and a completion, if they have only an instruction and an output."""
     present = set(rows.column_names)
     trainable = {"prompt", "messages", "conversations", "input_ids", text_field}
     if present & trainable or not {"instruction", "output"} <= present:
         return rows
     logger.warning(
-        "TRL does not train on the columns instruction and output: they are shown as prompt and completion here, and "
-        "training needs these."
+        "TRL does not train on the columns instruction and output. They are read as prompt and completion here; "
+        "rename them before training."
     )
     read = [column for column in ("instruction", "input", "output") if column in present]
     return rows.map(_as_prompt_completion, batched=True, remove_columns=read, desc="Reading instruction and output")
@@ -191,65 +225,72 @@ def _as_prompt_completion(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
     return {"prompt": [f"{prompt}\n" for prompt in prompts], "completion": [text or "" for text in batch["output"]]}
 
 
-class _Rehearsal(CommonITSFTTrainer):
-    """Prepares the rows as training does, and stops before it groups them."""
+def _prepare(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: Any) -> Recipe:
+    """Return `recipe` with the rows that `CommonITSFTTrainer` groups, and its batching of them.
 
-    def _commonit_set_up(self) -> None:
-        pass
+    TRL's preparation takes tokenizer, chat template, masks and padding from the trainer's construction. So a trainer
+    of one row is constructed, without CommonIT and with a model on the meta device, which then prepares the rows.
+    """
+    args = recipe.options
+    check_settings(args)
+    baseline = copy.copy(args)
+    baseline.commonit_metric, baseline.packing = "none", False
+    model, tokenizer = _meta_model(tokenizer_name, model_args, args)
+    trainer = CommonITSFTTrainer(
+        model=model, args=baseline, train_dataset=train.select([0]), processing_class=tokenizer
+    )
 
-    def _move_model_to_device(self, model: Any, device: Any) -> None:
-        pass  # there are no weights to move
+    def prepare(raw: Dataset, max_length: int | None, name: str) -> Dataset:
+        kept = copy.copy(baseline)
+        kept.max_length = max_length
+        return trainer._prepare_dataset(raw, trainer.processing_class, kept, False, None, name)
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
-        if packing:  # it is groups that are packed, and packing cuts rows itself
-            args = copy.copy(args)
-            args.max_length = None
-        return super()._prepare_dataset(dataset, processing_class, args, False, *rest)
+    prepared = prepare_rows(trainer, train, args, args.packing, prepare)
+    if not len(prepared.dataset):
+        raise ValueError(
+            f"max_length={args.max_length}: none of the {len(train)} rows has a token to train on. Raise max_length, "
+            "or check the rows."
+        )
+
+    def pack(
+        grouper: Grouper, group_ids: NDArray[np.int64], world_size: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        packs, pack_groups = pack_by_group(prepared.dataset, group_ids, grouper.names, args)
+        return pack_groups, Rows(packs).token_counts()
+
+    return replace(
+        recipe,
+        rows=prepared.rows,
+        lengths=row_costs(prepared.dataset, trainer.data_collator),
+        arranged=args.commonit_balance_lengths and not has_auxiliary_loss(trainer) and is_causal_lm_loss(trainer),
+        padding_free=trainer.padding_free or (args.packing and args.packing_strategy != "wrapped"),
+        pack=pack if args.packing else None,
+        source_rows=prepared.numbers,
+        traced=prepared.traced,
+    )
 
 
-def _rehearse(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: Any) -> Recipe:
-    """`recipe` with the rows that `CommonITSFTTrainer` would group, and how it would batch them."""
+def _meta_model(tokenizer_name: str, model_args: Any, args: Any) -> tuple[Any, Any]:
+    """Return a model without weights, of the run's architecture if it has one, and the tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-    args = recipe.options
     trust = {"trust_remote_code": args.trust_remote_code}
     source = {"revision": model_args.model_revision, **trust}
-    is_models = tokenizer_name == model_args.model_name_or_path
+    model_name = model_args.model_name_or_path
+    is_models = tokenizer_name == model_name
     option = "model_name_or_path" if is_models else "--tokenizer"
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **(source if is_models else trust))
-        model_name = model_args.model_name_or_path
         config = (
             LlamaConfig(vocab_size=len(tokenizer))
             if model_name is None
             else AutoConfig.from_pretrained(model_name, **source)
         )
     except (OSError, ValueError) as error:
-        said = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{option}={tokenizer_name!r} is not found, or is none: give a hub name or a directory. {said}"
+            f"{option}={tokenizer_name!r} is not found, or is none: give a hub name or a directory. {reason}"
         ) from error
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **trust)
-    trainer = _Rehearsal(model=model, args=args, train_dataset=train, processing_class=tokenizer)
-    prepared = trainer.train_dataset
-
-    def pack(
-        grouper: Grouper, group_ids: NDArray[np.int64], world_size: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        trainer.commonit_grouper = grouper
-        packs = trainer._commonit_pack(prepared, group_ids, args)
-        assert trainer.commonit_group_ids is not None
-        return trainer.commonit_group_ids, Rows(packs).token_counts()
-
-    cut_at = args.max_length if args.packing and args.packing_strategy == "bfd" else None
-    arrangement = trainer._commonit_arrangement_lengths()
-    return replace(
-        recipe,
-        rows=sft_rows(trainer, prepared, args, max_length=cut_at),
-        lengths=Rows(prepared).token_counts() if arrangement is None else arrangement,
-        arranged=arrangement is not None,
-        padding_free=trainer.padding_free,
-        pack=pack if args.packing else None,
-    )
+        return AutoModelForCausalLM.from_config(config, **trust), tokenizer

@@ -44,3 +44,6 @@ class DroppedRows:
 
     def to_json(self) -> dict[str, Any]:
         return {"rows": self.rows, "by_reason": self.by_reason, "by_group": self.by_group}
+
+
+NONE_DROPPED = DroppedRows()

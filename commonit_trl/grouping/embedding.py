@@ -1,16 +1,15 @@
-"""Metric `embedding`: rows whose text means similar things are a group.
+"""Metric `embedding`: texts of similar meaning form a group.
 
-With a reference dataset, the paper's way (section 3.1, "Embedding"): each reference task is the mean of its
-examples' embeddings, and a row joins the task whose centroid is nearest by cosine. Without one, the centroids
-are those of k-means, which the paper does not use. The encoder is any sentence-transformers model; the paper
-names none.
+With a reference dataset, as in the paper (section 3.1, "Embedding"): the centroid of a reference task is the mean
+embedding of its examples, and a row joins the task with the nearest centroid by cosine. Without one, the centroids come
+from k-means, which the paper does not use. The encoder is any sentence-transformers model; the paper names none.
 
-Steps: (1) read the texts once, keeping a hash of each; (2) cut the different texts, in random order, into chunks;
-(3) find the centroids, k-means from a sample: the first chunks; (4) encode chunk after chunk, and keep the nearest
-centroid of each text. Processes that do the same, such as the ranks of a training run, share the chunks (work.py).
+Steps: (1) hash each text; (2) cut the distinct texts, in random order, into chunks; (3) fit the centroids, k-means to a
+sample: the first chunks; (4) encode chunk by chunk and keep only the nearest centroid of each text. The ranks of a run
+encode every W-th chunk each, so the groups do not depend on the number of ranks.
 
-Cost: encoding is all of it, where the device can in bfloat16 (`dtype`), 2 to 3 times as fast on a CPU; equal texts are
-encoded once, and 8 bytes a row are held besides the sample. benchmarks/embedding.py has the figures.
+Cost: almost only encoding, in bfloat16 where the device supports it (`dtype`), 2 to 3 times as fast on a CPU. Equal
+texts are encoded once; memory is 8 bytes a row besides the sample. benchmarks/embedding.py has the figures.
 """
 
 import contextlib
@@ -29,62 +28,45 @@ from numpy.typing import NDArray
 
 from commonit_trl.config import DEFAULT_NUM_GROUPS
 from commonit_trl.grouping.base import Grouper
-from commonit_trl.grouping.work import ALONE, Work
+from commonit_trl.grouping.ranks import ALONE, Ranks
 from commonit_trl.loading import load_rows
 from commonit_trl.rows import Rows
 
 logger = logging.getLogger(__name__)
 
 _CHUNK = 512
-"""Texts that a process encodes at a time; more, where there would be over `_MAX_CHUNKS`."""
-_MAX_CHUNKS = 1_024
+"""Texts that a rank encodes between two collectives."""
 _SAMPLE = 32_768
-"""Texts, at least, that k-means is fitted to, where there are as many."""
+"""Texts to fit k-means to, rounded up to whole chunks."""
 _ROWS_AT_ONCE = 4_096
 
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """The texts of rows, which are read again when they are needed."""
+    """The texts of rows, read again whenever they are needed."""
 
     rows: Rows
     of: str
     """`prompt`, `response` or `both`."""
     digests: NDArray[np.uint64]
-    """(rows,) hashes: equal texts have equal ones."""
+    """(rows,) hashes of the texts."""
 
     def __getitem__(self, numbers: NDArray[np.int64]) -> list[str]:
         return self.rows.select(numbers).texts(self.of)
 
-    def distinct(self) -> "DistinctTexts":
-        _, *parts = np.unique(self.digests, return_index=True, return_inverse=True, return_counts=True)
-        return DistinctTexts(*parts)
-
-
-@dataclass(frozen=True, eq=False)
-class DistinctTexts:
-    """Equal texts as one."""
-
-    first_rows: NDArray[np.int64]
-    """(texts,) the first row that has each text."""
-    text_of_row: NDArray[np.int64]
-    """(rows,) the number of each row's text."""
-    counts: NDArray[np.int64]
-    """(texts,) rows that have each text."""
-
 
 class EmbeddingGrouper(Grouper):
-    """Groups by the nearest of some centroids in the embedding space.
+    """Groups by the nearest centroid in the embedding space.
 
     Args:
         model: name or path of a sentence-transformers model.
-        text: which text of a row to encode: `prompt`, `response` or `both`; of a reference row, its prompt.
-        num_groups: clusters of k-means; not used with a reference.
+        text: text of a row to encode, `prompt`, `response` or `both`; of a reference row, always the prompt.
+        num_groups: clusters of k-means; unused with a reference.
         reference: hub name or local file of a reference dataset.
-        reference_task_column: its task label.
+        reference_task_column: label column of the reference dataset.
         dtype: the encoder's precision, `float32`, `bfloat16` or `float16`; `auto` is `best_dtype()`.
-        seed: of the sample and of k-means.
-        min_size: groups with fewer rows dissolve; their rows join the nearest other centroid.
+        seed: of the sample and k-means.
+        min_size: groups with fewer rows dissolve; their rows join the nearest remaining centroid.
     """
 
     metric = "embedding"
@@ -126,50 +108,52 @@ class EmbeddingGrouper(Grouper):
     def fit_values(self, values: Texts) -> None:
         self.fit_assign(values)
 
-    def fit_assign(self, values: Texts, work: Work = ALONE) -> NDArray[np.int64]:
-        texts = values.distinct()
-        chunks = self._chunks(len(texts.counts))
+    def fit_assign(self, values: Texts, ranks: Ranks = ALONE) -> NDArray[np.int64]:
+        _, first_rows, text_of_row, counts = np.unique(values.digests, True, True, True)
+        chunks = self._chunks(len(counts))
 
         def encode(chunk: NDArray[np.int64]) -> NDArray[np.float32]:
-            return self._encode(values[texts.first_rows[chunk]])
+            return self._encode(values[first_rows[chunk]])
 
         def assign(item: tuple[NDArray[np.int64], NDArray[np.float32] | None]) -> NDArray[np.int32]:
             chunk, features = item
             return _nearest_centroid(encode(chunk) if features is None else features, self.centroids)
 
-        with self._encoder_for_now():
+        with self._temporary_encoder():
             sample: list[NDArray[np.float32]] = []
             if self.options["reference"] is None:
-                sampled = chunks[: -(-_SAMPLE // len(chunks[0]))]
-                sample = work.map("features", encode, sampled, progress="Encoding texts")
-                self._fit_clusters(sample, texts.counts[np.concatenate(sampled)], work)
+                sampled = chunks[: -(-_SAMPLE // _CHUNK)]
+                sample = ranks.map(encode, sampled, "Encoding texts")
+                weights = counts[np.concatenate(sampled)]
+                self._set_clusters(ranks.broadcast(lambda: self.cluster(np.concatenate(sample), weights)))
             else:
-                self._fit_reference(work)
-            nearest = work.map("groups", assign, [*zip_longest(chunks, sample)], progress="Assigning texts to groups")
-            groups = np.empty(len(texts.counts), dtype=np.int64)
+                self._fit_reference(ranks)
+            nearest = ranks.map(assign, [*zip_longest(chunks, sample)], "Assigning texts to groups")
+            groups = np.empty(len(counts), dtype=np.int64)
             groups[np.concatenate(chunks)] = np.concatenate(nearest)
             if self.options["min_size"] > 1:
-                sizes = np.bincount(groups, texts.counts, minlength=len(self.names)).astype(np.int64)
-                small = np.flatnonzero(sizes[groups] < self.options["min_size"])  # no others can become homeless
-                (features,) = work.map("small groups", encode, [small])
-                groups = self._dissolve_small_groups(groups, sizes, texts.counts, small, features)
-        return groups[texts.text_of_row]
+                sizes = np.bincount(groups, counts, minlength=len(self.names)).astype(np.int64)
+                small = np.flatnonzero(sizes[groups] < self.options["min_size"])  # only these can change groups
+                if len(small):
+                    features = np.concatenate(ranks.map(encode, _cut(small)))
+                    groups = self._dissolve_small_groups(groups, sizes, counts, small, features)
+        return groups[text_of_row]
 
     def assign_values(self, values: Texts) -> NDArray[np.int64]:
-        texts = values.distinct()
-        groups = np.empty(len(texts.counts), dtype=np.int64)
-        with self._encoder_for_now():
+        _, first_rows, text_of_row = np.unique(values.digests, return_index=True, return_inverse=True)
+        groups = np.empty(len(first_rows), dtype=np.int64)
+        with self._temporary_encoder():
             for chunk in self._chunks(len(groups)):
-                groups[chunk] = _nearest_centroid(self._encode(values[texts.first_rows[chunk]]), self.centroids)
-        return groups[texts.text_of_row]
+                groups[chunk] = _nearest_centroid(self._encode(values[first_rows[chunk]]), self.centroids)
+        return groups[text_of_row]
 
     def encode(self, texts: list[str]) -> NDArray[np.float32]:
-        """(texts, dimensions) embeddings of length 1.
+        """Return (texts, dimensions) embeddings of length 1.
 
         Raises:
-            ValueError: when the model cannot be loaded or gives a value that is not finite.
+            ValueError: when the model cannot be loaded or returns NaN or infinite values.
         """
-        with self._encoder_for_now():
+        with self._temporary_encoder():
             return self._encode(texts)
 
     def _encode(self, texts: list[str]) -> NDArray[np.float32]:
@@ -184,8 +168,8 @@ class EmbeddingGrouper(Grouper):
         bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
         if len(bad):
             raise ValueError(
-                f"commonit_embedding_model={self.options['model']!r} gives NaN or infinite embeddings for "
-                f"{len(bad)} of {len(texts)} texts, first for {texts[bad[0]][:60]!r}: use another model, or "
+                f"commonit_embedding_model={self.options['model']!r}: NaN or infinite embeddings for {len(bad)} of "
+                f"{len(texts)} texts, first for {texts[bad[0]][:60]!r}. Use another model or set "
                 "commonit_embedding_dtype='float32'."
             )
         return _unit_length(embeddings)
@@ -216,46 +200,42 @@ class EmbeddingGrouper(Grouper):
         from sentence_transformers import SentenceTransformer
 
         try:
-            return SentenceTransformer(self.options["model"])  # on the GPU of this rank, where there is one
-        except Exception as error:  # the hub, the disk or the model's own code: the user needs the option's name
+            return SentenceTransformer(self.options["model"])  # on the GPU with index LOCAL_RANK, if any
+        except Exception as error:  # from the hub, the disk or the model's own code
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise ValueError(
-                f"commonit_embedding_model={self.options['model']!r} cannot be loaded ({reason}): give the name or "
+                f"commonit_embedding_model={self.options['model']!r}: loading failed ({reason}). Set it to the name or "
                 "local path of a sentence-transformers model."
             ) from error
 
     @contextlib.contextmanager
-    def _encoder_for_now(self) -> Iterator[None]:
-        """Forget the encoder in the end: the memory is the training's."""
+    def _temporary_encoder(self) -> Iterator[None]:
+        """Free the encoder afterwards: training needs the memory."""
         try:
             yield
         finally:
             self.__dict__.pop("_encoder", None)
 
     def _chunks(self, texts: int) -> list[NDArray[np.int64]]:
-        """The numbers of the texts in random order, in pieces: the first of them are a sample."""
-        order = np.random.default_rng(self.options["seed"]).permutation(texts)
-        size = max(_CHUNK, -(-texts // _MAX_CHUNKS))
-        return [order[start : start + size] for start in range(0, texts, size)]
+        """Cut the texts, in random order, into chunks; the first chunks are a random sample."""
+        return _cut(np.random.default_rng(self.options["seed"]).permutation(texts))
 
-    def _fit_clusters(self, sample: list[NDArray[np.float32]], weights: NDArray[np.int64], work: Work) -> None:
-        """Find the centroids of embeddings of which there are as many as `weights` says."""
-        asked = self.options["num_groups"]
+    def cluster(self, features: NDArray[np.float32], weights: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the (clusters, dimensions) k-means centroids of (texts, dimensions) features with (texts,) weights."""
+        from sklearn.cluster import KMeans
 
-        def cluster(sample: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-            from sklearn.cluster import KMeans
+        clusters = min(self.options["num_groups"], len({hash(row.tobytes()) for row in features}))
+        # Faster and better on a sample than mini-batches of all texts (benchmarks/clustering.py).
+        model = KMeans(clusters, n_init=1, random_state=self.options["seed"])
+        return _unit_length(model.fit(features, sample_weight=weights).cluster_centers_)
 
-            features = np.concatenate(sample)
-            clusters = min(asked, len({hash(row.tobytes()) for row in features}))
-            # Of a sample, not in mini-batches of all texts: sooner done, and better (benchmarks/clustering.py).
-            model = KMeans(clusters, n_init=1, random_state=self.options["seed"])
-            return _unit_length(model.fit(features, sample_weight=weights).cluster_centers_)
-
-        (self.centroids,) = work.map("centroids", cluster, [sample])
-        found = len(self.centroids)
+    def _set_clusters(self, centroids: NDArray[np.float32]) -> None:
+        self.centroids, found, asked = centroids, len(centroids), self.options["num_groups"]
         self.names = [f"cluster {number:0{len(str(found - 1))}d}" for number in range(found)]
         if found < asked:
-            self.notices.append(f"commonit_num_groups={asked}: only {found} rows differ, so there are as many groups.")
+            self.notices.append(
+                f"commonit_num_groups={asked}: only {found} distinct embeddings, so there are {found} groups."
+            )
 
     def _dissolve_small_groups(
         self,
@@ -265,40 +245,40 @@ class EmbeddingGrouper(Grouper):
         small: NDArray[np.int64],
         features: NDArray[np.float32],
     ) -> NDArray[np.int64]:
-        """One by one, give up the smallest group under the minimum size; its texts join the nearest of the others.
+        """Dissolve the smallest group, until all have the minimum size; its texts join the nearest remaining group.
 
         Args:
-            groups: (texts,) groups; `sizes`: (groups,) rows; `counts`: (texts,) rows that have the text.
-            small: numbers of the texts in groups under the minimum size; `features`: their embeddings.
+            groups: (texts,) group ids.
+            sizes: (groups,) number of rows.
+            counts: (texts,) number of rows with the text.
+            small: indices of the texts in groups under the minimum size.
+            features: (small, dimensions) their embeddings.
 
         Returns:
-            (texts,) the groups, numbered anew.
+            (texts,) ids of the remaining groups, renumbered.
         """
         kept = np.arange(len(sizes))
         while len(kept) > 1 and sizes[kept].min() < self.options["min_size"]:
             smallest = kept[sizes[kept].argmin()]
             kept = kept[kept != smallest]
-            homeless = groups[small] == smallest
-            if homeless.any():
-                texts = small[homeless]
-                groups[texts] = kept[_nearest_centroid(features[homeless], self.centroids[kept])]
+            moving = groups[small] == smallest
+            if moving.any():
+                texts = small[moving]
+                groups[texts] = kept[_nearest_centroid(features[moving], self.centroids[kept])]
                 sizes += np.bincount(groups[texts], counts[texts], minlength=len(sizes)).astype(np.int64)
         self.centroids = np.ascontiguousarray(self.centroids[kept])
         self.names = [self.names[number] for number in kept]
         return np.searchsorted(kept, groups)
 
-    def _fit_reference(self, work: Work) -> None:
-        """Take the reference's tasks for groups, the mean of their examples' embeddings for centroids."""
-        texts, labels = self._read_reference()
+    def _fit_reference(self, ranks: Ranks) -> None:
+        """Set one group per reference task, its centroid the mean embedding of the task's examples."""
+        texts, labels = ranks.broadcast(self._read_reference)
+        chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
+        embeddings = np.concatenate(ranks.map(self._encode, chunks))
         self.names, task_of_row = (part.tolist() for part in np.unique(labels, return_inverse=True))
-
-        def average(texts: list[str]) -> NDArray[np.float32]:
-            embeddings = self._encode(texts)
-            sums = np.zeros((len(self.names), embeddings.shape[1]), dtype=np.float32)
-            np.add.at(sums, task_of_row, embeddings)
-            return _unit_length(sums)  # the mean has the same direction as the sum
-
-        (self.centroids,) = work.map("centroids", average, [texts])
+        sums = np.zeros((len(self.names), embeddings.shape[1]), dtype=np.float32)
+        np.add.at(sums, task_of_row, embeddings)
+        self.centroids = _unit_length(sums)  # the mean has the direction of the sum
 
     def _read_reference(self) -> tuple[list[str], list[str]]:
         if self._reference is None:
@@ -307,8 +287,8 @@ class EmbeddingGrouper(Grouper):
             rows = Rows(splits["train"] if "train" in splits else splits[next(iter(splits))])
             if column not in rows.columns:
                 raise ValueError(
-                    f"commonit_reference_task_column={column!r} is not a column of "
-                    f"commonit_reference_dataset={name!r}, which has: {', '.join(rows.columns)}."
+                    f"commonit_reference_task_column={column!r}: not a column of commonit_reference_dataset={name!r}. "
+                    f"Set it to one of: {', '.join(rows.columns)}."
                 )
             labels = rows.labels([column])
             try:
@@ -317,16 +297,21 @@ class EmbeddingGrouper(Grouper):
                 raise ValueError(f"commonit_reference_dataset={name!r}: {error}") from error
             if None in labels:
                 raise ValueError(
-                    f"commonit_reference_dataset={name!r}: {labels.count(None)} of {len(labels)} rows have "
-                    f"no {column!r}: label or remove them."
+                    f"commonit_reference_dataset={name!r}: {labels.count(None)} of {len(labels)} rows have no "
+                    f"{column!r}. Label or remove them."
                 )
             self._reference = texts, [label for label in labels if label is not None]
         return self._reference
 
 
 def best_dtype() -> str:
-    """The fastest precision in which the groups stay the same: bfloat16 where the device that sentence-transformers
-    takes calculates in it, else float16 on CUDA devices, else float32."""
+    """Return the fastest suitable precision of the encoder's device.
+
+    Reduced precision moves rows that lie between two centroids to the other group; benchmarks/dtype.py counts them.
+
+    Returns:
+        bfloat16 where the device computes in it, else float16 on CUDA devices, else float32.
+    """
     import torch
     from sentence_transformers.util import get_device_name
 
@@ -334,7 +319,7 @@ def best_dtype() -> str:
     if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if device == "cpu":
-        can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.12 cannot say
+        can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # missing before torch 2.12
         return "bfloat16" if can.get("avx512_bf16") or can.get("amx_bf16") else "float32"
     return "float32"
 
@@ -342,6 +327,10 @@ def best_dtype() -> str:
 def _unit_length(vectors: NDArray[Any]) -> NDArray[np.float32]:
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
+
+
+def _cut(numbers: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    return [numbers[start : start + _CHUNK] for start in range(0, len(numbers), _CHUNK)]
 
 
 def _nearest_centroid(features: NDArray[np.float32], centroids: NDArray[np.float32]) -> NDArray[np.int32]:
@@ -353,7 +342,7 @@ def _nearest_centroid(features: NDArray[np.float32], centroids: NDArray[np.float
 
 
 def _model_identity(name: str) -> list[Any]:
-    """What tells one version of an encoder from another: a local model's files, or a hub model's revision."""
+    """Return the version of an encoder: sizes and dates of a local model's files, or a hub model's revision."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -361,9 +350,9 @@ def _model_identity(name: str) -> list[Any]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    for file_name in ("modules.json", "config.json"):  # of a sentence-transformers model, of a plain one
+    for file_name in ("modules.json", "config.json"):  # of a sentence-transformers model, of a plain transformers model
         try:
             return [Path(hf_hub_download(name, file_name)).parent.name]  # snapshots/<revision>/<file>
-        except (OSError, ValueError, EntryNotFoundError):  # loading the model will say what is wrong
+        except (OSError, ValueError, EntryNotFoundError):  # loading the model raises the error
             continue
     return []

@@ -1,7 +1,7 @@
-"""Metric `length`: rows whose response (or prompt, or whole) has a similar number of tokens are a group.
+"""Metric `length`: rows with a similar number of tokens in the response (or prompt, or both) form a group.
 
-The paper groups by response length ("Statistics", section 3.1) and gives no bin counts; quantile bins, 8 by
-default, are this project's choice. Cost: a sort of the lengths, well under a second for 10^6 rows.
+The paper groups by response length ("Statistics", section 3.1) without bin counts; quantile bins, 8 by default, are
+this project's choice. Cost: one sort of the lengths, well under a second for 10^6 rows.
 """
 
 from itertools import pairwise
@@ -20,9 +20,9 @@ class LengthGrouper(Grouper):
 
     Args:
         of: `response`, `prompt` or `total`.
-        num_groups: number of quantile bins; where many rows have the same length, edges collapse to fewer.
-        edges: ascending token counts instead of quantiles; bin i holds edges[i - 1] <= tokens < edges[i].
-        min_size: bins with fewer rows are merged with their smaller neighbour.
+        num_groups: number of quantile bins; fewer where many rows have the same length.
+        edges: ascending token counts to use instead of quantiles; bin i holds edges[i - 1] <= tokens < edges[i].
+        min_size: bins with fewer rows merge with their smaller neighbour.
     """
 
     metric = "length"
@@ -49,8 +49,8 @@ class LengthGrouper(Grouper):
             edges = _quantile_edges(values, asked)
             if len(edges) + 1 < asked:
                 self.notices.append(
-                    f"commonit_num_groups={asked}: many rows have the same length, so equal bin edges "
-                    f"collapse to {len(edges) + 1} groups."
+                    f"commonit_num_groups={asked}: many rows have the same length, so there are only {len(edges) + 1} "
+                    "groups. Set a lower number, or commonit_length_edges."
                 )
         self.edges = _merge_small_bins(values, edges, self.options["min_size"])
         self.names = _bin_names(self.edges, self.options["of"])
@@ -68,7 +68,7 @@ class LengthGrouper(Grouper):
 
 
 def _quantile_edges(lengths: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
-    """The distinct lengths below which the number of rows is nearest to 1/bins, 2/bins, ... of all."""
+    """Return the lengths whose share of shorter rows is nearest to 1/bins, 2/bins, ..."""
     values, counts = np.unique(lengths, return_counts=True)
     if len(values) < 2:
         return np.empty(0, dtype=np.int64)
@@ -80,7 +80,7 @@ def _quantile_edges(lengths: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
 
 
 def _merge_small_bins(lengths: NDArray[np.int64], edges: NDArray[np.int64], min_size: int) -> NDArray[np.int64]:
-    """Remove edges until every bin that has rows has `min_size` of them (or one bin is left)."""
+    """Remove edges until each bin has no rows or at least `min_size`, or one bin remains."""
     counts = np.bincount(np.searchsorted(edges, lengths, side="right"), minlength=len(edges) + 1).tolist()
     kept = edges.tolist()
     while kept and min(filter(None, counts), default=min_size) < min_size:

@@ -1,8 +1,7 @@
-"""Metric `task`: rows with the same label are a group (CommonIT, section 3.1, "Task").
+"""Metric `task`: rows with the same label form a group (CommonIT, section 3.1, "Task").
 
-Rows without a label become a group of their own, `(no label)`; with a minimum group size, smaller tasks are
-merged into `other`. Rows that the data itself labels so are in these groups too. Cost: one pass over the
-labels, well under a second for 10^6 rows.
+Rows without a label form the group `(no label)`; with a minimum group size, smaller tasks merge into `other`. Rows that
+carry these names as labels join the same groups. Cost: one pass over the labels, well under a second for 10^6 rows.
 """
 
 from typing import Any
@@ -21,8 +20,8 @@ class TaskGrouper(Grouper):
     """Groups by one or more label columns.
 
     Args:
-        columns: label columns; several are joined.
-        min_size: tasks with fewer rows become one group `other`.
+        columns: label columns; the labels of several are joined.
+        min_size: tasks with fewer rows merge into one group `other`.
 
     Raises:
         ValueError: when `columns` is empty.
@@ -32,7 +31,7 @@ class TaskGrouper(Grouper):
 
     def __init__(self, *, columns: list[str], min_size: int = 1) -> None:
         if not columns:
-            raise ValueError("columns=[] names no label column: name one or more.")
+            raise ValueError("columns=[]: no label column. Name one or more.")
         super().__init__(columns=list(columns), min_size=min_size)
 
     def read(self, rows: Rows) -> tuple[NDArray[np.int64], list[str]]:
@@ -51,15 +50,15 @@ class TaskGrouper(Grouper):
             group = NO_LABEL if NO_LABEL in self.names else OTHER
             self.notices.append(
                 f"commonit_task_column={'+'.join(self.options['columns'])}: {missing} of {len(codes)} "
-                f"rows have no label; they are in the group {group!r}."
+                f"rows have no label and form the group {group!r}. Label or remove them."
             )
 
     def assign_values(self, values: tuple[NDArray[np.int64], list[str]]) -> NDArray[np.int64]:
         codes, labels = values
         ids = {name: number for number, name in enumerate(self.names)}
-        # `other` takes the tasks that were too small, so also those that `fit` did not see.
+        # `other` holds the small tasks, so unseen tasks join it too.
         elsewhere = ids.get(OTHER, -1) if self.options["min_size"] > 1 else -1
         return np.array([ids.get(label, elsewhere) for label in [*labels, NO_LABEL]], dtype=np.int64)[codes]
 
     def restore(self, numbers: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
-        pass  # the names are all there is
+        pass  # the names are the whole state

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from commonit_trl.config import PURITIES, REMAINDERS, check_choice, check_weights
-from commonit_trl.plan.balance import arrange, concatenated_ranges
+from commonit_trl.plan.balance import balance, concatenated_ranges
 
 _SAMPLES_AT_ONCE = 1 << 16
 """Sorted, arranged or read together: few enough for the processor's cache, enough to make numpy's overhead small."""
@@ -181,7 +181,7 @@ class EpochPlan:
         sizes = np.zeros((len(filled), self.micro_batches_per_unit), dtype=np.int64)
         order = rows[:0]
         if filled.any():
-            order, sizes[filled] = arrange(
+            order, sizes[filled] = balance(
                 self.lengths[rows], self.unit_sizes[here][filled], self._micro_steps_per_unit, self.world_size
             )
         sizes = sizes.reshape(-1, self.world_size)

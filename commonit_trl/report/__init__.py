@@ -1,8 +1,9 @@
-"""What is known about the groups of a dataset and the batches of an epoch, as numbers, tables and HTML."""
+"""Report the groups of a dataset and the batches of an epoch as numbers, tables and HTML."""
 
 from commonit_trl.report.analysis import Inspection, LossRecord, inspect_groups
 from commonit_trl.report.html import write_html
 from commonit_trl.report.ledger import ledger, ledger_table, model_card_section
+from commonit_trl.report.optional import optional
 from commonit_trl.report.tables import print_inspections, print_sizes
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "ledger",
     "ledger_table",
     "model_card_section",
+    "optional",
     "print_inspections",
     "print_sizes",
     "write_html",

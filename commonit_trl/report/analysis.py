@@ -1,18 +1,20 @@
-"""The numbers of a report: what each group holds, and what the batches of an epoch are like beside plain ones.
+"""Measure the groups of a dataset and the batches of an epoch, beside baseline batches.
 
-Steps: (1) describe each group: rows, tokens, steps, examples; (2) measure the planned batches, and two plain orders of
-the same samples in the same geometry: random ones, and those of transformers' `LengthGroupedSampler`
-(`train_sampling_strategy="group_by_length"`), cut and filled up as accelerate does; (3) say what can be acted on;
-(4) draw a bounded sample for the charts.
+Steps: (1) describe each group: rows, tokens, steps, dropped rows, examples; (2) measure the planned batches, and two
+baseline orders of the same samples in the same geometry: random, and transformers' `LengthGroupedSampler`
+(`train_sampling_strategy="group_by_length"`), cut and padded as accelerate does; (3) warn about what the user can
+change; (4) draw a bounded sample for the charts.
 
 Definitions. A micro-batch costs its longest sample times its samples, or with `padding_free` the sum of their tokens.
-`padding_ratio` is the cost of all micro-batches for each token of the samples in them: 1 is no padding.
-`straggler_ratio` is the mean over the optimizer steps of the cost of the rank that has most to compute, relative to the
-mean of the ranks: 1 is no waiting.
+`padding_ratio` is the cost of all micro-batches per token of their samples: 1 is no padding. `straggler_ratio` is the
+mean over the optimizer steps of the cost of the slowest rank relative to the mean of the ranks: 1 is no waiting.
 
 Cost, 10^6 rows: about 2 s of one CPU core, of which nearly half is `LengthGroupedSampler`; conversations that are
-trained on every turn are rendered once more, to find the responses. What is kept of the rows is bounded: examples of at
-most 100 groups, 400 characters of each; an embedding map of at most 500 rows, which are encoded for it.
+trained on every turn are rendered once more, to find the responses. The report keeps a bounded part of the rows:
+examples of at most 100 groups, 400 characters each; an embedding map of at most 500 rows, which are encoded for it.
+
+Token counts, examples, the baseline by length and the map are optional: where the data make one of them fail, the
+report lacks it and a warning names it.
 """
 
 import dataclasses
@@ -26,7 +28,9 @@ from numpy.typing import NDArray
 
 from commonit_trl.config import CommonITArguments
 from commonit_trl.grouping import EmbeddingGrouper, Grouper
+from commonit_trl.grouping.dropped import NONE_DROPPED, DroppedRows
 from commonit_trl.plan import EpochPlan
+from commonit_trl.report.optional import optional
 from commonit_trl.rows import Rows
 from commonit_trl.sanitize import cut
 
@@ -38,14 +42,15 @@ MAP_CHARACTERS = 200
 CHART_GROUPS = 20
 ORDER_WINDOWS = 400
 
-_MOST_ROWS = 0.75  # of all, in one group: worth a warning
-_FAR_ABOVE = 1.25  # times the plain steps: worth a warning
-_MANY_REPEATS = 0.01  # of all samples: worth a warning
+# Thresholds of the warnings.
+_MOST_ROWS = 0.75  # share of all rows in one group
+_FAR_ABOVE = 1.25  # planned steps relative to baseline steps
+_MANY_REPEATS = 0.01  # repeats relative to all samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """How many tokens the rows of a group have: quantiles, interpolated linearly."""
+    """Quantiles of the tokens per row of a group, interpolated linearly."""
 
     p5: float
     p25: float
@@ -56,7 +61,7 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """The text of one row, cut to `EXAMPLE_CHARACTERS`; as the data has it, so not safe to show."""
+    """The text of one row, cut to `EXAMPLE_CHARACTERS` and not sanitized."""
 
     prompt: str
     response: str
@@ -75,8 +80,10 @@ class GroupNumbers:
     response_tokens: Spread | None
     steps: float
     """Optimizer steps of the epoch; a fraction where a step holds micro-batches of several groups."""
+    dropped: int
+    """Rows that training cannot use, not among `rows`."""
     lost: int
-    """Samples that the epoch does not train. Samples are rows, or packs of rows."""
+    """Samples (rows or packs of rows) that remainder or weights leave out of the epoch."""
     repeated: int
     """Samples trained again, counted once for each time beyond the first."""
     examples: tuple[Example, ...]
@@ -84,7 +91,7 @@ class GroupNumbers:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchNumbers:
-    """What the batches of an epoch are like; ratios are None where token counts are not known."""
+    """Measures of the batches of an epoch; ratios are None without token counts."""
 
     steps: int
     pure_micro_batches: float
@@ -99,7 +106,7 @@ class BatchNumbers:
 
 @dataclass(frozen=True, kw_only=True)
 class MapPoint:
-    """A row's place on the embedding map; the text is as the data has it."""
+    """A row on the embedding map; the text is not sanitized."""
 
     x: float
     y: float
@@ -109,15 +116,15 @@ class MapPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """What charts need beyond the numbers, bounded whatever the size of the data."""
+    """Data of the charts beyond the numbers, of bounded size."""
 
     order_groups: tuple[int, ...]
-    """The `CHART_GROUPS` largest groups, by id, and -1 for all others where there are any."""
+    """The `CHART_GROUPS` largest groups, by id, and -1 for all others if there are any."""
     order: tuple[tuple[float, ...], ...]
     """(order groups, windows) the share of a group in the micro-batches of each of at most `ORDER_WINDOWS` windows."""
     steps_per_window: float
     map: tuple[MapPoint, ...]
-    """A random sample of at most `MAP_ROWS` rows; empty where there are no embeddings."""
+    """A random sample of at most `MAP_ROWS` rows; empty without embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,17 +134,20 @@ class Inspection:
     metric: str
     rows: int
     samples: int
-    """What plans are made of: the rows, or packs of them."""
+    """Samples of the plan: the rows, or packs of them."""
     possible_groups: int
-    """Groups that were fitted; `groups` are those that have rows."""
+    """Number of fitted groups; `groups` are those that have rows."""
     groups: tuple[GroupNumbers, ...]
     planned: BatchNumbers
     random: BatchNumbers
     by_length: BatchNumbers | None
     """Of the Trainer's `group_by_length`; None without token counts."""
     longest_run: int
-    """Steps in a row that hold the same group."""
+    """Most consecutive steps of the same group."""
+    dropped: DroppedRows
+    """Rows that training cannot use, by reason and group; also of groups that have no other row."""
     lost: int
+    """Samples that remainder or weights leave out of the epoch."""
     repeated: int
     micro_batch_size: int
     world_size: int
@@ -150,12 +160,14 @@ class Inspection:
     drawing: Drawing
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers as JSON values, without what only charts need."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "drawing"}
+        """Return the numbers as JSON values, without the data of the charts."""
+        values = dataclasses.asdict(dataclasses.replace(self, dropped=DroppedRows()))
+        del values["drawing"]
+        return values | {"dropped": self.dropped.to_json()}
 
 
 class LossRecord(TypedDict):
-    """The loss of one group as training logged it."""
+    """A logged training loss of one group."""
 
     step: int
     """Optimizer step."""
@@ -175,19 +187,21 @@ def inspect_groups(
     padding_free: bool = False,
     seed: int = 0,
     embed: bool = False,
+    dropped: DroppedRows = NONE_DROPPED,
 ) -> Inspection:
-    """Work out all numbers of `plan`, the plan of one epoch over these groups.
+    """Measure `plan`, the plan of one epoch over these groups.
 
     Args:
-        grouper: fitted.
-        group_ids: (rows,) the group of each row, none -1.
-        rows: the rows that were grouped.
-        plan: of the rows, or of packs of them.
-        options: of the run that the plan is for.
-        lengths: (samples of the plan,) tokens that each costs, None where they are not known.
-        padding_free: micro-batches are computed without padding.
-        seed: of the random batches and of the samples that are shown.
-        embed: encode a sample of the rows for the map, where the groups are those of an embedding space.
+        grouper: a fitted grouper.
+        group_ids: (rows,) group ids, none -1.
+        rows: the grouped rows.
+        plan: a plan of the rows, or of packs of them.
+        options: the options of the run.
+        lengths: (samples of the plan,) tokens that each costs, None if unknown.
+        padding_free: whether micro-batches are computed without padding.
+        seed: seed of the random batches and of the examples.
+        embed: whether to encode a sample of the rows for the map, if the groups are of an embedding space.
+        dropped: the rows that training cannot use.
     """
     summary = plan.summary()
     count = len(grouper.names)
@@ -195,10 +209,19 @@ def inspect_groups(
     members = np.split(np.argsort(group_ids, kind="stable"), np.cumsum(sizes)[:-1])
     present = np.flatnonzero(sizes)
     rng = np.random.default_rng(seed)
-    total = rows.token_counts("total") if rows.tokenized else None
-    response = rows.token_counts("response") if rows.tokenized else None
-    prompt = None if response is None or total is None else total - response
-    examples = _examples(rows, members, present, rng)
+    total = prompt = response = None
+    examples: dict[int, tuple[Example, ...]] = {}
+    by_length = None
+    drawn: tuple[MapPoint, ...] = ()
+    if rows.tokenized:
+        with optional("token counts"):
+            total = rows.token_counts("total")
+        with optional("response lengths"):
+            response = rows.token_counts("response")
+            prompt = None if total is None else np.maximum(total - response, 0)
+    with optional("examples"):
+        examples = _examples(rows, members, present, rng)
+    dropped_of = dropped.by_group
     micro_batches = np.bincount(plan.micro_batch_groups.ravel(), minlength=count)
     lost, repeated = (_padded(counts, count) for counts in (summary.group_lost, summary.group_repeated))
     groups = tuple(
@@ -210,16 +233,24 @@ def inspect_groups(
             prompt_tokens=_spread(prompt, members[group]),
             response_tokens=_spread(response, members[group]),
             steps=float(micro_batches[group] / (plan.world_size * plan.accumulation_steps)),
+            dropped=dropped_of.get(grouper.names[group], 0),
             lost=int(lost[group]),
             repeated=int(repeated[group]),
             examples=examples.get(group, ()),
         )
         for group in present.tolist()
     )
-    # A collator that pads to a multiple makes rows cost more than their tokens.
+    # With a collator that pads to a multiple, rows cost more than their tokens.
     tokens = lengths if total is None or len(total) != summary.num_samples else total
     measure = functools.partial(_measure, plan=plan, lengths=lengths, tokens=tokens, padding_free=padding_free)
     planned = measure(plan.indices, plan.offsets)
+    random = measure(*_baseline_batches(rng.permutation(summary.num_samples), plan))
+    if lengths is not None:
+        with optional("the baseline by length"):
+            by_length = measure(*_baseline_batches(_order_by_length(lengths, plan, seed), plan))
+    if embed:
+        with optional("the map of the embeddings"):
+            drawn = _embedding_map(grouper, group_ids, rows, rng)
     inspection = Inspection(
         metric=grouper.metric,
         rows=len(group_ids),
@@ -227,9 +258,10 @@ def inspect_groups(
         possible_groups=count,
         groups=groups,
         planned=planned,
-        random=measure(*_plain_batches(rng.permutation(summary.num_samples), plan)),
-        by_length=None if lengths is None else measure(*_plain_batches(_order_by_length(lengths, plan, seed), plan)),
+        random=random,
+        by_length=by_length,
         longest_run=_longest_run(plan.step_groups),
+        dropped=dropped,
         lost=summary.lost,
         repeated=summary.repeated,
         micro_batch_size=plan.micro_batch_size,
@@ -240,10 +272,7 @@ def inspect_groups(
         weights=options.commonit_weights,
         seed=seed,
         warnings=(),
-        drawing=Drawing(
-            **_order(plan, sizes, present),
-            map=_embedding_map(grouper, group_ids, rows, rng) if embed else (),
-        ),
+        drawing=Drawing(**_order(plan, sizes, present), map=drawn),
     )
     sample_sizes = _padded(summary.group_samples, count)
     return dataclasses.replace(inspection, warnings=(*grouper.notices, *_advice(inspection, sample_sizes)))
@@ -266,7 +295,7 @@ def _spread(tokens: NDArray[np.int64] | None, members: NDArray[np.int64]) -> Spr
 def _examples(
     rows: Rows, members: Sequence[NDArray[np.int64]], present: NDArray[np.int64], rng: np.random.Generator
 ) -> dict[int, tuple[Example, ...]]:
-    """Random rows of each of the largest groups, in the order of the dataset; none where rows have no text."""
+    """Return random rows of each of the largest groups, in the order of the dataset; none without text."""
     sizes = np.array([len(members[group]) for group in present])
     largest = np.sort(present[np.argsort(-sizes, kind="stable")[:GROUPS_WITH_EXAMPLES]])
     picked = [
@@ -281,11 +310,11 @@ def _examples(
 
 
 def _texts(rows: Rows, numbers: NDArray[np.int64]) -> list[tuple[str, str]] | None:
-    """Prompt and response of some rows; the response is empty where it is the prompt's text again."""
+    """Return prompt and response of some rows; the response is empty if it repeats the prompt's text."""
     selected = rows.select(numbers)
     try:
         pairs = zip(selected.texts("prompt"), selected.texts("response"), strict=True)
-    except ValueError:  # rows of tokens, and no tokenizer to read them
+    except ValueError:  # tokens without text, and no tokenizer
         return None
     return [(prompt, "" if response == prompt else response) for prompt, response in pairs]
 
@@ -297,10 +326,10 @@ def _example(prompt: str, response: str) -> Example:
 # --- batches ------------------------------------------------------------------------------------------------------
 
 
-def _plain_batches(order: NDArray[np.int64], plan: EpochPlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """`indices` and `offsets`, as in `EpochPlan`, of samples that are taken as they come.
+def _baseline_batches(order: NDArray[np.int64], plan: EpochPlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return `indices` and `offsets`, as in `EpochPlan`, of samples batched in this order.
 
-    Over several ranks, accelerate (`BatchSamplerShard` with `even_batches`) fills the last micro-step with the first
+    With several ranks, accelerate (`BatchSamplerShard` with `even_batches`) fills the last micro-step with the first
     samples of the epoch.
     """
     size, ranks = plan.micro_batch_size, plan.world_size
@@ -310,7 +339,7 @@ def _plain_batches(order: NDArray[np.int64], plan: EpochPlan) -> tuple[NDArray[n
 
 
 def _order_by_length(lengths: NDArray[np.int64], plan: EpochPlan, seed: int) -> NDArray[np.int64]:
-    """(samples,) the order of transformers' `group_by_length`, in the calls that `Trainer` makes."""
+    """Return the (samples,) order of transformers' `group_by_length`, called as `Trainer` does."""
     import torch
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -330,7 +359,7 @@ def _measure(
     tokens: NDArray[np.int64] | None,
     padding_free: bool,
 ) -> BatchNumbers:
-    """The numbers of the micro-batches that `indices` and `offsets` hold, in the geometry and groups of `plan`.
+    """Measure the micro-batches of `indices` and `offsets`, in the geometry and groups of `plan`.
 
     Args:
         lengths, tokens: (samples,) tokens that each costs, and that it has.
@@ -339,7 +368,7 @@ def _measure(
     groups = plan.group_ids[indices]
     lowest = np.minimum.reduceat(groups, starts).reshape(-1, plan.world_size)
     highest = np.maximum.reduceat(groups, starts).reshape(-1, plan.world_size)
-    steps = np.arange(0, len(lowest), plan.accumulation_steps)  # the first micro-step of each
+    steps = np.arange(0, len(lowest), plan.accumulation_steps)  # first micro-step of each step
     in_micro_steps = lowest.min(axis=1), highest.max(axis=1)
     in_steps = np.minimum.reduceat(in_micro_steps[0], steps), np.maximum.reduceat(in_micro_steps[1], steps)
     padding_ratio = straggler_ratio = None
@@ -349,7 +378,7 @@ def _measure(
             np.add.reduceat(each, starts) if padding_free else np.maximum.reduceat(each, starts) * np.diff(offsets)
         ).reshape(-1, plan.world_size)
         of_ranks = np.add.reduceat(costs, steps, axis=0)
-        means = np.maximum(of_ranks.mean(axis=1), 1e-9)  # a step of rows without a token
+        means = np.maximum(of_ranks.mean(axis=1), 1e-9)  # no division by 0 where a step's rows are empty
         padding_ratio = float(costs.sum() / tokens[indices].sum())
         straggler_ratio = float((of_ranks.max(axis=1) / means).mean())
     return BatchNumbers(
@@ -363,7 +392,7 @@ def _measure(
 
 
 def _longest_run(step_groups: NDArray[np.int64]) -> int:
-    """The most steps in a row that hold one and the same group."""
+    """Return the most consecutive steps of one group."""
     changes = np.flatnonzero(np.diff(step_groups)) + 1
     runs = np.diff(np.concatenate([[0], changes, [len(step_groups)]]))
     of_one_group = step_groups[np.concatenate([[0], changes])] >= 0
@@ -374,7 +403,7 @@ def _longest_run(step_groups: NDArray[np.int64]) -> int:
 
 
 def _advice(inspection: Inspection, sample_sizes: NDArray[np.int64]) -> list[str]:
-    """What is worth knowing before training, and what to do about it."""
+    """Return warnings about the epoch, each with what to change."""
     advice = []
     plain, planned = inspection.random.steps, inspection.planned.steps
     micro_batches = 1 if inspection.purity == "micro" else inspection.world_size * inspection.accumulation_steps
@@ -382,11 +411,11 @@ def _advice(inspection: Inspection, sample_sizes: NDArray[np.int64]) -> list[str
     small = int(np.count_nonzero((sample_sizes > 0) & (sample_sizes < capacity)))
     largest = max(inspection.groups, key=lambda group: group.rows)
     if len(inspection.groups) == 1:
-        advice.append(f"All rows are in one group, {largest.name!r}: batches are as in plain training.")
+        advice.append(f"All rows are in one group, {largest.name!r}: batches are those of the baseline.")
     elif largest.share > _MOST_ROWS:
         advice.append(
-            f"The group {largest.name!r} holds {largest.share:.0%} of the rows: most steps are as in plain training. "
-            "Another metric, or more groups, would tell its rows apart."
+            f"The group {largest.name!r} holds {largest.share:.0%} of the rows: most steps are those of the baseline. "
+            "Another metric, or more groups, would split it."
         )
     if small and inspection.remainder == "keep":
         advice.append(
@@ -396,8 +425,16 @@ def _advice(inspection: Inspection, sample_sizes: NDArray[np.int64]) -> list[str
         )
     if planned > _FAR_ABOVE * plain:
         advice.append(
-            f"An epoch takes {planned} steps, {planned / plain:.1f} times the {plain} of plain batches: larger "
-            "groups (commonit_min_group_size) bring it down."
+            f"An epoch takes {planned} steps, {planned / plain:.1f} times the {plain} of the baseline: larger "
+            "groups (commonit_min_group_size) reduce it."
+        )
+    if inspection.dropped.rows:
+        dropped = inspection.dropped
+        reasons = "; ".join(f"{reason}: {count:,}" for reason, count in dropped.by_reason.items())
+        most = sorted(dropped.by_group.items(), key=lambda item: -item[1])[:5]
+        advice.append(
+            f"Training cannot use {dropped.rows:,} of {inspection.rows + dropped.rows:,} rows ({reasons}), most in "
+            f"{', '.join(f'{name!r} ({count:,})' for name, count in most)}: raise max_length, or check the rows."
         )
     if inspection.lost:
         advice.append(
@@ -418,7 +455,7 @@ def _advice(inspection: Inspection, sample_sizes: NDArray[np.int64]) -> list[str
 
 
 def _order(plan: EpochPlan, sizes: NDArray[np.int64], present: NDArray[np.int64]) -> dict[str, Any]:
-    """The fields `order_groups`, `order` and `steps_per_window` of a `Drawing`."""
+    """Return the fields `order_groups`, `order` and `steps_per_window` of a `Drawing`."""
     largest = np.sort(present[np.argsort(-sizes[present], kind="stable")[:CHART_GROUPS]])
     shown = largest.tolist() + ([-1] if len(largest) < len(present) else [])
     line_of_group = np.full(len(sizes), len(largest))
@@ -440,7 +477,7 @@ def _order(plan: EpochPlan, sizes: NDArray[np.int64], present: NDArray[np.int64]
 def _embedding_map(
     grouper: Grouper, group_ids: NDArray[np.int64], rows: Rows, rng: np.random.Generator
 ) -> tuple[MapPoint, ...]:
-    """A sample of the rows by the two main directions of their embeddings.
+    """Project a sample of the rows on the two main directions of their embeddings.
 
     The sample is encoded again: the cache keeps groups, not embeddings, which at 10^6 rows are gigabytes.
     """

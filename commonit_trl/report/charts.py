@@ -1,30 +1,32 @@
-"""The charts of the HTML report as plotly figures: sizes, lengths, map, order and losses of the groups.
+"""Draw the charts of the HTML report as plotly figures: sizes, lengths, map, order and losses of the groups.
 
-Plotly, because it draws SVG: a style sheet turns it dark, the text is selectable, and its JavaScript evaluates no
-strings, so that a content security policy can forbid everything else. Its price is 4.8 MB in each report (Bokeh: 1.3
-MB, but a canvas whose colours are fixed when the file is written). Text in plotly is a subset of HTML, so all text of
-the data is escaped, once here.
+Plotly draws SVG: a style sheet turns it dark, the text is selectable, and its JavaScript evaluates no strings, so a
+content security policy can forbid everything else. It adds 4.8 MB to each report (Bokeh: 1.3 MB, but a canvas whose
+colours are fixed when the file is written). Text in plotly is a subset of HTML, so all text of the data is escaped,
+once, here.
 
-Every figure is bounded: `CHART_GROUPS` groups, `MAP_ROWS` points, `ORDER_WINDOWS` columns, `LOSS_POINTS` a line.
+Every figure is bounded: `CHART_GROUPS` groups, `MAP_ROWS` points, `ORDER_WINDOWS` columns, `LOSS_POINTS` per line. A
+figure that cannot be drawn is missing from the report, with a warning.
 """
 
 import html
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from commonit_trl.report.analysis import CHART_GROUPS, GroupNumbers, Inspection, LossRecord, Spread
+from commonit_trl.report.optional import optional
 from commonit_trl.sanitize import cut, shown
 
 LOSS_POINTS = 300
 OTHERS = "other groups"
 
-_NAME_CHARACTERS = 26  # leaves room for a chart on a telephone
-_HOVER_CHARACTERS = 60  # in a line
+_NAME_CHARACTERS = 26  # fits a phone
+_HOVER_CHARACTERS = 60  # per line
 # Readable on white and on black.
 # fmt: off
 COLOURS = (
@@ -36,19 +38,24 @@ GREY = "#8c8c8c"
 
 
 def figures(inspection: Inspection, losses: Iterable[LossRecord] = ()) -> dict[str, go.Figure]:
-    """Title -> figure, for what there is to show."""
-    drawn = {
-        "Rows of each group": _sizes(inspection),
-        "Tokens of each group": _lengths(inspection),
-        "Order of the groups in the epoch": _order(inspection),
-        f"Map of the embeddings, {len(inspection.drawing.map):,} of {inspection.rows:,} rows": _map(inspection),
-        "Training loss of each group": _losses(inspection, losses),
+    """Return title -> figure, of the charts that have data."""
+    mapped = f"Map of the embeddings, {len(inspection.drawing.map):,} of {inspection.rows:,} rows"
+    draw: dict[str, Callable[[], go.Figure | None]] = {
+        "Rows of each group": lambda: _sizes(inspection),
+        "Tokens of each group": lambda: _lengths(inspection),
+        "Order of the groups in the epoch": lambda: _order(inspection),
+        mapped: lambda: _map(inspection),
+        "Training loss of each group": lambda: _losses(inspection, losses),
     }
+    drawn = {}
+    for title, chart in draw.items():
+        with optional(f"the chart {title!r}"):
+            drawn[title] = chart()
     return {title: figure for title, figure in drawn.items() if figure is not None}
 
 
 def chart_text(text: str, characters: int = _NAME_CHARACTERS) -> str:
-    """Text of the data on one line, cut, for plotly to show as it is."""
+    """Escape text of the data for plotly, cut to one line."""
     return html.escape(cut(shown(text), characters), quote=False)
 
 
@@ -58,7 +65,7 @@ def _hover(text: str) -> str:
 
 
 def _charted(inspection: Inspection) -> list[GroupNumbers]:
-    """The groups that have a line or a colour of their own, in the order of their ids."""
+    """Return the groups that have a line or a colour of their own, by id."""
     ids = set(inspection.drawing.order_groups)
     return [group for group in inspection.groups if group.id in ids]
 
@@ -91,7 +98,7 @@ def figure(traces: Sequence[Any], height: int, **layout: Any) -> go.Figure:
 
 
 def line_axis(names: Sequence[str]) -> dict[str, Any]:
-    """A vertical axis with one line for each name, the first on top."""
+    """Return a vertical axis with one line per name, the first on top."""
     ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": list(names)}
     return {
         **ticks,
@@ -263,8 +270,14 @@ def _losses(inspection: Inspection, losses: Iterable[LossRecord]) -> go.Figure |
 
 
 def thinned(points: Any) -> tuple[list[float], list[float]]:
-    """Steps and losses, of (points, 2), in at most `LOSS_POINTS` means of neighbours; a loss that is not finite is left
-    out."""
+    """Average neighbouring points so that at most `LOSS_POINTS` remain.
+
+    Args:
+        points: (points, 2) steps and losses; a loss that is not finite is ignored.
+
+    Returns:
+        Steps and losses.
+    """
     points = np.asarray(points, dtype=float).reshape(-1, 2)
     finite = points[np.isfinite(points[:, 1])]
     parts = np.array_split(finite, min(LOSS_POINTS, max(len(finite), 1)))

@@ -1,10 +1,10 @@
-"""The report as one HTML file that needs neither network nor server.
+"""Write the report as one HTML file that needs neither network nor server.
 
-Jinja2 fills `page.html`, which stands in `base.html`, and escapes all text; the charts' data are JSON that cannot end
+Jinja2 fills `page.html`, which extends `base.html`, and escapes all text; the charts' data are JSON that cannot end
 its element. The content security policy allows two scripts by their hashes, plotly and the lines that draw, and nothing
 else: no other script, no event handler, no request.
 
-Cost: half a second and about 5 MB, of which 4.8 are plotly's JavaScript, whatever the size of the data.
+Cost for any size of data: half a second and about 5 MB, of which 4.8 are plotly's JavaScript.
 """
 
 import base64
@@ -20,7 +20,7 @@ from commonit_trl.report import tables
 from commonit_trl.report.analysis import Inspection, LossRecord
 from commonit_trl.sanitize import shown
 
-MOST_GROUPS = 100  # in a table
+MOST_GROUPS = 100  # per table
 
 _TEMPLATES = Path(__file__).parent
 _DRAW = """
@@ -34,9 +34,9 @@ def write_html(path: str | Path, inspections: Sequence[Inspection], losses: Iter
     """Write the report on one metric, or several side by side, to `path`.
 
     Args:
-        path: of the file, whose directory is made where needed.
-        inspections: of `inspect_groups`, all on the same rows.
-        losses: after training, what each group's loss was at which step; of the first inspection's groups.
+        path: file to write; its directory is created if missing.
+        inspections: results of `inspect_groups`, all on the same rows.
+        losses: after training, the logged losses of the first inspection's groups.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def write_html(path: str | Path, inspections: Sequence[Inspection], losses: Iter
 
 
 def render_html(inspections: Sequence[Inspection], losses: Iterable[LossRecord] = ()) -> str:
-    """The text of the file that `write_html` writes."""
+    """Return the text of the file that `write_html` writes."""
     from commonit_trl.report.charts import figures
 
     charts: dict[str, Any] = {}
@@ -59,6 +59,7 @@ def render_html(inspections: Sequence[Inspection], losses: Iterable[LossRecord] 
                 "inspection": inspection,
                 "charts": ids,
                 "groups": [(group, tables.group_cells(group)) for group in kept],
+                "dropped": tables.dropped_cells(inspection, MOST_GROUPS),
                 "not_shown": len(inspection.groups) - len(kept),
             }
         )
@@ -74,12 +75,12 @@ def render_html(inspections: Sequence[Inspection], losses: Iterable[LossRecord] 
 
 
 def render_page(template: str, charts: Mapping[str, Any], **values: Any) -> str:
-    """A page with charts.
+    """Return a page with charts.
 
     Args:
-        template: file name of one that extends `base.html`, in this directory.
+        template: file name, in this directory, of a template that extends `base.html`.
         charts: id of an element of the page -> plotly figure to draw in it.
-        values: what the template reads.
+        values: variables of the template.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -106,7 +107,7 @@ def render_page(template: str, charts: Mapping[str, Any], **values: Any) -> str:
 def _plotly() -> str:
     from plotly.offline import get_plotlyjs
 
-    return get_plotlyjs().replace("\r\n", "\n")  # as a browser reads it, before it hashes
+    return get_plotlyjs().replace("\r\n", "\n")  # a browser normalises line ends before it hashes
 
 
 def _hash(script: str) -> str:

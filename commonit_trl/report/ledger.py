@@ -1,4 +1,4 @@
-"""The ledger of an epoch: what each group gives to it, as JSON, as a table for the log, and in the model card.
+"""Summarise an epoch by group: as JSON, as a table for the log, and in the model card.
 
 Cost: one count over the epoch's micro-batches.
 """
@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from commonit_trl.grouping.dropped import NONE_DROPPED, DroppedRows
 from commonit_trl.plan import EpochPlan
 from commonit_trl.sanitize import cut, shown
 
-MOST_GROUPS = 20  # in a table
+MOST_GROUPS = 20  # per table
 NAME_CHARACTERS = 40
 CITATION = """@inproceedings{rao-etal-2024-commonit,
     title = "{C}ommon{IT}: Commonality-Aware Instruction Tuning for Large Language Models via Data Partitions",
@@ -25,45 +26,60 @@ CITATION = """@inproceedings{rao-etal-2024-commonit,
 _MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+.!|~$&-])")
 
 
-def ledger(plan: EpochPlan, names: Sequence[str]) -> dict[str, Any]:
-    """What an epoch of `plan` holds, as JSON values.
+def ledger(plan: EpochPlan, names: Sequence[str], dropped: DroppedRows = NONE_DROPPED) -> dict[str, Any]:
+    """Return the epoch summary of `plan` as JSON values.
 
     Args:
-        names: of the groups, by id.
+        names: group names, by id.
+        dropped: the rows that training cannot use.
 
     Returns:
-        `samples`, `steps`, `vanilla_steps`, `lost` and `repeated` of the epoch, and under `groups` those of each group
-        that has samples; a group's `steps` are a fraction where a step holds several groups.
+        `samples`, `steps`, `vanilla_steps` (those of the baseline), `lost` (samples that remainder or weights leave
+        out), `repeated` and `dropped` (`rows`, `by_reason`, `by_group`) of the epoch. Under `groups`, those of each
+        group that has samples or dropped rows, `dropped` being the number of rows; a group's `steps` are a fraction
+        where a step holds several groups.
     """
     summary = plan.summary()
     micro_batches = np.bincount(plan.micro_batch_groups.ravel(), minlength=len(names))
     steps = (micro_batches / (plan.world_size * plan.accumulation_steps)).round(3)
+    dropped_of = dropped.by_group
+    groups = [
+        {
+            "name": names[group],
+            "samples": int(summary.group_samples[group]),
+            "steps": float(steps[group]),
+            "lost": int(summary.group_lost[group]),
+            "repeated": int(summary.group_repeated[group]),
+            "dropped": dropped_of.pop(names[group], 0),
+        }
+        for group in np.flatnonzero(summary.group_samples).tolist()
+    ]
+    nothing = {"samples": 0, "steps": 0.0, "lost": 0, "repeated": 0}
+    groups += [{"name": name, **nothing, "dropped": count} for name, count in dropped_of.items()]
     return {
         "samples": summary.num_samples,
         "steps": summary.num_steps,
         "vanilla_steps": summary.vanilla_steps,
         "lost": summary.lost,
         "repeated": summary.repeated,
-        "groups": [
-            {
-                "name": names[group],
-                "samples": int(summary.group_samples[group]),
-                "steps": float(steps[group]),
-                "lost": int(summary.group_lost[group]),
-                "repeated": int(summary.group_repeated[group]),
-            }
-            for group in np.flatnonzero(summary.group_samples).tolist()
-        ],
+        "dropped": dropped.to_json(),
+        "groups": groups,
     }
 
 
-def _lines(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The cells of the largest groups, and of all others together."""
-    numbers = ("samples", "steps", "lost", "repeated")
-    largest = sorted(groups, key=lambda group: -group["samples"])[:MOST_GROUPS]
-    kept = [group for group in groups if group in largest][:MOST_GROUPS]
-    lines = [[cut(shown(group["name"]), NAME_CHARACTERS), *(f"{group[name]:,g}" for name in numbers)] for group in kept]
-    others = [group for group in groups if group not in kept]
+_NUMBERS = {"samples": "samples", "steps": "steps", "lost": "left out", "repeated": "repeated", "dropped": "dropped"}
+
+
+def _lines(groups: Sequence[Mapping[str, Any]], numbers: Sequence[str] = tuple(_NUMBERS)) -> list[list[str]]:
+    """Return the cells of the largest groups, and of all others together."""
+    kept = sorted(range(len(groups)), key=lambda number: (-groups[number]["samples"], -groups[number]["dropped"]))
+    largest = set(kept[:MOST_GROUPS])
+    lines = [
+        [cut(shown(group["name"]), NAME_CHARACTERS), *(f"{group[name]:,g}" for name in numbers)]
+        for number, group in enumerate(groups)
+        if number in largest
+    ]
+    others = [group for number, group in enumerate(groups) if number not in largest]
     if others:
         sums = [sum(group[name] for group in others) for name in numbers]
         lines.append([f"{len(others)} smaller groups", *(f"{value:,g}" for value in sums)])
@@ -71,8 +87,8 @@ def _lines(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def ledger_table(entry: Mapping[str, Any]) -> str:
-    """`entry`, as `ledger` gives it, as lines for a log."""
-    cells = [["group", "samples", "steps", "lost", "repeated"], *_lines(entry["groups"])]
+    """Format `entry`, an epoch summary of `ledger`, as lines for a log."""
+    cells = [["group", *_NUMBERS.values()], *_lines(entry["groups"])]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(
@@ -83,18 +99,31 @@ def ledger_table(entry: Mapping[str, Any]) -> str:
 
 
 def model_card_section(entry: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """What a model card says of a run: its settings, `entry` as `ledger` gives it, and whom to cite, in Markdown."""
+    """Return the model card's section on a run, in Markdown.
+
+    Args:
+        entry: the epoch summary, as `ledger` returns it.
+        settings: option -> value.
+    """
     options = ", ".join(f"`{name}={_markdown(str(value))}`" for name, value in settings.items())
-    table = [["group", "samples", "steps an epoch"], ["---", "---:", "---:"]]
-    table += [[_markdown(name), samples, steps] for name, samples, steps, *_ in _lines(entry["groups"])]
+    table = [["group", "samples", "steps per epoch", "rows dropped"], ["---", "---:", "---:", "---:"]]
+    numbers = _lines(entry["groups"], ("samples", "steps", "dropped"))
+    table += [[_markdown(name), *cells] for name, *cells in numbers]
     rows = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
     return (
         "## CommonIT\n\n"
         "Trained with [CommonIT](https://arxiv.org/abs/2410.03077): every optimizer step holds samples of one group of "
         f"the data. {options}.\n\n{rows}\n\n"
-        f"{entry['steps']:,} steps an epoch (plain batches: {entry['vanilla_steps']:,}), {entry['samples']:,} samples, "
-        f"{entry['lost']:,} lost, {entry['repeated']:,} repeated.\n\n```bibtex\n{CITATION}\n```\n"
+        f"{entry['steps']:,} steps per epoch (baseline batches: {entry['vanilla_steps']:,}), {entry['samples']:,} "
+        f"samples, {entry['lost']:,} left out, {entry['repeated']:,} repeated. Rows dropped before training: "
+        f"{_markdown(_dropped(entry['dropped']))}.\n\n```bibtex\n{CITATION}\n```\n"
     )
+
+
+def _dropped(dropped: Mapping[str, Any]) -> str:
+    """Return the number of dropped rows, and the reasons in brackets."""
+    reasons = "; ".join(f"{reason}: {count:,}" for reason, count in dropped["by_reason"].items())
+    return f"{dropped['rows']:,}" + (f" ({shown(reasons)})" if reasons else "")
 
 
 def _markdown(text: str) -> str:

@@ -1,6 +1,6 @@
-"""The numbers of a report as tables for the terminal, cut to its width.
+"""Print the numbers of a report as tables, cut to the width of the terminal.
 
-Names and texts of the data are shown by `rich.text.Text`, which knows no markup, without control characters.
+Names and texts of the data are printed as `rich.text.Text`, which reads no markup, without control characters.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,32 +13,34 @@ from rich.table import Table
 from rich.text import Text
 
 from commonit_trl.grouping import Grouper
+from commonit_trl.grouping.dropped import NONE_DROPPED, DroppedRows
 from commonit_trl.report.analysis import BatchNumbers, Example, GroupNumbers, Inspection, Spread
 from commonit_trl.sanitize import cut, shown
 
-MOST_GROUPS = 30  # in a table
+MOST_GROUPS = 30  # per table
 NAME_CHARACTERS = 120
 
 
 def overview(inspections: Sequence[Inspection]) -> list[tuple[str, list[str]]]:
-    """What the epoch of each metric is like: lines of a label and a cell for each inspection."""
+    """Compare the epochs of the metrics: lines of a label and one cell per inspection."""
     share, ratio = "{:.1%}".format, "{:.2f}".format
     lines: list[tuple[str, Callable[[Inspection], str]]] = [
         ("Groups that have rows", lambda one: f"{len(one.groups):,} of {one.possible_groups:,}"),
-        ("Steps an epoch (random batches)", lambda one: f"{one.planned.steps:,} ({one.random.steps:,})"),
+        ("Steps per epoch (random batches)", lambda one: f"{one.planned.steps:,} ({one.random.steps:,})"),
         ("Steps of one group (random)", lambda one: _beside(one, share, "pure_steps")),
         ("Micro-steps of one group (random)", lambda one: _beside(one, share, "pure_micro_steps")),
         ("Micro-batches of one group (random)", lambda one: _beside(one, share, "pure_micro_batches")),
         ("Padding ratio (random; by length)", lambda one: _beside(one, ratio, "padding_ratio")),
         ("Straggler ratio (random; by length)", lambda one: _beside(one, ratio, "straggler_ratio")),
         ("Longest run of one group, steps", lambda one: f"{one.longest_run:,}"),
-        ("Samples lost; repeats", lambda one: f"{one.lost:,}; {one.repeated:,}"),
+        ("Rows dropped", lambda one: f"{one.dropped.rows:,}"),
+        ("Samples left out; repeats", lambda one: f"{one.lost:,}; {one.repeated:,}"),
     ]
     return [(label, [cell(one) for one in inspections]) for label, cell in lines]
 
 
 def _beside(one: Inspection, text: Callable[[float], str], name: str) -> str:
-    """The planned batches' number, and in brackets random ones' and, of a ratio, those of `group_by_length`."""
+    """Return a measure of the planned batches, and of the baselines in brackets: random and, for ratios, by length."""
     others: list[BatchNumbers | None] = [one.random, one.by_length] if name.endswith("ratio") else [one.random]
     planned = getattr(one.planned, name)
     if planned is None:
@@ -46,11 +48,21 @@ def _beside(one: Inspection, text: Callable[[float], str], name: str) -> str:
     return f"{text(planned)} ({'; '.join(text(getattr(other, name)) for other in others if other is not None)})"
 
 
-GROUP_HEADINGS = ("Group", "Rows", "Share", "Prompt\ntokens", "Response\ntokens", "Steps", "Lost", "Re-\npeated")
+GROUP_HEADINGS = (
+    "Group",
+    "Rows",
+    "Share",
+    "Prompt\ntokens",
+    "Response\ntokens",
+    "Steps",
+    "Drop-\nped",
+    "Left\nout",
+    "Re-\npeated",
+)
 
 
 def group_cells(group: GroupNumbers) -> tuple[str, ...]:
-    """The cells of one group below `GROUP_HEADINGS`."""
+    """Return the cells of one group below `GROUP_HEADINGS`."""
     return (
         cut(shown(group.name), NAME_CHARACTERS),
         f"{group.rows:,}",
@@ -58,9 +70,21 @@ def group_cells(group: GroupNumbers) -> tuple[str, ...]:
         _median_and_p95(group.prompt_tokens),
         _median_and_p95(group.response_tokens),
         f"{group.steps:,.0f}" if group.steps.is_integer() else f"{group.steps:,.1f}",
+        f"{group.dropped:,}",
         f"{group.lost:,}",
         f"{group.repeated:,}",
     )
+
+
+def dropped_cells(inspection: Inspection, most: int) -> list[tuple[str, ...]]:
+    """Return the cells of at most `most` groups that have dropped rows and no other."""
+    present = {group.name for group in inspection.groups}
+    counts = [(name, count) for name, count in inspection.dropped.by_group.items() if name not in present]
+    counts.sort(key=lambda item: -item[1])
+    return [
+        (cut(shown(name), NAME_CHARACTERS), "0", "0.0%", "-", "-", "0", f"{count:,}", "0", "0")
+        for name, count in counts[:most]
+    ]
 
 
 def _median_and_p95(tokens: Spread | None) -> str:
@@ -68,13 +92,13 @@ def _median_and_p95(tokens: Spread | None) -> str:
 
 
 def largest(groups: Sequence[GroupNumbers], most: int) -> list[GroupNumbers]:
-    """The `most` groups with most rows, in the order of `groups`."""
+    """Return the `most` groups with most rows, in the order of `groups`."""
     kept = {group.id for group in sorted(groups, key=lambda group: -group.rows)[:most]}
     return [group for group in groups if group.id in kept]
 
 
 def geometry(inspection: Inspection) -> str:
-    """One line that says what a step is."""
+    """Describe rows and steps in one line."""
     one = inspection
     return (
         f"{one.rows:,} rows; a step is {one.accumulation_steps} × {one.world_size} micro-batches of "
@@ -83,7 +107,7 @@ def geometry(inspection: Inspection) -> str:
 
 
 def print_inspections(inspections: Sequence[Inspection], console: Console | None = None) -> None:
-    """Print what each metric does to the data, side by side, then the groups of each."""
+    """Print the epochs of the metrics side by side, then the groups of each."""
     console = console or Console(highlight=False)
     table = Table(title="An epoch by each metric", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("")
@@ -100,19 +124,19 @@ def _print_groups(inspection: Inspection, console: Console) -> None:
     kept = largest(inspection.groups, MOST_GROUPS)
     title = f"Groups by {inspection.metric} (tokens: median / 95th percentile)"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    rows = [group_cells(group) for group in kept]
+    rows = [*map(group_cells, kept), *dropped_cells(inspection, MOST_GROUPS)]
     widths = [max(map(len, (*heading.split("\n"), *cells))) for heading, cells in zip(GROUP_HEADINGS, zip(*rows))]
-    # In a narrow terminal it is the names that are cut; a column has two more characters, the table two.
-    left = console.width - 2 - sum(width + 2 for width in widths[1:]) - 2
-    table.add_column(GROUP_HEADINGS[0], overflow="ellipsis", no_wrap=True, max_width=max(left, 8))
+    # A narrow terminal cuts the names, not the numbers. A column takes two more characters, the table two.
+    available = console.width - 2 - sum(width + 2 for width in widths[1:]) - 2
+    table.add_column(GROUP_HEADINGS[0], overflow="ellipsis", no_wrap=True, max_width=max(available, 8))
     for heading, width in zip(GROUP_HEADINGS[1:], widths[1:]):
         table.add_column(heading, justify="right", no_wrap=True, min_width=width)
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
     if len(kept) < len(inspection.groups):
-        rest = len(inspection.groups) - len(kept)
-        console.print(Text(f"and {rest:,} smaller groups, which --json and --html list too.\n"))
+        others = len(inspection.groups) - len(kept)
+        console.print(Text(f"and {others:,} smaller groups, which --json and --html list too.\n"))
     if any(group.examples for group in kept):
         console.print(Text(f"Examples of each group, by {inspection.metric}", style="bold"))
         for group in kept:
@@ -125,7 +149,7 @@ def _print_groups(inspection: Inspection, console: Console) -> None:
 
 
 def _one_line(example: Example, width: int) -> Text:
-    """Prompt and response, each of which gets half of the width where both are long."""
+    """Return prompt and response on one line, half of the width each if both are long."""
     prompt, response = Text(shown(example.prompt)), Text(shown(example.response))
     for_prompt = width - 5 - min(response.cell_len, (width - 5) // 2)
     prompt.truncate(for_prompt if response else width - 2, overflow="ellipsis")
@@ -136,8 +160,18 @@ def _line(console: Console, text: Text) -> None:
     console.print(text, no_wrap=True, overflow="ellipsis", crop=True)
 
 
-def print_sizes(grouper: Grouper, group_ids: NDArray[np.int64], console: Console | None = None) -> None:
-    """Print how many rows each group has; -1 in `group_ids` is a row without one."""
+def print_sizes(
+    grouper: Grouper,
+    group_ids: NDArray[np.int64],
+    dropped: DroppedRows = NONE_DROPPED,
+    console: Console | None = None,
+) -> None:
+    """Print the number of rows of each group, and of the dropped rows by reason.
+
+    Args:
+        group_ids: (rows,) group ids; -1 is a row without a group.
+        dropped: the rows that training cannot use.
+    """
     console = console or Console(highlight=False)
     sizes = np.bincount(group_ids[group_ids >= 0], minlength=len(grouper.names))
     table = Table(box=box.SIMPLE_HEAD)
@@ -151,3 +185,7 @@ def print_sizes(grouper: Grouper, group_ids: NDArray[np.int64], console: Console
         console.print(Text(f"and {len(sizes) - len(order):,} smaller groups."))
     if np.any(group_ids < 0):
         console.print(Text(f"{np.count_nonzero(group_ids < 0):,} rows belong to none of the groups."))
+    for reason, count in dropped.by_reason.items():
+        groups = [(name, rows) for (other, name), rows in dropped.counts.items() if other == reason]
+        most = ", ".join(f"{rows:,} of {name}" for name, rows in sorted(groups, key=lambda item: -item[1])[:5])
+        console.print(Text(shown(f"{count:,} rows {reason} (most: {most}).")))

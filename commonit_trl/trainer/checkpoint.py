@@ -33,6 +33,7 @@ from commonit_trl.grouping.fit import fingerprint
 from commonit_trl.plan import EpochPlan, PlanSpec
 from commonit_trl.plan.spec import weights_by_id
 from commonit_trl.report import ledger
+from commonit_trl.trainer.run import row_costs
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +212,7 @@ def _saved_spec(trainer: Any, checkpoint: Path, saved: Mapping[str, Any], differ
         group_ids = grouper.assign(run.grouping.rows)
     return PlanSpec(
         group_ids=group_ids,
-        lengths=trainer._commonit_row_costs() if saved["commonit_balance_lengths"] else None,
+        lengths=row_costs(trainer.train_dataset, trainer.data_collator) if saved["commonit_balance_lengths"] else None,
         micro_batch_size=saved["per-device batch size"],
         world_size=saved["world size"],
         accumulation_steps=saved["gradient accumulation steps"],
@@ -296,3 +297,18 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
         else:
             found.append((run.get("times replanned", 0), state.global_step, str(checkpoint)))
     return max(found)[2] if found else None
+
+
+def written_with_commonit(checkpoint: Path) -> bool:
+    """Return whether a run with CommonIT wrote the checkpoint.
+
+    Newer checkpoints name `CommonITCallback` in the Trainer's state; older ones have only the manifest.
+
+    Args:
+        checkpoint: a checkpoint folder, which may be incomplete or missing.
+    """
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        return "CommonITCallback" in state["stateful_callbacks"] or (checkpoint / COMMONIT_DIR / RUN_FILE).exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

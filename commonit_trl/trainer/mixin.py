@@ -33,7 +33,7 @@ from commonit_trl.trainer.callbacks import CommonITCallback, RunCallback
 from commonit_trl.trainer.evaluation import RowLosses
 from commonit_trl.trainer.loss import is_summed_over_tokens, predicts_next_token
 from commonit_trl.trainer.metrics import count_samples, count_tokens
-from commonit_trl.trainer.run import Run
+from commonit_trl.trainer.run import Run, row_costs
 
 logger = logging.getLogger(__name__)
 
@@ -157,19 +157,10 @@ class CommonITMixin(_Mixed):
                 type(self.model).__name__,
             )
             return None
-        lengths = self._commonit_row_costs()
+        lengths = row_costs(self.train_dataset, self.data_collator)
         if lengths is None:
             logger.info("commonit_balance_lengths: the rows are not tokenised, so micro-batches keep equal sizes.")
         return lengths
-
-    def _commonit_row_costs(self) -> NDArray[np.int64] | None:
-        """Return the (rows,) tokens that each row costs; None for rows that are not tokenised."""
-        rows = Rows(self.train_dataset)
-        if not rows.tokenized:
-            return None
-        # A collator that pads to a multiple makes a row longer.
-        multiple = getattr(self.data_collator, "pad_to_multiple_of", None) or 1
-        return -(-rows.token_counts("total") // multiple) * multiple
 
     def _commonit_fit_spec(self) -> None:
         """Adapt the spec to the current batch size, which `auto_find_batch_size` changes."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from commonit_trl.grouping.fit import Grouping
 from commonit_trl.plan import EpochPlan, PlanSpec
+from commonit_trl.rows import Rows
 from commonit_trl.trainer.evaluation import RowLosses
 from commonit_trl.trainer.metrics import GroupMetrics, TokenCounts
 
@@ -103,6 +104,19 @@ class Run:
                 f"train_dataset ({len(dataset)} rows) is not the dataset that was grouped ({len(self.dataset)} rows): "
                 "give the dataset at construction and do not replace it."
             )
+
+
+def row_costs(dataset: Dataset, data_collator: Any) -> NDArray[np.int64] | None:
+    """Return the (rows,) tokens that each row costs; None for rows that are not tokenised.
+
+    Args:
+        data_collator: one that pads to a multiple of tokens makes rows longer.
+    """
+    rows = Rows(dataset)
+    if not rows.tokenized:
+        return None
+    multiple = getattr(data_collator, "pad_to_multiple_of", None) or 1
+    return -(-rows.token_counts("total") // multiple) * multiple
 
 
 def _divided_by(trainer: Any, items: Any) -> int:

@@ -231,7 +231,7 @@ def test_another_trainer_is_refused_in_either_order(
     plugins = [PLUGIN, other] if ours_first else [other, PLUGIN]
     cfg = validated(directory, plugins=plugins, **keys)
     for preprocess in (True, False):
-        with pytest.raises(ValueError, match="brings a trainer of its own") as error:
+        with pytest.raises(ValueError, match="also selects the trainer") as error:
             PluginManager.get_instance().load_datasets(cfg, preprocess=preprocess)
         assert other in str(error.value) and "commonit_metric: none" in str(error.value)
         assert "\n" not in str(error.value)

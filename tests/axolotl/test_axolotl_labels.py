@@ -5,6 +5,7 @@ those that Axolotl prepares without the plugin, in their order.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,19 @@ def number_of(row: list[int]) -> int:
     numbers = {int(number) for number in MARK.findall(TOKENIZER.decode(row))}
     assert len(numbers) == 1, f"a row is made of the raw rows {numbers}"
     return numbers.pop()
+
+
+@pytest.fixture
+def axolotl_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """Catch the messages of the loggers that Axolotl configures not to propagate."""
+    for name in ("axolotl", "axolotl_plugin"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    return caplog
+
+
+def warnings_of(log: pytest.LogCaptureFixture, start: str) -> list[str]:
+    messages = [record.getMessage() for record in log.records if record.levelname == "WARNING"]
+    return [message for message in messages if message.startswith(start)]
 
 
 def labels_of(dataset: Dataset) -> list[tuple[int, str]]:
@@ -297,6 +311,44 @@ def test_an_evaluation_set_of_its_own_has_labels(directory: Path) -> None:
     assert len(evaluation) == 60
 
 
+@pytest.mark.parametrize("processed", ["raw", "tokenized"])
+def test_a_test_set_without_the_label_column_has_no_labels(
+    directory: Path, processed: str, axolotl_log: pytest.LogCaptureFixture
+) -> None:
+    """Training goes on: only the losses by group of the evaluation need the labels."""
+    train = [{"path": write(directory, "labelled.jsonl", [rows_of(n, "alpaca") for n in range(12)]), "type": "alpaca"}]
+    if processed == "tokenized":
+        rows = [{"unlabelled": n, **tokenized(f"#{n}#aa", masked=4)} for n in range(20, 26)]
+        Dataset.from_list(rows).remove_columns("unlabelled").save_to_disk(directory / "unlabelled")
+        test = {"path": str(directory / "unlabelled"), "split": "train"}
+    else:
+        rows = [{"instruction": f"#{n}#", "output": "a"} for n in range(20, 26)]
+        test = {"path": write(directory, "unlabelled.jsonl", rows), "type": "alpaca", "split": "train"}
+    keys = {"test_datasets": [test], "dataset_prepared_path": str(directory / f"unlabelled-{processed}-prepared")}
+    rows, evaluation = prepare(directory, train, commonit_task_column="topic", **keys)
+    assert {label for _, label in labels_of(rows)} == {*TOPICS}
+    assert sorted(labels_of(evaluation)) == [(number, "") for number in range(20, 26)]
+    (warning,) = warnings_of(axolotl_log, "test_datasets: ")
+    assert f"path={test['path']!r}" in warning and "commonit_task_column='topic'" in warning
+    assert "\n" not in warning and "give the test set the label column" in warning
+
+
+def test_test_sets_named_unlike_the_training_sets_are_warned_of(
+    directory: Path, axolotl_log: pytest.LogCaptureFixture
+) -> None:
+    entries, _ = long_and_short(directory)
+    tests = [{**entry, "split": "train"} for entry in entries]
+    prepare(directory, entries, test_datasets=tests, dataset_prepared_path=str(directory / "same-names"))
+    assert not warnings_of(axolotl_log, "test_datasets: ")
+    renamed = write(directory, "left-heldout.jsonl", [rows_of(number, "alpaca") for number in range(70, 76)])
+    tests[0] = {**tests[0], "path": renamed}
+    keys = {"test_datasets": tests, "dataset_prepared_path": str(directory / "other-names")}
+    _, evaluation = prepare(directory, entries, **keys)
+    assert {said for _, said in labels_of(evaluation)} == {"left-heldout", "right"}
+    (warning,) = warnings_of(axolotl_log, "test_datasets: ")
+    assert "'left-heldout'" in warning and "('left', 'right')" in warning and "commonit_task_column" in warning
+
+
 @pytest.mark.parametrize("validation", [0, 6])
 def test_equal_rows_are_dropped_as_without_labels(directory: Path, validation: int) -> None:
     """They may have different tasks, which Axolotl knows nothing of: the first stays, with its task."""
@@ -401,9 +453,9 @@ def test_a_column_that_an_entry_lacks_is_named(directory: Path) -> None:
     with pytest.raises(ValueError) as error:
         prepare(directory, entries, commonit_task_column="topic")
     said = str(error.value)
-    assert said.startswith(f"datasets: path={without!r}: commonit_task_column='topic' is not a column"), said
-    assert said.endswith("did you mean 'topics'?") and "\n" not in said
-    with pytest.raises(ValueError, match="found none of the columns task, task_name") as error:
+    assert said.startswith(f"datasets: path={without!r}: commonit_task_column='topic': not a column"), said
+    assert said.endswith("Did you mean 'topics'?") and "\n" not in said
+    with pytest.raises(ValueError, match=r"commonit_metric='task': .*task, task_name") as error:
         prepare(directory, entries[1:])
     assert str(error.value).startswith(f"datasets: path={without!r}: ")
 
@@ -418,7 +470,7 @@ def test_labels_that_are_lists_are_refused(directory: Path) -> None:
 
 def test_a_type_that_makes_rows_of_its_own_needs_an_entry_for_each_task(directory: Path) -> None:
     made = {"path": "synthetic", "type": "_synthetic", "length": 6, "sequence_length": 16, "max_input_id": 200}
-    with pytest.raises(ValueError, match="found none of the columns"):
+    with pytest.raises(ValueError, match="commonit_metric='task': "):
         prepare(directory, [made])
     path = write(directory, "beside.jsonl", [rows_of(number, "alpaca") for number in range(4)])
     rows, _ = prepare(directory, [made, {"path": path, "type": "alpaca"}])

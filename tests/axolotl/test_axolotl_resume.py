@@ -1,12 +1,19 @@
-"""I4 under Axolotl: a run that is killed in its second epoch and resumed goes on with exactly the micro-batches that
-were left, and ends with the weights of a run that was not killed.
+"""Resuming under Axolotl.
 
-One rank, plain batches and `auto_resume_from_checkpoints`; two ranks, packed and `resume_from_checkpoint`.
+1. Exact: a run that is killed in its second epoch resumes at the next micro-batch and ends with the weights of a run
+   that was not killed. One rank, unpacked and `auto_resume_from_checkpoints`; two ranks, packed and
+   `resume_from_checkpoint`.
+2. Apart: a CommonIT checkpoint does not resume with `commonit_metric: none`, where the order of rows differs.
 """
+
+import itertools
+import json
 
 import pytest
 from recipes import axolotl, launch, make_rows, recipe, result, save_model, seen, write_recipe, write_rows
 from safetensors.torch import load_file
+
+from commonit_trl.trainer.checkpoint import written_with_commonit
 
 KILLED_IN_SECOND_EPOCH = 2
 CASES = {
@@ -70,3 +77,66 @@ def test_the_groups_are_saved_with_model_and_checkpoints(runs):
     directory, _, per_epoch = runs
     for folder in ("whole-out", f"whole-out/checkpoint-{2 * per_epoch}"):
         assert sorted(file.name for file in (directory / folder / "commonit").iterdir()) >= ["groups.json", "run.json"]
+
+
+CHECKPOINTS = {
+    "named": lambda checkpoint: {"resume_from_checkpoint": str(checkpoint)},
+    "found": lambda checkpoint: {"auto_resume_from_checkpoints": True},
+}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A folder in which one recipe trains after another: `train(metric, output folder, **keys)`."""
+    directory = tmp_path_factory.mktemp("off")
+    data = write_rows(directory / "rows.jsonl", make_rows({"x": 6, "y": 6}))
+    names = (f"run{number}" for number in itertools.count())
+
+    def train(metric, folder, **keys):
+        keys |= {"commonit_metric": metric, "output_dir": str(directory / folder), "num_epochs": 1}
+        keys |= {"save_strategy": "steps", "save_steps": 2}
+        name = next(names)
+        path = write_recipe(directory / f"{name}.yml", recipe(directory, data, **keys))
+        done = axolotl("train", path, directory / name)
+        trained = (directory / f"{name}.ids.rank0").exists()
+        return done, trained
+
+    for metric, folder in (("task", "ours"), ("none", "baseline")):
+        done, trained = train(metric, folder, max_steps=2)
+        assert done.returncode == 0 and trained, done.stderr[-3000:]
+    return directory, train
+
+
+@pytest.mark.parametrize("resume", CHECKPOINTS)
+def test_a_commonit_checkpoint_does_not_resume_without_commonit(shop, resume):
+    directory, train = shop
+    checkpoint = directory / "ours" / "checkpoint-2"
+    done, trained = train("none", "ours", **CHECKPOINTS[resume](checkpoint))
+    assert done.returncode != 0 and not trained
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ValueError: resume_from_checkpoint={str(checkpoint)!r} ")
+    assert "commonit_metric" in last and "output_dir" in last
+
+
+def test_a_baseline_checkpoint_resumes_without_commonit(shop):
+    directory, train = shop
+    done, trained = train("none", "baseline", resume_from_checkpoint=str(directory / "baseline" / "checkpoint-2"))
+    assert done.returncode == 0 and trained, done.stderr[-3000:]
+
+
+def test_a_commonit_checkpoint_is_recognised_by_its_state_or_its_manifest(tmp_path):
+    def checkpoint(name, state, manifest=False):
+        folder = tmp_path / name
+        (folder / "commonit").mkdir(parents=True)
+        if state is not None:
+            (folder / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+        if manifest:
+            (folder / "commonit" / "run.json").write_text("{}", encoding="utf-8")
+        return folder
+
+    callback = {"stateful_callbacks": {"CommonITCallback": {}}}
+    assert written_with_commonit(checkpoint("new", callback))
+    assert written_with_commonit(checkpoint("old", {"stateful_callbacks": {}}, manifest=True))
+    assert not written_with_commonit(checkpoint("baseline", {"stateful_callbacks": {"TrainerControl": {}}}))
+    assert not written_with_commonit(checkpoint("torn", None))
+    assert not written_with_commonit(tmp_path / "missing")

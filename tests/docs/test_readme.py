@@ -273,12 +273,10 @@ MEASURED = [ROOT / "README.md", ROOT / "docs" / "real-data.md", PLUGIN_README]
 
 
 @pytest.mark.parametrize("document", MEASURED, ids=lambda document: str(document.relative_to(ROOT)))
-def test_the_measured_tables_are_those_of_the_results(document):
+def test_the_command_and_machine_are_those_of_the_result(document):
     page = read(document)
     result = read(ROOT / RESULT.search(page)[0])
     measured = re.search(r"^#+ On real data\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)[1]
-    tables = re.findall(r"(?:^\|.*\n)+", measured, re.MULTILINE)
-    assert tables and all(table in result for table in tables)
     command = re.search(r"^- command: (.*)$", result, re.MULTILINE)[1]
     machine = re.search(r"^- machine: (.*)$", result, re.MULTILINE)[1]
     assert command in measured and machine in measured

@@ -130,41 +130,6 @@ def cache_entry(folder: Path) -> Target:
     return Target(seeds, run, slow=True)
 
 
-def shared_work(folder: Path) -> Target:
-    """The first byte says which result is damaged of those that an interrupted run has left."""
-    _, expected = fit_assign_cached(embedding_grouper(), ROWS, folder / "whole")
-    (entry,) = (path for path in (folder / "whole").iterdir() if path.is_dir())
-    work = folder / "cache" / f"{entry.name}.work"
-
-    class Stopped(Exception):
-        pass
-
-    class Stops(Encoded):
-        def fit_assign(self, values: Any, work: Any = None) -> Any:
-            super().fit_assign(values, work)
-            raise Stopped
-
-    with contextlib.suppress(Stopped):
-        fit_assign_cached(Stops(**embedding_grouper().options), ROWS, folder / "cache")
-    whole = {file.name: file.read_bytes() for file in sorted(work.glob("*.safetensors"))}
-    assert whole
-    names = [*whole]
-
-    def run(content: bytes) -> None:
-        number, content = content[0] if content else 0, content[1:]
-        for path in (folder / "cache").glob("*/*"):
-            path.unlink()
-        for path in (folder / "cache").glob("*"):
-            path.rmdir() if path.is_dir() else path.unlink()
-        work.mkdir()
-        for file, whole_content in whole.items():
-            (work / file).write_bytes(content if file == names[number % len(names)] else whole_content)
-        _, group_ids = fit_assign_cached(embedding_grouper(), ROWS, folder / "cache")
-        assert group_ids.tolist() == expected.tolist()
-
-    return Target([bytes([number]) + whole[name] for number, name in enumerate(names)], run, slow=True)
-
-
 def run_json(folder: Path) -> Target:
     """The first byte says which file of the newer of two checkpoints is damaged."""
     run = {"world size": 2, "rest of an epoch": None, "times replanned": 0, "data seed": 3, "commonit_purity": "step"}
@@ -289,7 +254,7 @@ def axolotl_recipe(folder: Path) -> Target:
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
     target.__name__: target
-    for target in (groups_json, groups_safetensors, cache_entry, shared_work, run_json, arguments, yaml_file, flags)
+    for target in (groups_json, groups_safetensors, cache_entry, run_json, arguments, yaml_file, flags)
 }
 with contextlib.suppress(PackageNotFoundError):
     version("axolotl")

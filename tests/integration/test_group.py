@@ -4,16 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from helpers import rows_of_task, write_jsonl
-from safetensors.numpy import load_file
 
 from commonit_trl import load_grouper
 from commonit_trl.cli import main as cli
 from commonit_trl.cli.group import FITTED_WITH
 from commonit_trl.config import READ_BY
-from commonit_trl.grouping.build import GROUPERS
+from commonit_trl.grouping.registry import GROUPERS
 
 TASKS = ("add", "sort", "spell")
 
@@ -31,7 +31,11 @@ def group(*argv):
 
 
 def assignment(directory):
-    return load_file(Path(directory) / "assignment.safetensors")["group_ids"].tolist()
+    """The group ids of `assignment.parquet`, whose rows are those of the source, in order."""
+    table = pq.read_table(Path(directory) / "assignment.parquet")
+    assert table.column_names == ["row", "group", "name", "dropped"]
+    assert table["row"].to_pylist() == list(range(len(table)))
+    return table["group"].to_pylist()
 
 
 @pytest.mark.parametrize("packing", [None, "bfd", "wrapped"])
@@ -76,6 +80,42 @@ def test_the_assignment_is_that_of_the_rows(data, capsys):
     assert [line.split() for line in capsys.readouterr().out.splitlines() if "8" in line] == [[t, "8"] for t in TASKS]
 
 
+LONG = "x" * 60
+
+
+def long_rows(tmp_path):
+    """Rows of three tasks, in turn; the prompts of every 4th row and of a whole task do not fit in 40 tokens."""
+    rows = [row for rows in zip(*(rows_of_task(task, 16) for task in TASKS), strict=True) for row in rows]
+    rows = [row | {"prompt": LONG} if n % 4 == 0 or row["task"] == "spell" else row for n, row in enumerate(rows)]
+    return write_jsonl(tmp_path / "long.jsonl", rows), rows
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("metric", ["task", "length"])
+def test_the_assignment_has_every_source_row_also_the_dropped_ones(metric, shuffle, model, tmp_path, capsys):
+    """A source row has a group if training sees it, else the reason why not; I2: they are all rows together."""
+    data, rows = long_rows(tmp_path)
+    options = ("--tokenizer", model, "--max_length", 40, "--shuffle_dataset", str(shuffle).lower())
+    assert group(data, "--commonit_metric", metric, *options, "--output", "saved") == 0
+    out = capsys.readouterr().out
+    table = pq.read_table("saved/assignment.parquet")
+    long = [row["prompt"] == LONG for row in rows]
+    assert table["row"].to_pylist() == list(range(48))
+    assert [reason is not None for reason in table["dropped"].to_pylist()] == long
+    (reason,) = set(table["dropped"].to_pylist()) - {None}
+    assert "no token to train on" in reason and "max_length=40" in reason
+    names = load_grouper("saved").names
+    for row, number, name, dropped in zip(rows, table["group"], table["name"], long, strict=True):
+        number, name = number.as_py(), name.as_py()
+        assert (number is None) == (name is None) == dropped
+        if not dropped:
+            assert names[number] == name
+            assert metric != "task" or name == row["task"]
+    assert f"{sum(long)} rows" in out and "max_length=40" in out
+    if metric == "task":
+        assert names == ["add", "sort"] and "16 of spell" in out
+
+
 def test_new_rows_join_fitted_groups(data, model, tmp_path, capfd):
     assert (
         group(data, "--commonit_metric", "length", "--commonit_num_groups", 3, "--tokenizer", model, "--output", "a")
@@ -93,7 +133,9 @@ def test_new_rows_join_fitted_groups(data, model, tmp_path, capfd):
     capfd.readouterr()
     assert group(new, "--load", "c", "--output", "d") == 0
     out, err = capfd.readouterr()
-    assert assignment("d") == [-1, -1, 1, 1]
+    assert assignment("d") == [None, None, 1, 1]
+    table = pq.read_table("d/assignment.parquet")
+    assert table["name"].to_pylist() == [None, None, "sort", "sort"] and table["dropped"].null_count == 4
     assert "2 of 4 rows belong to none of its groups." in err and "2 rows belong to none of the groups." in out
 
 
@@ -150,8 +192,8 @@ def test_each_option_that_fits_groups_has_its_name_among_the_groupers():
             assert name in made[metric].options
 
 
-def test_ranks_group_together_as_one_does(minilm, tmp_path):
-    """Two ranks under torchrun, which share nothing but the cache: the same groups, written and told once."""
+def test_two_ranks_find_the_groups_of_one_process(minilm, tmp_path):
+    """Two ranks under torchrun find the groups of one process, byte for byte, and print once."""
     questions = [f"Question {row}: what is {row} plus {row * 7 % 50}?" for row in range(600)]
     rows = [{"prompt": question, "completion": "I see."} for question in questions]
     data = write_jsonl(tmp_path / "many.jsonl", rows * 2)

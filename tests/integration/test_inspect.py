@@ -5,13 +5,16 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import Dataset
 from helpers import rows_of_task, write_jsonl
 from toys import tiny_tokenizer
 
+from benchmarks.mixture import REFERENCE, read_mixture
 from commonit_trl import CommonITSFTTrainer
 from commonit_trl.cli import main as cli
 
@@ -148,6 +151,52 @@ def test_each_kind_of_column_is_read(tokenizer, tmp_path, capsys):
         assert shown["groups"][0]["response_tokens"]["median"] < shown["groups"][1]["response_tokens"]["median"], kind
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_dropped_rows_are_counted_by_group(packing, model, tmp_path, capsys):
+    """A row is either in a group or dropped; `--json` and the table have both, for each metric."""
+    rows = [row for task in TASKS for row in rows_of_task(task, 20)]
+    long = "x" * 60
+    rows = [row | {"prompt": long} if n >= 40 or n % 5 == 0 else row for n, row in enumerate(rows)]
+    data = write_jsonl(tmp_path / "long.jsonl", rows)
+    options = ["--tokenizer", model, "--max_length", 40, "--packing", packing, "--html", "report.html"]
+    options += ["--commonit_length_edges", 12, "--per_device_train_batch_size", 2]
+    task, length = numbers(capsys, data, "--compare", "task,length", *options)
+    lengths = [len(row["completion"]) + 1 for row in rows]  # and the end of the text
+    short = sum(tokens < 12 for tokens, row in zip(lengths, rows, strict=True) if row["prompt"] == long)
+    assert task["dropped"]["rows"] == length["dropped"]["rows"] == 28 and task["rows"] == length["rows"] == 32
+    assert task["dropped"]["by_group"] == {"add": 4, "sort": 4, "spell": 20}
+    if packing:  # truncation is part of packing, so the response before truncation is not known
+        assert sum(length["dropped"]["by_group"].values()) == 28
+    else:
+        assert length["dropped"]["by_group"] == {"response 12 and more": 28 - short, "response under 12": short}
+    (reason,) = task["dropped"]["by_reason"]
+    assert "no token to train on" in reason
+    assert [(group["name"], group["rows"], group["dropped"]) for group in task["groups"]] == [
+        ("add", 16, 4),
+        ("sort", 16, 4),
+    ]
+    assert any("28 of 60 rows" in said and "'spell' (20)" in said for said in task["warnings"])
+    assert "spell" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert inspect(data, "--commonit_metric", "task", *options[:6]) == 0
+    assert re.search(r"spell +0 +0.0% +- +- +0 +20 +0 +0 *\n", capsys.readouterr().out)
+
+
+def test_rows_without_a_trained_token_are_dropped(tokenizer, tmp_path, capsys):
+    """Also those that the preparation keeps: the first token of a row is never predicted."""
+    masked = {"input_ids": [1, 2, 3], "labels": [1, -100, -100], "task": "masked"}
+    rows = [{"input_ids": [1] * 4, "labels": [-100, *[1] * 3], "task": "seen"}] * 8
+    data = write_jsonl(tmp_path / "tokens.jsonl", [masked, *rows, masked])
+    (shown,) = numbers(capsys, data, "--commonit_metric", "task", "--tokenizer", tokenizer)
+    assert [(group["name"], group["rows"]) for group in shown["groups"]] == [("seen", 8)]
+    assert shown["dropped"]["by_group"] == {"masked": 2}
+
+
+def test_data_without_a_trained_token_are_an_error(tokenizer, tmp_path, capfd):
+    data = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "x" * 60, "completion": "y"}] * 4)
+    said = error(capfd, data, "--commonit_metric", "length", "--tokenizer", tokenizer, "--max_length", 40)
+    assert "max_length=40" in said and "4 rows" in said
+
+
 # --- what it prints -----------------------------------------------------------------------------------------------
 
 
@@ -224,7 +273,7 @@ def test_groups_that_were_saved_are_used(data, tokenizer, tmp_path, capsys):
             ["data.jsonl", "--commonit_metric", "task", "--html", "/proc/no/report.html"],
             "--html /proc/no/report.html cannot",
         ),
-        (["data.jsonl", "--load", "nowhere"], "nowhere/groups.json is not a readable set of groups"),
+        (["data.jsonl", "--load", "nowhere"], "nowhere/groups.json: "),
         (["missing.jsonl", "--commonit_metric", "task"], "dataset_name='missing.jsonl' cannot be loaded"),
         (["--commonit_metric", "task"], "dataset_name=None and 0 entries in datasets: give one of the two"),
         (["--config", "missing.yaml"], "missing.yaml"),
@@ -292,6 +341,34 @@ def test_real_data_takes_seconds(real_data, tokenizer, capsys):
     shown = numbers(capsys, *files, "--compare", "task,length", "--tokenizer", tokenizer)
     assert [one["planned"]["pure_steps"] for one in shown] == [1.0, 1.0]
     assert time.process_time() - started < 60
+
+
+@pytest.mark.real_data
+def test_real_rows_are_in_a_group_or_dropped(real_data, tokenizer, tmp_path, capsys):
+    """I2 on the mixture and the reference set, of which two whole tasks do not fit in 700 tokens.
+
+    A byte tokenizer makes a token per byte, so a row has a token to train on if its prompt has fewer than 700 bytes.
+    """
+    rows = read_mixture(real_data)
+    for line in map(json.loads, (real_data / REFERENCE).read_text(encoding="utf-8").splitlines()):
+        prompt = f"{line['instruction'].strip()}\n{line['input'].strip()}\n"
+        rows.append({"prompt": prompt, "completion": line["output"].strip(), "task": line["task"]})
+    dropped = [len(row["prompt"].encode()) >= 700 for row in rows]
+    by_task = Counter(row["task"] for row, drop in zip(rows, dropped, strict=True) if drop)
+    remaining = Counter(row["task"] for row, drop in zip(rows, dropped, strict=True) if not drop)
+    assert len(by_task.keys() - remaining.keys()) == 2
+
+    data = write_jsonl(tmp_path / "real.jsonl", rows)
+    options = [data, "--commonit_metric", "task", "--tokenizer", tokenizer, "--max_length", 700]
+    (shown,) = numbers(capsys, *options)
+    assert shown["dropped"]["by_group"] == by_task and shown["dropped"]["rows"] == sum(dropped)
+    assert {group["name"]: group["rows"] for group in shown["groups"]} == remaining
+
+    assert cli.main(["group", *map(str, options), "--output", "saved"]) == 0
+    table = pq.read_table("saved/assignment.parquet")
+    expected = [None if drop else row["task"] for row, drop in zip(rows, dropped, strict=True)]
+    assert table["row"].to_pylist() == list(range(len(rows))) and table["name"].to_pylist() == expected
+    assert [reason is not None for reason in table["dropped"].to_pylist()] == dropped
 
 
 def test_raw_rows_are_not_changed(data, tmp_path):

@@ -1,4 +1,4 @@
-"""What a training run leaves for people: the ledger in the log and in `groups.json`, the report, the model card."""
+"""A training run writes an epoch summary to the log and `groups.json`, a report, and a section of the model card."""
 
 import json
 import logging
@@ -11,6 +11,7 @@ from toys import id_rows, plan_of
 from transformers import TrainerCallback
 
 from commonit_trl import load_grouper
+from commonit_trl.grouping.dropped import DroppedRows
 from commonit_trl.report import ledger, ledger_table, model_card_section
 
 SIZES = [13, 9, 1]
@@ -29,6 +30,7 @@ def expected_ledger(rows, **geometry):
             "steps": steps[name] / geometry.get("accumulation_steps", 1),
             "lost": sum(tasks[row] == name and row not in seen for row in range(len(tasks))),
             "repeated": sum(count - 1 for row, count in seen.items() if tasks[row] == name),
+            "dropped": 0,
         }
         for name in sorted(set(tasks))
     }
@@ -66,6 +68,7 @@ def test_the_ledger_in_groups_json_is_that_of_the_batches(run):
             "vanilla_steps": -(-sum(SIZES) // 6),
             "lost": 0,
             "repeated": 2,
+            "dropped": {"rows": 0, "by_reason": {}, "by_group": {}},
         }
         assert load_grouper(directory).names == ["g000", "g001", "g002"]
 
@@ -76,11 +79,11 @@ def test_the_log_has_the_ledger_once_and_repeats_are_a_warning(tmp_path, caplog)
     (table,) = [record for record in caplog.records if "plain batches" in record.getMessage()]
     assert table.levelno == logging.INFO
     lines = table.getMessage().splitlines()
-    assert lines[1].split() == ["group", "samples", "steps", "lost", "repeated"]
+    assert re.split("  +", lines[1]) == ["group", "samples", "steps", "left out", "repeated", "dropped"]
     assert [line.split() for line in lines[2:]] == [
-        ["g000", "13", "3", "0", "0"],
-        ["g001", "9", "2", "0", "0"],
-        ["g002", "1", "1", "0", "2"],
+        ["g000", "13", "3", "0", "0", "0"],
+        ["g001", "9", "2", "0", "0", "0"],
+        ["g002", "1", "1", "0", "2", "0"],
     ]
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "repeats 2 of 23 samples" in warning and "'g002'" in warning
@@ -146,4 +149,16 @@ def test_names_of_the_data_cannot_act_in_log_or_card():
 def test_many_groups_are_summed_up():
     rows = id_rows([1] * 25)
     lines = ledger_table(ledger(plan_of(rows), [f"g{number}" for number in range(25)])).splitlines()
-    assert len(lines) == 22 and lines[-1].split() == ["5", "smaller", "groups", "5", "5", "0", "0"]
+    assert len(lines) == 22 and lines[-1].split() == ["5", "smaller", "groups", "5", "5", "0", "0", "0"]
+
+
+def test_dropped_rows_are_in_epoch_summary_table_and_model_card():
+    """A group whose rows are all dropped has a line, and the lines add up to the dropped rows."""
+    dropped = DroppedRows(counts={("too long", "g1"): 2, ("too long", EVIL): 5, ("empty", "g1"): 1})
+    entry = ledger(plan_of(id_rows([3, 2])), ["g0", "g1"], dropped)
+    assert entry["dropped"] == dropped.to_json() and entry["dropped"]["rows"] == 8
+    counts = {group["name"]: (group["samples"], group["dropped"]) for group in entry["groups"]}
+    assert counts == {"g0": (3, 0), "g1": (2, 3), EVIL: (0, 5)}
+    table, card = ledger_table(entry).splitlines(), model_card_section(entry, {"commonit_metric": "task"})
+    assert [line.split()[-1] for line in table[1:]] == ["0", "3", "5"]
+    assert "| g1 | 2 | 1 | 3 |" in card and "too long: 7" in card and "empty: 1" in card and "<script>" not in card

@@ -18,11 +18,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from bad_input import acting
 from datasets import Dataset
 from hostile import HOSTILE
-from safetensors.torch import load_file
 
 import commonit_trl
 from commonit_trl.cli import main as cli
@@ -267,13 +267,14 @@ def test_what_the_process_prints_does_not_act(watched):
 
 def test_labels_stay_text_in_the_model_card():
     """No element, link or cell of theirs."""
-    groups = [{"name": label, "samples": 1, "steps": 1, "lost": 0, "repeated": 0} for label in LABELS]
+    groups = [{"name": label, "samples": 1, "steps": 1, "lost": 0, "repeated": 0, "dropped": 0} for label in LABELS]
     entry = {"samples": 1, "steps": 1, "vanilla_steps": 1, "lost": 0, "repeated": 0, "groups": groups}
+    entry["dropped"] = {"rows": 1, "by_reason": {LABELS[0]: 1}, "by_group": {LABELS[0]: 1}}
     section = model_card_section(entry, {"commonit_weights": dict.fromkeys(LABELS, 1)})
     assert not acting(section, but="\n")
     assert not re.search(r"(?<!\\)[<&]", section)
     cells = [len(re.findall(r"(?<!\\)\|", line)) for line in section.split("\n") if line.startswith("|")]
-    assert cells == [4] * (len(LABELS) + 2)
+    assert cells == [5] * (len(LABELS) + 2)
 
 
 # --- permissions --------------------------------------------------------------------------------------------------
@@ -293,6 +294,6 @@ def test_what_is_written_has_the_permissions_that_the_umask_leaves(umask, model,
         for name in ("saved", "shown", "out/commonit")
         for path in Path(name).iterdir()
     }
-    assert {path.name for path in found} == {"groups.json", "assignment.safetensors", "report.html", "run.json"}
+    assert {path.name for path in found} == {"groups.json", "assignment.parquet", "report.html", "run.json"}
     assert set(found.values()) == {0o666 & ~umask}
-    assert load_file("saved/assignment.safetensors")
+    assert len(pq.read_table("saved/assignment.parquet"))

@@ -2,10 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import __main__ as entry
-from benchmarks import study
+from benchmarks import dtype, study
 from benchmarks.common import RESULTS, Cases, Report, Settings, Skipped, Table, medians, paired_rounds, write_report
 
 
@@ -82,6 +83,14 @@ def test_all_benchmarks_are_listed():
     folder = RESULTS.parent
     modules = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
     assert set(entry.NAMES) == modules - {"__init__", "__main__", "common", "mixture"}
+
+
+def test_moved_rows_are_those_with_another_nearest_centroid():
+    centroids = np.eye(2, dtype=np.float32)
+    exact = np.array([[0.9, 0.1], [0.51, 0.49], [0.2, 0.8]], dtype=np.float32)
+    reduced = np.array([[0.8, 0.2], [0.49, 0.51], [0.1, 0.9]], dtype=np.float32)
+    assert dtype.moved_rows(exact, reduced, centroids).tolist() == [False, True, False]
+    assert dtype.margins(exact, centroids) == pytest.approx([0.8, 0.02, 0.6], abs=1e-6)
 
 
 @pytest.mark.parametrize(("text", "value"), [("rows=1e5", 1e5), ("rows=[1, 2]", [1, 2]), ("model=tiny", "tiny")])

@@ -1,9 +1,9 @@
 """`LengthGrouper`: bins of token counts.
 
-1. A row is in the bin that its length is in; bins are ranges in ascending order.
-2. Quantile bins are as even as whole lengths allow: no edge could be nearer to its quantile.
+1. Bins are ascending ranges of lengths, and each row joins the bin that contains its length.
+2. Quantile bins are as even as integer lengths allow: no edge could be nearer to its quantile.
 3. With a minimum size, the smallest bin joins its smaller neighbour until all bins are large enough.
-4. A saved grouper assigns as the fitted one.
+4. A saved grouper assigns like the fitted one.
 """
 
 import logging
@@ -46,15 +46,15 @@ def fitted(lengths: Any, **options: Any) -> LengthGrouper:
 
 
 @pytest.mark.parametrize("of, measured", [("response", [0, 3, 9]), ("prompt", [2, 2, 2]), ("total", [2, 5, 11])])
-def test_the_length_is_that_of_the_response_prompt_or_whole(of: str, measured: list[int]) -> None:
+def test_option_of_selects_the_length(of: str, measured: list[int]) -> None:
     assert LengthGrouper(of=of).read(rows_of([0, 3, 9])).tolist() == measured
 
 
-def test_the_paper_s_length_is_the_default_and_says_so_in_the_names() -> None:
+def test_names_and_the_default_response_length() -> None:
     grouper = LengthGrouper(edges=[4, 8]).fit(rows_of([0, 3, 4, 7, 8, 99]))
     assert grouper.names == ["response under 4", "response 4-7", "response 8 and more"]
     assert grouper.assign(rows_of([0, 3, 4, 7, 8, 99])).tolist() == [0, 0, 1, 1, 2, 2]
-    # Rows of one response length are one group, however their totals differ.
+    # Rows with one response length form one group, whatever their totals.
     assert len(LengthGrouper().fit(rows_of([5] * 4, prompt_length=1)).names) == 1
     assert LengthGrouper(of="total").fit(rows_of([5])).names == ["total of any length"]
     narrow = LengthGrouper(edges=[4, 5, 7]).fit(rows_of([4, 5, 7]))
@@ -66,7 +66,7 @@ def test_the_paper_s_length_is_the_default_and_says_so_in_the_names() -> None:
 
 @settings(deadline=None)
 @given(lengths=LENGTHS, edges=st.lists(st.integers(1, 30), min_size=1, unique=True).map(sorted))
-def test_a_row_is_in_the_bin_that_its_length_is_in(lengths: list[int], edges: list[int]) -> None:
+def test_a_row_joins_the_bin_of_its_length(lengths: list[int], edges: list[int]) -> None:
     grouper = fitted(lengths, edges=edges)
     assert grouper.assign_values(np.asarray(lengths)).tolist() == [
         sum(length >= edge for edge in edges) for length in lengths
@@ -102,7 +102,7 @@ def test_quantile_bins_are_even() -> None:
         assert max(sizes) - min(sizes) < 2 * np.bincount(lengths).max()
 
 
-def test_rows_of_two_lengths_are_two_bins_however_uneven() -> None:
+def test_two_lengths_make_two_bins() -> None:
     assert [len(members) for members in bins_of(fitted([1] * 51 + [2] * 49, num_groups=2), [1] * 51 + [2] * 49)] == [
         51,
         49,
@@ -110,12 +110,12 @@ def test_rows_of_two_lengths_are_two_bins_however_uneven() -> None:
     assert [len(members) for members in bins_of(fitted([1] * 9 + [2], num_groups=2), [1] * 9 + [2])] == [9, 1]
 
 
-def test_equal_edges_collapse_with_a_notice(caplog: Any) -> None:
+def test_fewer_bins_than_requested_is_a_warning(caplog: Any) -> None:
     grouper = LengthGrouper(num_groups=8).fit(rows_of([3] * 50 + [4] * 50))
     assert grouper.names == ["response under 4", "response 4 and more"]
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "commonit_num_groups=8" in record.getMessage() and "collapse to 2 groups" in record.getMessage()
+    assert "commonit_num_groups=8" in record.getMessage() and "only 2 groups" in record.getMessage()
     caplog.clear()
     LengthGrouper(num_groups=2).fit(rows_of([3] * 50 + [4] * 50))
     assert not caplog.records
@@ -144,25 +144,25 @@ def test_small_bins_join_their_smaller_neighbour(lengths: list[int], edges: list
 
 
 def test_the_smallest_bin_is_merged_first_with_its_smaller_neighbour() -> None:
-    """Random lengths seldom make the order matter."""
+    """Random lengths rarely exercise the order."""
     lengths = [1] * 3 + [2] * 4 + [3] * 2 + [4] * 9
     assert fitted(lengths, edges=[2, 3, 4], min_size=3).edges.tolist() == [2, 4]
     lengths = [1] * 9 + [2] * 3 + [3] * 5 + [4] * 2 + [5] * 6
     assert fitted(lengths, edges=[2, 3, 4, 5], min_size=4).edges.tolist() == [2, 5]
 
 
-def test_one_bin_less_than_asked_for_is_told() -> None:
-    assert "collapse to 2 groups" in fitted([3] * 50 + [4] * 50, num_groups=3).notices[0]
+def test_one_missing_bin_is_a_warning() -> None:
+    assert "only 2 groups" in fitted([3] * 50 + [4] * 50, num_groups=3).notices[0]
 
 
-def test_rows_without_tokens_are_the_shortest() -> None:
+def test_rows_without_tokens_have_length_0() -> None:
     rows = Rows(Dataset.from_dict({"input_ids": [[], None, [1] * 9], "labels": [[], None, [1] * 9]}))
     assert LengthGrouper(num_groups=2).fit(rows).assign(rows).tolist() == [0, 0, 1]
     nothing = rows_of([])
     assert LengthGrouper(edges=[4], min_size=2).fit(nothing).assign(nothing).tolist() == []
 
 
-def test_other_rows_than_the_fitted_ones_go_by_the_same_edges() -> None:
+def test_new_rows_use_the_fitted_edges() -> None:
     grouper = LengthGrouper(num_groups=2).fit(rows_of([1, 2, 3, 4]))
     assert grouper.assign(rows_of([0, 2, 3, 1000])).tolist() == [0, 0, 1, 1]
 
@@ -171,7 +171,7 @@ def test_other_rows_than_the_fitted_ones_go_by_the_same_edges() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"edges": [3, 20]}, {"num_groups": 3, "min_size": 40}, {"of": "total"}])
-def test_a_saved_grouper_assigns_as_the_fitted_one(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_saved_grouper_assigns_like_the_fitted_one(options: dict[str, Any], tmp_path: Path) -> None:
     lengths = np.random.default_rng(1).integers(0, 40, size=100)
     grouper = LengthGrouper(**options).fit(rows_of(lengths))
     grouper.save(tmp_path)
@@ -181,7 +181,7 @@ def test_a_saved_grouper_assigns_as_the_fitted_one(options: dict[str, Any], tmp_
     assert loaded.assign(rows_of(range(60))).tolist() == grouper.assign(rows_of(range(60))).tolist()
 
 
-def test_build_grouper_takes_the_options() -> None:
+def test_build_grouper_passes_the_options() -> None:
     default = build_grouper(CommonITArguments(commonit_metric="length"), ["input_ids"])
     expected = {"metric": "length", "of": "response", "num_groups": 8, "edges": None, "min_size": 1}
     assert default.identity() == expected

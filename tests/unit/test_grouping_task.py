@@ -1,8 +1,8 @@
-"""`TaskGrouper`: rows with the same label are a group, whatever the label's type.
+"""`TaskGrouper`: rows with the same label form a group, whatever the type of the label.
 
-1. Rows share a group exactly if their labels are equal; a missing label is a label of its own, told once.
-2. Tasks under the minimum size merge into `other`, and then so do tasks that `fit` did not see.
-3. A saved grouper assigns as the fitted one.
+1. Two rows share a group if and only if their labels are equal; rows without a label share one, with a warning.
+2. Tasks under the minimum size merge into `other`, and so do unseen tasks then.
+3. A saved grouper assigns like the fitted one.
 """
 
 import json
@@ -42,7 +42,7 @@ def fit(labels: list[Any], feature: Any = None, **options: Any) -> tuple[TaskGro
         (["other", "x", "other"], None, ["other", "x", "other"]),
     ],
 )
-def test_the_group_is_the_labels_text(labels: list[Any], feature: Any, names: list[str]) -> None:
+def test_the_group_name_is_the_label_as_text(labels: list[Any], feature: Any, names: list[str]) -> None:
     grouper, found = fit(labels, feature)
     assert found == names
     assert grouper.names == sorted(set(names))
@@ -59,7 +59,7 @@ def test_the_group_is_the_labels_text(labels: list[Any], feature: Any, names: li
         (["a", None, "b", "(no label)"], None),
     ],
 )
-def test_a_missing_label_is_a_group_of_its_own_that_is_told(labels: Any, feature: Any, caplog: Any) -> None:
+def test_missing_labels_form_a_group_with_a_warning(labels: Any, feature: Any, caplog: Any) -> None:
     _, found = fit(labels, feature)
     assert found[1] == found[3] == "(no label)"
     assert len({found[0], found[1], found[2]}) == 3
@@ -70,17 +70,17 @@ def test_a_missing_label_is_a_group_of_its_own_that_is_told(labels: Any, feature
     assert "'(no label)'" in record.getMessage()
 
 
-def test_a_column_with_no_label_at_all_is_one_group() -> None:
+def test_a_column_without_labels_is_one_group() -> None:
     assert fit([None, None])[1] == ["(no label)"] * 2
     assert fit(["", " "])[1] == ["(no label)"] * 2
 
 
-def test_complete_labels_say_nothing(caplog: Any) -> None:
+def test_complete_labels_log_nothing(caplog: Any) -> None:
     grouper, _ = fit(["a", "b"])
     assert not caplog.records and not grouper.notices
 
 
-def test_several_columns_are_joined_and_missing_where_one_is() -> None:
+def test_labels_of_several_columns_are_joined() -> None:
     rows = Rows(Dataset.from_dict({"set": ["x", "x", "y", None], "kind": [1, 2, 1, 1], "text": ["t"] * 4}))
     grouper = TaskGrouper(columns=["set", "kind"]).fit(rows)
     assert [grouper.names[group] for group in grouper.assign(rows)] == [
@@ -100,12 +100,12 @@ def test_several_columns_are_joined_and_missing_where_one_is() -> None:
         ({"name": Value("string")}, {"name": "a"}),
     ],
 )
-def test_lists_and_mappings_are_refused(feature: Any, value: Any) -> None:
+def test_lists_and_mappings_are_errors(feature: Any, value: Any) -> None:
     with pytest.raises(ValueError, match=r"commonit_task_column='task' holds .*: name a column of text"):
         fit([value], feature)
 
 
-def test_a_column_that_is_not_there_is_refused_by_name() -> None:
+def test_a_missing_column_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"commonit_task_column='task' is not a column .* has: kind, text\."):
         TaskGrouper(columns=["task"]).fit(Rows(Dataset.from_dict({"kind": ["a"], "text": ["t"]})))
 
@@ -115,7 +115,7 @@ def test_a_column_that_is_not_there_is_refused_by_name() -> None:
     labels=st.lists(st.one_of(st.none(), st.sampled_from(["a", "b", "c", "other", "(no label)", " "])), min_size=1),
     min_size=st.integers(1, 6),
 )
-def test_groups_are_those_of_a_count_by_hand(labels: list[str | None], min_size: int) -> None:
+def test_groups_match_a_count_by_hand(labels: list[str | None], min_size: int) -> None:
     grouper, found = fit(labels, Value("string"), min_size=min_size)
     clean = ["(no label)" if label is None or not label.strip() else label for label in labels]
     expected = [label if clean.count(label) >= min_size else "other" for label in clean]
@@ -123,16 +123,16 @@ def test_groups_are_those_of_a_count_by_hand(labels: list[str | None], min_size:
     assert sorted(grouper.names) == sorted(set(expected))
 
 
-def test_small_tasks_merge_into_other_and_so_do_unseen_ones(caplog: Any) -> None:
+def test_small_and_unseen_tasks_merge_into_other(caplog: Any) -> None:
     grouper, found = fit(["a", "a", "b", "c", None], min_size=2)
     assert found == ["a", "a", "other", "other", "other"]
-    assert "1 of 5 rows have no label; they are in the group 'other'" in caplog.text
+    assert "1 of 5 rows have no label and form the group 'other'" in caplog.text
     rows = Rows(Dataset.from_dict({"task": ["a", "b", "unseen", None]}))
     other = grouper.names.index("other")
     assert grouper.assign(rows).tolist() == [grouper.names.index("a"), other, other, other]
 
 
-def test_an_unseen_task_has_no_group_without_merging() -> None:
+def test_unseen_tasks_are_unassigned_without_merging() -> None:
     rows = Rows(Dataset.from_dict({"task": ["a", "unseen", None]}))
     assert fit(["a", "b"])[0].assign(rows).tolist() == [0, -1, -1]
     assert fit(["a", "other"])[0].assign(rows).tolist() == [0, -1, -1]
@@ -155,7 +155,7 @@ def test_very_many_tasks() -> None:
 
 
 @pytest.mark.parametrize("min_size", [1, 2])
-def test_a_saved_grouper_assigns_as_the_fitted_one(min_size: int, tmp_path: Path, caplog: Any) -> None:
+def test_a_saved_grouper_assigns_like_the_fitted_one(min_size: int, tmp_path: Path, caplog: Any) -> None:
     grouper, _ = fit(["ü", "ü", "b", None, "7"], min_size=min_size)
     grouper.save(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["groups.json"]
@@ -178,26 +178,28 @@ def test_a_saved_grouper_assigns_as_the_fitted_one(min_size: int, tmp_path: Path
         (["dataset"], ["dataset"]),
     ],
 )
-def test_the_label_column_is_found(columns: list[str], found: list[str]) -> None:
+def test_the_default_label_columns(columns: list[str], found: list[str]) -> None:
     assert resolve_task_columns(CommonITArguments(commonit_metric="task"), columns) == found
 
 
-def test_a_column_that_is_not_found_is_an_error_with_the_way_out() -> None:
-    with pytest.raises(ValueError, match=r"none of the columns task, .*has: text, kind. Name one") as caught:
+def test_an_unknown_label_column_is_an_error_with_a_fix() -> None:
+    with pytest.raises(
+        ValueError, match=r"commonit_metric='task': .*task.*has: text, kind\. Set commonit_task_column"
+    ) as caught:
         resolve_task_columns(CommonITArguments(commonit_metric="task"), ["text", "kind"])
     assert "\n" not in str(caught.value)
     options = CommonITArguments(commonit_metric="task", commonit_task_column=["text", "knd"])
-    with pytest.raises(ValueError, match=r"commonit_task_column='knd' .*has: text, kind; did you mean 'kind'"):
+    with pytest.raises(ValueError, match=r"commonit_task_column='knd': .*has: text, kind\. Did you mean 'kind'"):
         resolve_task_columns(options, ["text", "kind"])
 
 
-def test_build_grouper_takes_the_options() -> None:
+def test_build_grouper_passes_the_options() -> None:
     options = CommonITArguments(commonit_metric="task", commonit_task_column=["a", "b"], commonit_min_group_size=3)
     grouper = build_grouper(options, ["a", "b", "c"])
     assert grouper.identity() == {"metric": "task", "columns": ["a", "b"], "min_size": 3}
     json.dumps(grouper.identity())
 
 
-def test_no_column_at_all_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^columns=\[\] names no label column: name one or more\.$"):
+def test_no_label_column_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"^columns=\[\]: "):
         TaskGrouper(columns=[])

@@ -9,19 +9,21 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from toys import id_rows
+from toys import id_rows, tiny_tokenizer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from commonit_trl.config import CommonITArguments
 from commonit_trl.grouping import LengthGrouper, TaskGrouper
+from commonit_trl.grouping.dropped import NONE_DROPPED, DroppedRows
 from commonit_trl.plan import plan_epoch
-from commonit_trl.report import analysis, inspect_groups
+from commonit_trl.report import analysis, charts, inspect_groups, optional
+from commonit_trl.report.html import render_html
 from commonit_trl.rows import Rows
 
 GEOMETRIES = [(2, 1, 1), (2, 2, 3), (3, 2, 2), (5, 3, 1)]  # B, W, A
 
 
-def inspect(dataset, geometry, *, grouper=None, padding_free=False, seed=0, **options):
+def inspect(dataset, geometry, *, grouper=None, padding_free=False, seed=0, dropped=NONE_DROPPED, **options):
     """An inspection of `dataset` by task, and the plan that it is of."""
     rows = Rows(dataset)
     grouper = grouper or TaskGrouper(columns=["task"])
@@ -40,7 +42,7 @@ def inspect(dataset, geometry, *, grouper=None, padding_free=False, seed=0, **op
         seed=seed,
     )
     options = CommonITArguments(commonit_metric=grouper.metric, **options)
-    arguments = {"options": options, "lengths": lengths, "padding_free": padding_free, "seed": seed}
+    arguments = {"options": options, "lengths": lengths, "padding_free": padding_free, "seed": seed, "dropped": dropped}
     return inspect_groups(grouper, group_ids, rows, plan, **arguments), plan
 
 
@@ -262,7 +264,7 @@ def test_warnings_say_what_can_be_done():
     said = "\n".join(inspection.warnings)
     assert "The group 'g000' holds 83% of the rows" in said
     assert "20 of 22 groups have fewer samples than the 16" in said and "commonit_min_group_size=16 merges" in said
-    assert "An epoch takes 47 steps, 1.6 times the 30 of plain batches" in said
+    assert "An epoch takes 47 steps, 1.6 times the 30" in said
     assert "An epoch repeats samples 20 times, 4% of 480" in said
     inspection, _ = inspect(id_rows([33, 33]), (4, 2, 2), commonit_remainder="drop")
     assert inspection.warnings == (
@@ -271,6 +273,12 @@ def test_warnings_say_what_can_be_done():
     )
     inspection, _ = inspect(id_rows([32, 32]), (4, 2, 2))
     assert inspection.warnings == ()
+    dropped = DroppedRows(counts={("too long", "g000"): 2, ("too long", "gone"): 6})
+    inspection, _ = inspect(id_rows([32, 32]), (4, 2, 2), dropped=dropped)
+    (said,) = inspection.warnings
+    assert (
+        "8 of 72 rows" in said and "too long: 8" in said and "'gone' (6), 'g000' (2)" in said and "max_length" in said
+    )
 
 
 def test_notices_of_the_grouper_are_warnings():
@@ -288,6 +296,53 @@ def test_an_inspection_is_json():
     assert "drawing" not in numbers
     with pytest.raises(dataclasses.FrozenInstanceError):
         inspection.lost = 3
+
+
+def test_dropped_rows_are_in_the_numbers():
+    dropped = DroppedRows(counts={("too long", "g001"): 2, ("empty", "gone"): 6})
+    inspection, _ = inspect(id_rows([30, 20]), (2, 2, 1), dropped=dropped)
+    numbers = json.loads(json.dumps(inspection.to_json()))
+    by_reason, by_group = {"empty": 6, "too long": 2}, {"g001": 2, "gone": 6}
+    assert numbers["dropped"] == {"rows": 8, "by_reason": by_reason, "by_group": by_group}
+    assert [(group["name"], group["dropped"]) for group in numbers["groups"]] == [("g000", 0), ("g001", 2)]
+    assert numbers["rows"] == 50 and "gone" in render_html([inspection])
+
+
+# --- no report ends a run -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[number % 2 for number in range(12)], [[-100, 5, 6][: 1 + number % 3] for number in range(12)]],
+    ids=["scalar labels of a classifier", "labels of a seq2seq model, padded with -100"],
+)
+def test_labels_that_are_not_those_of_a_causal_model_are_reported(labels):
+    rows = [{"input_ids": [1] * (number + 2), "task": "ab"[number % 2]} for number in range(12)]
+    data = Dataset.from_list([row | {"labels": label} for row, label in zip(rows, labels, strict=True)])
+    grouper = TaskGrouper(columns=["task"]).fit(Rows(data))
+    ids = grouper.assign(Rows(data))
+    plan = plan_epoch(ids, micro_batch_size=2)
+    lengths = np.arange(2, 14)
+    options = CommonITArguments(commonit_metric="task")
+    inspection = inspect_groups(grouper, ids, Rows(data, tiny_tokenizer()), plan, options=options, lengths=lengths)
+    assert [group.rows for group in inspection.groups] == [6, 6]
+    assert inspection.planned.pure_steps == 1 and inspection.planned.padding_ratio > 1
+    assert "Groups by task" in render_html([inspection])
+
+
+def test_an_error_in_a_part_of_the_report_is_a_warning_that_names_it(caplog, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no chart today")
+
+    monkeypatch.setattr(charts, "_order", fail)
+    inspection, _ = inspect(id_rows([30, 20]), (2, 2, 1))
+    drawn = charts.figures(inspection)
+    assert "Rows of each group" in drawn and "Order of the groups in the epoch" not in drawn
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert "commonit_report" in said and "Order of the groups" in said and "no chart today" in said
+    with pytest.raises(KeyboardInterrupt), optional("anything"):
+        raise KeyboardInterrupt
 
 
 def test_the_same_seed_gives_the_same_numbers():

@@ -11,6 +11,7 @@ from hostile import HOSTILE, hostile_inspection, hostile_rows
 from rich.console import Console
 
 from commonit_trl.grouping import TaskGrouper
+from commonit_trl.grouping.dropped import DroppedRows
 from commonit_trl.report import print_inspections, print_sizes, tables
 from commonit_trl.rows import Rows
 from commonit_trl.sanitize import cut, shown
@@ -79,8 +80,8 @@ def test_metrics_stand_side_by_side():
     inspection = hostile_inspection()
     other = dataclasses.replace(inspection, metric="length", lost=7)
     lines = printed(inspection, other).splitlines()
-    (lost,) = (line for line in lines if "Samples lost" in line)
-    assert lost.split()[-4:] == ["0;", "0", "7;", "0"]
+    (left_out,) = (line for line in lines if "left out" in line)
+    assert left_out.split()[-4:] == ["0;", "0", "7;", "0"]
     (padding,) = (line for line in lines if "Padding ratio" in line)
     planned, random, by_length = inspection.planned, inspection.random, inspection.by_length
     cell = f"{planned.padding_ratio:.2f} ({random.padding_ratio:.2f}; {by_length.padding_ratio:.2f})"
@@ -89,9 +90,25 @@ def test_metrics_stand_side_by_side():
 
 def test_numbers_of_a_group():
     group = hostile_inspection().groups[0]
-    assert tables.group_cells(group)[1:] == ("4", "9.1%", "4 / 4", "5 / 5", "1", "0", "0")
+    assert tables.group_cells(group)[1:] == ("4", "9.1%", "4 / 4", "5 / 5", "1", "0", "0", "0")
     group = dataclasses.replace(group, steps=2.5, rows=12_000, response_tokens=None)
     assert tables.group_cells(group)[1:6] == ("12,000", "9.1%", "4 / 4", "-", "2.5")
+
+
+def test_dropped_rows_are_in_the_line_of_their_group_also_without_other_rows():
+    """Every dropped row is counted in one line of the table."""
+    one = hostile_inspection()
+    dropped = DroppedRows(counts={("too long", one.groups[0].name): 3, ("too long", "gone"): 41, ("empty", "gone"): 1})
+    groups = (dataclasses.replace(one.groups[0], dropped=3), *one.groups[1:])
+    inspection = dataclasses.replace(one, dropped=dropped, groups=groups)
+    cells = [*map(tables.group_cells, inspection.groups), *tables.dropped_cells(inspection, 30)]
+    column = tables.GROUP_HEADINGS.index("Drop-\nped")
+    assert sum(int(line[column]) for line in cells) == dropped.rows == 45
+    lines = printed(inspection, width=100).splitlines()
+    (gone,) = (line.split() for line in lines if line.split()[:1] == ["gone"])
+    assert gone == ["gone", "0", "0.0%", "-", "-", "0", "42", "0", "0"]
+    (total,) = (line.split() for line in lines if "Rows dropped" in line)
+    assert total[-1] == "45"
 
 
 def test_many_groups_are_the_largest_in_their_order():
@@ -108,7 +125,9 @@ def test_sizes():
     grouper = TaskGrouper(columns=["task"]).fit(rows)
     stream = io.StringIO()
     ids = np.where(np.arange(len(rows)) < 3, -1, grouper.assign(rows))
-    print_sizes(grouper, ids, Console(file=stream, width=100))
+    dropped = DroppedRows(counts={("too\x1b[2J long", "gone\x1b[2J"): 12_345})
+    print_sizes(grouper, ids, dropped, Console(file=stream, width=200))
     assert acts(stream.getvalue()) == []
     assert "3 rows belong to none of the groups." in stream.getvalue()
+    assert "12,345 rows too" in stream.getvalue()
     assert sum(line.rstrip().endswith(" 4") for line in stream.getvalue().splitlines()) == len(HOSTILE) - 1

@@ -92,7 +92,7 @@ class Killer(TrainerCallback):
         self._watch_writes(transformers.modeling_utils, "safe_save_file", 1)
         self._watch_writes(safetensors.torch, "save_file", 1)
         self._watch_writes(TrainerState, "save_to_json", 1)
-        # Before, while and after a rank groups the rows or reads what another one has grouped.
+        # Before and after a rank fits groups or receives those of rank 0.
         for module, name in ((commonit_trl.trainer.mixin, "fit_assign_cached"), (Grouper, "fit_assign")):
             setattr(module, name, self._watch_grouping(getattr(module, name)))
 

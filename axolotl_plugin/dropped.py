@@ -1,0 +1,131 @@
+"""Count the rows that Axolotl's preparation drops, by reason and group.
+
+Steps: (1) each tokenised entry of `datasets:` is measured against Axolotl's rules for dropping rows; (2) when Axolotl
+saves the prepared dataset, rows that are missing without such a rule are counted too, as duplicates where
+`dataset_exact_deduplication` is set; (3) the counts go into `dataset.info.description`, which datasets saves with the
+rows and copies to every split, shard and selection of them. Rows from Axolotl's cache therefore bring their own counts,
+on every rank, and rows that Axolotl prepares again without CommonIT have none.
+
+Groups are task labels with `commonit_metric: task`, else the entries of `datasets:`. A duplicate's entry is unknown.
+One raw row can become several (`type: completion`); a row that becomes none is then counted only if its group shrinks.
+
+Cost: list lengths and labels, read once through Arrow.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from axolotl.utils.logging import get_logger
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN, UNKNOWN_GROUP, DroppedRows
+from commonit_trl.rows import Rows
+
+LOG = get_logger(__name__)
+
+NOT_TOKENIZED = "no tokens"
+DUPLICATE = "duplicate (dataset_exact_deduplication)"
+OTHER_REASON = "dropped by Axolotl"
+_HEADER = "Rows that Axolotl's preparation dropped: "
+_ROWS_AT_ONCE = 10_000
+
+
+class PreparationCount:
+    """The dropped rows of one preparation: `add_entry` for each entry, then `finish`."""
+
+    def __init__(self) -> None:
+        self.dropped: Counter[tuple[str, str]] = Counter()
+        self.remaining: Counter[str] = Counter()
+
+    def add_entry(self, raw_groups: Sequence[str], tokenized: Dataset, groups: Sequence[str], cfg: Any) -> None:
+        """Count the rows of an entry that tokenisation dropped and those that Axolotl will drop.
+
+        Args:
+            raw_groups: (raw rows,) group names.
+            tokenized: the entry's tokenised rows.
+            groups: (tokenised rows,) group names.
+            cfg: Axolotl's configuration.
+        """
+        self._add(NOT_TOKENIZED, Counter(raw_groups) - Counter(groups))
+        self.remaining.update(groups)
+        for reason, unusable in _unusable_rows(tokenized, cfg).items():
+            dropped = Counter(groups[row] for row in np.flatnonzero(unusable).tolist())
+            self._add(reason, dropped)
+            self.remaining -= dropped
+
+    def finish(self, prepared: Dataset, groups: Sequence[str] | None, cfg: Any) -> None:
+        """Store the counts in the prepared dataset.
+
+        Args:
+            prepared: the rows that Axolotl saves.
+            groups: (rows,) group names, or None where the prepared rows have none.
+            cfg: Axolotl's configuration.
+        """
+        if groups is None:
+            missing = Counter({UNKNOWN_GROUP: self.remaining.total() - len(prepared)})
+        else:
+            missing = self.remaining - Counter(groups)
+        self._add(DUPLICATE if cfg.dataset_exact_deduplication else OTHER_REASON, +missing)
+        counts = [[*key, count] for key, count in sorted(self.dropped.items())]
+        prepared.info.description = _HEADER + json.dumps(counts)
+
+    def _add(self, reason: str, groups: Counter[str]) -> None:
+        self.dropped.update({(reason, group): count for group, count in groups.items()})
+
+
+def dropped_rows(dataset: Dataset) -> DroppedRows | None:
+    """Return the rows that were dropped while Axolotl prepared a dataset.
+
+    Args:
+        dataset: prepared rows, or a split or selection of them. The counts are those of the whole preparation.
+
+    Returns:
+        None for data prepared without CommonIT.
+    """
+    _, found, counts = dataset.info.description.partition(_HEADER)
+    if not found:
+        LOG.info("Dropped rows: unknown for data prepared without CommonIT.")
+        return None
+    return DroppedRows(counts={(reason, group): count for reason, group, count in json.loads(counts)})
+
+
+def trained_counts(dataset: Dataset, max_length: int | None = None) -> NDArray[np.int64]:
+    """Count the tokens of each row that have a label.
+
+    Args:
+        dataset: tokenised rows with `labels`.
+        max_length: tokens that truncation keeps of each row; None for all.
+
+    Returns:
+        (rows,) trained tokens per row.
+    """
+    counts = [np.empty(0, dtype=np.int64)]
+    for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(_ROWS_AT_ONCE):
+        labels = batch.column("labels").combine_chunks()
+        if max_length is not None:
+            labels = pc.list_slice(labels, 0, max_length)
+        trained = pc.not_equal(pc.list_flatten(labels), -100)
+        rows = pc.list_parent_indices(labels).filter(trained).to_numpy()
+        counts.append(np.bincount(rows, minlength=len(labels)))
+    return np.concatenate(counts)
+
+
+def _unusable_rows(tokenized: Dataset, cfg: Any) -> dict[str, NDArray[np.bool_]]:
+    """The rows that `handle_long_seq_in_dataset` and `process_datasets_for_packing` drop, by reason."""
+    if "input_ids" not in tokenized.column_names:
+        return {}
+    lengths, min_length = Rows(tokenized).token_counts("total"), cfg.min_sample_len or 2
+    truncates = (cfg.excess_length_strategy or "drop").lower() == "truncate"
+    unusable = {f"shorter than min_sample_len={min_length}": lengths < min_length}
+    if not truncates:
+        unusable[f"longer than sequence_len={cfg.sequence_len}"] = lengths > cfg.sequence_len
+    if cfg.sample_packing and "labels" in tokenized.column_names:
+        remain = ~np.logical_or.reduce([*unusable.values()])
+        trained = trained_counts(tokenized, cfg.sequence_len if truncates else None)
+        unusable[NO_TRAINED_TOKEN] = remain & (trained == 0)
+    return unusable
