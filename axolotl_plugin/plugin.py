@@ -155,15 +155,11 @@ class _RefuseCommonITCheckpoint(TrainerCallback):
         self.cfg = cfg
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from commonit_trl.trainer.checkpoint import written_with_commonit
+        from commonit_trl.trainer.checkpoint import check_baseline
 
         checkpoint = self.cfg.resume_from_checkpoint  # with auto_resume_from_checkpoints, Axolotl has set it by now
-        if checkpoint and written_with_commonit(Path(checkpoint)):
-            raise ValueError(
-                f"resume_from_checkpoint={checkpoint!r} was written with CommonIT, and commonit_metric: none trains in "
-                "another order. Set the commonit_metric of the checkpoint's run, or start a new run in another "
-                "output_dir."
-            )
+        if checkpoint:
+            check_baseline(Path(checkpoint))
 
 
 def _check_command_line() -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch.utils.data import SequentialSampler
 from transformers.trainer_utils import unwrap_peft_model
 
+from axolotl_plugin.dropped import dropped_rows
 from axolotl_plugin.packing import Bins, PackedBatchSampler, bin_shape, pack_for_training
 from commonit_trl.grouping.fit import Grouping
 from commonit_trl.plan.sampler import CommonITBatchSampler
@@ -51,7 +52,10 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
         super()._commonit_start()
 
     def _commonit_group(self) -> tuple[Grouping, NDArray[np.integer[Any]]]:
+        dropped = dropped_rows(self.train_dataset)
         grouping, row_groups = super()._commonit_group()
+        if dropped is not None:
+            grouping = replace(grouping, dropped=grouping.dropped + dropped)
         # Packed rows keep all their columns, and Axolotl's collators read each as numbers.
         self.train_dataset = _without_labels(self.train_dataset)
         return grouping, row_groups

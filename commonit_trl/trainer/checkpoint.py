@@ -297,18 +297,3 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
         else:
             found.append((run.get("times replanned", 0), state.global_step, str(checkpoint)))
     return max(found)[2] if found else None
-
-
-def written_with_commonit(checkpoint: Path) -> bool:
-    """Return whether a run with CommonIT wrote the checkpoint.
-
-    Newer checkpoints name `CommonITCallback` in the Trainer's state; older ones have only the manifest.
-
-    Args:
-        checkpoint: a checkpoint folder, which may be incomplete or missing.
-    """
-    try:
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        return "CommonITCallback" in state["stateful_callbacks"] or (checkpoint / COMMONIT_DIR / RUN_FILE).exists()
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
