@@ -249,9 +249,6 @@ def _prepare(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: An
     prepared, numbers = split_row_numbers(trainer.train_dataset)
     cut_at = args.max_length if args.packing and args.packing_strategy == "bfd" else None
 
-    def rows_of(dataset: Dataset) -> Rows:
-        return sft_rows(trainer, dataset, args, max_length=cut_at)
-
     traced = []
     missing = missing_rows(len(train), numbers)
     if len(missing):
@@ -260,11 +257,12 @@ def _prepare(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: An
         dropped = trainer._prepare_dataset(
             train.select(missing), trainer.processing_class, untruncated, False, None, "dropped"
         )
-        traced.append(TracedRows(reason=truncation_reason(args.max_length), numbers=missing, rows=rows_of(dropped)))
-    trained = rows_of(prepared).trained_counts() > 0
+        rows = sft_rows(trainer, dropped, args)
+        traced.append(TracedRows(reason=truncation_reason(args.max_length), numbers=missing, rows=rows))
+    trained = sft_rows(trainer, prepared, args, max_length=cut_at).trained_counts() > 0
     if not trained.all():
-        dropped = prepared.select(np.flatnonzero(~trained))
-        traced.append(TracedRows(reason=NO_TRAINED_TOKEN, numbers=numbers[~trained], rows=rows_of(dropped)))
+        rows = sft_rows(trainer, prepared.select(np.flatnonzero(~trained)), args)
+        traced.append(TracedRows(reason=NO_TRAINED_TOKEN, numbers=numbers[~trained], rows=rows))
         prepared, numbers = prepared.select(np.flatnonzero(trained)), numbers[trained]
     if not len(prepared):
         raise ValueError(
@@ -284,7 +282,7 @@ def _prepare(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: An
     arrangement = trainer._commonit_arrangement_lengths()
     return replace(
         recipe,
-        rows=rows_of(prepared),
+        rows=sft_rows(trainer, prepared, args, max_length=cut_at),
         lengths=Rows(prepared).token_counts() if arrangement is None else arrangement,
         arranged=arrangement is not None,
         padding_free=trainer.padding_free or (args.packing and args.packing_strategy != "wrapped"),
