@@ -12,7 +12,7 @@ FUZZ   := .venv-fuzz
 MUTANTS := .venv-mutants
 BENCH  := .venv-bench
 BACKENDS := .venv-bench-backends
-NEWEST_EXTRAS := test,dev,deepspeed
+NEWEST_EXTRAS := test,dev,docs,deepspeed
 LOWEST_EXTRAS := test,axolotl
 FUZZ_EXTRAS := $(LOWEST_EXTRAS),fuzz
 MUTANTS_EXTRAS := test,mutants
@@ -21,7 +21,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-newest test-lowest test-faults fuzz mutants check format bench bench-full bench-gpu constraints audit clean
+.PHONY: help demo test test-newest test-lowest test-faults fuzz mutants check format docs bench bench-full bench-gpu constraints audit clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,14 +49,18 @@ mutants: $(MUTANTS)/.ready ## Break plan, sampler and grouping in thousands of w
 	$(TEST_ENV) $(MUTANTS)/bin/mutmut run --max-children $(JOBS) $(ARGS)
 	$(MUTANTS)/bin/mutmut results
 
-check: $(NEWEST)/.ready ## Lint, check the formatting and the types
+check: $(NEWEST)/.ready ## Lint, check the formatting, the types and the spelling
 	$(NEWEST)/bin/python -m ruff check .
 	$(NEWEST)/bin/python -m ruff format --check .
 	$(NEWEST)/bin/python -m mypy
+	$(NEWEST)/bin/typos
 
 format: $(NEWEST)/.ready ## Format the code and fix what the linter can
 	$(NEWEST)/bin/python -m ruff check --fix .
 	$(NEWEST)/bin/python -m ruff format .
+
+docs: $(NEWEST)/.ready ## Build the documentation site into build/site; every warning is an error
+	$(NEWEST)/bin/python -m docs.make_site
 
 bench: $(BENCH)/.ready ## Compare with peers at small sizes; COMMONIT_REAL_DATA names the data
 	$(BENCH)/bin/python -m benchmarks $(ARGS)
@@ -82,7 +86,7 @@ audit: ## Look up the pinned versions among the known vulnerabilities (asks pypi
 	rm -rf .venv-audit
 
 clean: ## Remove the environments, caches and build output
-	rm -rf $(NEWEST) $(LOWEST) $(FUZZ) $(MUTANTS) mutants $(BENCH) $(BACKENDS) .venv-freeze .venv-audit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(NEWEST) $(LOWEST) $(FUZZ) $(MUTANTS) mutants $(BENCH) $(BACKENDS) .venv-freeze .venv-audit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an environment without one is half made, and made again from the start.

@@ -58,7 +58,7 @@ def bin_shape(args: Any, micro_batch_size: int) -> tuple[int, int]:
 
 
 def pack_for_training(
-    args: Any, group_ids: NDArray[np.int64], lengths: NDArray[np.int64], micro_batch_size: int, world_size: int
+    args: Any, group_ids: NDArray[np.integer[Any]], lengths: NDArray[np.int64], micro_batch_size: int, world_size: int
 ) -> Bins:
     """Pack the rows of each group as a run with these training arguments does.
 
@@ -69,7 +69,7 @@ def pack_for_training(
         world_size: data-parallel ranks.
     """
     capacity, bins = bin_shape(args, micro_batch_size)
-    units = {"step": world_size * args.gradient_accumulation_steps, "global": world_size, "micro": 1}
+    units = {"step": world_size * args.gradient_accumulation_steps, "micro": 1}
     return pack_groups(
         group_ids,
         lengths,
@@ -87,7 +87,7 @@ def pack_for_training(
 
 
 def pack_groups(
-    group_ids: NDArray[np.int64],
+    group_ids: NDArray[np.integer[Any]],
     lengths: NDArray[np.int64],
     *,
     capacity: int,

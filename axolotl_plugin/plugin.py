@@ -76,7 +76,7 @@ class CommonITPlugin(BasePlugin):
         """
         if self._options(cfg) is None:
             if cfg.get("commonit_metric") == "none":
-                from commonit_trl.trainer.mixin import compare_ranks
+                from commonit_trl.trainer.validate import compare_ranks
 
                 compare_ranks({"commonit_metric": "none"})
             return None
@@ -202,7 +202,7 @@ def _log_settings(trainer: Any, cfg: Any, total_steps: int) -> None:
         total_steps,
     )
     if args.sample_packing:
-        bins = trainer._commonit_bins()
+        bins = trainer._commonit_bins
         LOG.info(
             "CommonIT packs each group alone: %d bins, %.1f %% full (Axolotl's estimate of its own packing: %.0f %%).",
             len(bins.rows),

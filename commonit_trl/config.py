@@ -19,13 +19,15 @@ METRICS = ("task", "length", "embedding", "none")
 DEFAULT_TASK_COLUMNS = ("task", "task_name", "category", "source", "dataset")
 DEFAULT_NUM_GROUPS = {"length": 8, "embedding": 32}
 
+PURITIES = ("step", "micro")
+REMAINDERS = ("keep", "drop")
 _CHOICES = {
     "commonit_metric": METRICS,
     "commonit_length_of": ("response", "prompt", "total"),
     "commonit_embedding_text": ("prompt", "response", "both"),
     "commonit_embedding_dtype": ("auto", "float32", "bfloat16", "float16"),
-    "commonit_purity": ("step", "global", "micro"),
-    "commonit_remainder": ("keep", "drop", "pad"),
+    "commonit_purity": PURITIES,
+    "commonit_remainder": REMAINDERS,
     "commonit_resume": ("exact", "replan"),
 }
 _LARGEST_WEIGHT = 1e100
@@ -113,16 +115,13 @@ class CommonITArguments:
     commonit_purity: str = field(
         default="step",
         metadata={
-            "help": "What holds one group: every micro-batch of an optimizer 'step', the micro-batches of "
-            "all ranks at a time ('global'), or each micro-batch alone ('micro')."
+            "help": "Scope within which all samples share a group: an optimizer 'step' (all its micro-batches, on all "
+            "ranks) or each micro-batch alone ('micro')."
         },
     )
     commonit_remainder: str = field(
         default="keep",
-        metadata={
-            "help": "What becomes of a group's last, incomplete step: 'keep' it by evening out the group's "
-            "steps, 'drop' it, or 'pad' it with repeats from the group."
-        },
+        metadata={"help": "A group's last, incomplete step: 'keep' it by evening out the group's steps, or 'drop' it."},
     )
     commonit_min_group_size: int = field(
         default=1,

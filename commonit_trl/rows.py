@@ -26,7 +26,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, LargeList, List
 from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
@@ -155,18 +155,26 @@ class Rows:
         response = self._response_counts(total)
         return response if of == "response" else total - response
 
-    def trained_counts(self) -> NDArray[np.int64]:
-        """Count the (rows,) tokens that a causal language model trains on, after truncation to `max_length`.
+    def trained_counts(self, shifted: bool = True) -> NDArray[np.int64]:
+        """Count the (rows,) tokens that training trains on, after truncation to `max_length`.
 
-        The first token of a row is never predicted.
+        Args:
+            shifted: the loss predicts the next token, so it never trains on the first one.
 
         Raises:
             ValueError: when the rows are not tokenised.
         """
         if "labels" in self.columns:
-            count = functools.partial(self._count_unmasked, mask=-100, skipped=1)
+            count = functools.partial(self._count_unmasked, mask=-100, skipped=int(shifted))
             return self._per_row(["labels", "input_ids"], count)
-        return np.maximum(self.token_counts("total") - 1, 0)
+        return np.maximum(self.token_counts("total") - int(shifted), 0)
+
+    def is_trained(self, shifted: bool = True) -> NDArray[np.bool_]:
+        """Return for each of the (rows,) whether it has a token to train on; True for rows without labels per token."""
+        labels = self.dataset.features.get("labels") if self.tokenized else None
+        if not isinstance(labels, List | LargeList):
+            return np.ones(len(self), dtype=bool)
+        return self.trained_counts(shifted) > 0
 
     def _response_counts(self, total: NDArray[np.int64]) -> NDArray[np.int64]:
         if "labels" in self.columns:

@@ -437,8 +437,8 @@ def _train(trainer: Any) -> MetricResult:
                 name=name,
                 rows=int(counts.sum()),
                 mostly=f"{found[counts.argmax()]} {counts.max() / counts.sum():.0%}",
-                loss_before=before.get(f"eval_loss_{name}", np.nan),
-                loss_after=after.get(f"eval_loss_{name}", np.nan),
+                loss_before=before.get(f"eval_{name}_loss", np.nan),
+                loss_after=after.get(f"eval_{name}_loss", np.nan),
             )
         )
     return MetricResult(

@@ -11,9 +11,8 @@ import numpy as np
 
 from commonit_trl.cli.group import asked_metrics, group_rows
 from commonit_trl.cli.recipes import Recipe
-from commonit_trl.plan import plan_epoch
+from commonit_trl.plan import PlanSpec
 from commonit_trl.report import Inspection, inspect_groups, print_inspections, write_html
-from commonit_trl.trainer.mixin import weights_by_id
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,17 +70,17 @@ def inspect_recipe(
                 "rows, or set packing=False."
             )
         sample_groups, lengths = recipe.pack(grouper, group_ids, recipe.world_size)
-    plan = plan_epoch(
+    spec = PlanSpec.from_options(
+        options,
+        grouper.names,
         sample_groups,
-        lengths if recipe.arranged else None,
+        lengths=lengths if recipe.arranged else None,
         micro_batch_size=recipe.micro_batch_size,
         world_size=recipe.world_size,
         accumulation_steps=recipe.accumulation_steps,
-        purity=options.commonit_purity,
-        remainder=options.commonit_remainder,
-        weights=weights_by_id(options.commonit_weights, grouper.names, sample_groups),
         seed=recipe.seed,
     )
+    plan = spec.plan()
     inspection = inspect_groups(
         grouper,
         group_ids,

@@ -26,17 +26,13 @@ from trl import SFTConfig
 
 from commonit_trl.cli.data import check_rows, load_splits, named_data
 from commonit_trl.grouping import Grouper
-from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN, NONE_DROPPED, DroppedRows
-from commonit_trl.grouping.tracing import (
-    TracedRows,
-    missing_rows,
-    split_row_numbers,
-    truncation_reason,
-    with_row_numbers,
-)
+from commonit_trl.grouping.dropped import NONE_DROPPED, DroppedRows
+from commonit_trl.grouping.fit import data_seed
+from commonit_trl.grouping.tracing import TracedRows
 from commonit_trl.rows import Rows
-from commonit_trl.trainer.mixin import data_seed
-from commonit_trl.trainer.sft import CommonITSFTConfig, CommonITSFTTrainer, sft_rows
+from commonit_trl.trainer.loss import has_auxiliary_loss, is_causal_lm_loss
+from commonit_trl.trainer.sft import CommonITSFTConfig, CommonITSFTTrainer, pack_by_group, prepare_rows
+from commonit_trl.trainer.validate import check_settings
 
 logger = logging.getLogger(__name__)
 
@@ -231,64 +227,50 @@ def _as_prompt_completion(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
 def _prepare(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: Any) -> Recipe:
     """Return `recipe` with the rows that `CommonITSFTTrainer` groups, and its batching of them.
 
-    TRL's preparation takes the tokenizer, chat template, masks and padding from the trainer's construction, so the
-    trainer is constructed: without CommonIT, without packing (groups are packed, and only once they are fitted), and
-    with a model on the meta device.
+    TRL's preparation takes the tokenizer, chat template, masks and padding from the trainer's construction, so a
+    trainer is constructed on the first row: without CommonIT, without packing, and with a model on the meta device.
     """
     args = recipe.options
+    check_settings(args)
     unpacked = copy.copy(args)
-    unpacked.commonit_metric = "none"
-    if args.packing:
-        if args.max_length is None:
-            raise ValueError("packing=True: max_length, the tokens of a pack, is not set. Set max_length.")
-        unpacked.packing, unpacked.max_length = False, None  # packing truncates rows itself
+    unpacked.commonit_metric, unpacked.packing, unpacked.max_length = "none", False, None
     model, tokenizer = _meta_model(tokenizer_name, model_args, args)
-    raw = with_row_numbers(train)
-    trainer = CommonITSFTTrainer(model=model, args=unpacked, train_dataset=raw, processing_class=tokenizer)
-    trainer._commonit_check_settings(args)
-    prepared, numbers = split_row_numbers(trainer.train_dataset)
-    cut_at = args.max_length if args.packing and args.packing_strategy == "bfd" else None
+    trainer = CommonITSFTTrainer(
+        model=model, args=unpacked, train_dataset=train.select(range(1)), processing_class=tokenizer
+    )
 
-    traced = []
-    missing = missing_rows(len(train), numbers)
-    if len(missing):
-        untruncated = copy.copy(unpacked)
-        untruncated.max_length = None
-        dropped = trainer._prepare_dataset(
-            train.select(missing), trainer.processing_class, untruncated, False, None, "dropped"
-        )
-        rows = sft_rows(trainer, dropped, args)
-        traced.append(TracedRows(reason=truncation_reason(args.max_length), numbers=missing, rows=rows))
-    trained = sft_rows(trainer, prepared, args, max_length=cut_at).trained_counts() > 0
-    if not trained.all():
-        rows = sft_rows(trainer, prepared.select(np.flatnonzero(~trained)), args)
-        traced.append(TracedRows(reason=NO_TRAINED_TOKEN, numbers=numbers[~trained], rows=rows))
-        prepared, numbers = prepared.select(np.flatnonzero(trained)), numbers[trained]
-    if not len(prepared):
+    def prepare(raw: Dataset, max_length: int | None, name: str) -> Dataset:
+        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            return raw
+        options = copy.copy(unpacked)
+        options.max_length = max_length
+        return trainer._prepare_dataset(raw, trainer.processing_class, options, False, None, name)
+
+    prepared = prepare_rows(trainer, train, args, args.packing, prepare)
+    if not len(prepared.dataset):
         raise ValueError(
             f"max_length={args.max_length}: none of the {len(train)} rows has a token to train on. Raise max_length, "
             "or check the rows."
         )
-    trainer.train_dataset = prepared
 
     def pack(
         grouper: Grouper, group_ids: NDArray[np.int64], world_size: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        trainer.commonit_grouper = grouper
-        packs = trainer._commonit_pack(prepared, group_ids, args)
-        assert trainer.commonit_group_ids is not None
-        return trainer.commonit_group_ids, Rows(packs).token_counts()
+        packs, pack_groups = pack_by_group(prepared.dataset, group_ids, grouper.names, args)
+        return pack_groups, Rows(packs).token_counts()
 
-    arrangement = trainer._commonit_arrangement_lengths()
+    trainer.train_dataset = prepared.dataset
+    # The model has no weights, so the loss cannot be measured as in training.
+    balanced = trainer._commonit_lengths(is_causal_lm_loss(trainer) and not has_auxiliary_loss(trainer))
     return replace(
         recipe,
-        rows=sft_rows(trainer, prepared, args, max_length=cut_at),
-        lengths=Rows(prepared).token_counts() if arrangement is None else arrangement,
-        arranged=arrangement is not None,
+        rows=prepared.rows,
+        lengths=Rows(prepared.dataset).token_counts() if balanced is None else balanced,
+        arranged=balanced is not None,
         padding_free=trainer.padding_free or (args.packing and args.packing_strategy != "wrapped"),
         pack=pack if args.packing else None,
-        source_rows=numbers,
-        traced=tuple(traced),
+        source_rows=prepared.numbers,
+        traced=prepared.traced,
     )
 
 

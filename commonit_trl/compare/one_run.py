@@ -101,7 +101,7 @@ def train_and_measure(
 
 def _groups(trainer: Any, evaluation: Dataset) -> tuple[NDArray[np.int64], list[str]]:
     """(held-out rows,) groups, -1 for none, and the groups' names."""
-    if trainer.commonit_grouper is None:
+    if trainer.commonit is None:
         return np.full(len(evaluation), -1), []
     # What the trainer itself groups its evaluation rows by, for the losses of each group.
     group_ids = trainer._commonit_assign_eval(evaluation)

@@ -2,7 +2,7 @@
 
 Steps: (1) sort the rows by group and shuffle them inside each group; (2) decide how many samples each group gives to
 the epoch, and cut that count into *units*, the largest runs of micro-batches that hold one group: an optimizer step
-(purity `step`), a micro-step of all ranks (`global`) or one micro-batch (`micro`); (3) shuffle the units of all groups;
+(purity `step`) or one micro-batch (`micro`); (3) shuffle the units of all groups;
 (4) as micro-batches are read, cut each unit into them, by token length where lengths are given (balance.py). Everything
 follows from the arguments, so ranks that call `plan_epoch` with the same arguments need no communication to agree.
 `EpochPlan.left` and `plan_rest` go on with an epoch under other arguments than it was begun with.
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from commonit_trl.config import check_choice, check_weights
+from commonit_trl.config import PURITIES, REMAINDERS, check_choice, check_weights
 from commonit_trl.plan.balance import arrange, concatenated_ranges
 
 _SAMPLES_AT_ONCE = 1 << 16
@@ -94,7 +94,7 @@ class EpochPlan:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps; with purity `global` or `micro` the last one may hold fewer micro-steps."""
+        """Optimizer steps; with purity `micro` the last one may hold fewer micro-steps."""
         return -(-self.num_micro_steps // self.accumulation_steps)
 
     @cached_property
@@ -110,6 +110,12 @@ class EpochPlan:
         lowest = np.minimum.reduceat(groups.min(axis=1), starts)
         highest = np.maximum.reduceat(groups.max(axis=1), starts)
         return np.where(lowest == highest, lowest, -1)
+
+    def group_of(self, step: int) -> int:
+        """Return the group of optimizer step `step`, counted from the run's start; -1 for a step of several groups."""
+        first = step % self.num_steps * self.accumulation_steps
+        groups = np.unique(self.micro_batch_groups[first : first + self.accumulation_steps])
+        return int(groups[0]) if len(groups) == 1 else -1
 
     @property
     def indices(self) -> NDArray[np.int64]:
@@ -272,15 +278,16 @@ def plan_epoch(
         micro_batch_size: samples a rank's micro-batch holds on average (B).
         world_size: data-parallel ranks (W).
         accumulation_steps: micro-batches a rank accumulates in one optimizer step (A).
-        purity: what holds one group: a whole `step`, a micro-step of all ranks (`global`), a micro-batch (`micro`).
+        purity: scope within which all samples share a group: an optimizer `step` or a micro-batch (`micro`).
         remainder: `keep` trains every sample once, in ceil(n / capacity) units a group whose sizes differ by at most
-            one; only a unit with fewer samples than micro-batches repeats samples of its group. `drop` leaves out what
-            does not fill a unit, `pad` fills it with repeats. (With purity `micro`, the number of micro-batches is also
-            made a multiple of W, in the same way.)
+            one; only a unit with fewer samples than micro-batches repeats samples of its group. `drop` leaves out
+            samples that do not fill a unit. (With purity `micro`, the number of micro-batches is also made a multiple
+            of W, in the same way.)
         weights: `proportional` (every sample once), `uniform` or `sqrt` over groups, or a mapping of group id to
             weight; the samples drawn in the epoch stay as many as the dataset has, so a group drawn beyond its size
             repeats samples and one drawn below it leaves some out.
-        seed, epoch: integers >= 0. The same pair gives the same plan, another epoch another shuffle of equal length.
+        seed: integer >= 0.
+        epoch: integer >= 0. Another epoch is another shuffle of equal length.
 
     Raises:
         ValueError: on an argument out of range, fewer samples than W * A, or an epoch without a step.
@@ -295,7 +302,7 @@ def plan_epoch(
     rows, sizes = _rows_by_group(ids)
     _shuffle_groups(rows, sizes, rng)
 
-    micro_batches_per_unit = {"step": accumulation_steps * world_size, "global": world_size, "micro": 1}[purity]
+    micro_batches_per_unit = {"step": accumulation_steps * world_size, "micro": 1}[purity]
     capacity = micro_batch_size * micro_batches_per_unit
     draws = _draws_per_group(sizes, weights)
     units = draws // capacity if remainder == "drop" else -(-draws // capacity)
@@ -388,8 +395,8 @@ def _check_arguments(
     seed: int,
     epoch: int,
 ) -> None:
-    check_choice("purity", purity, ("step", "global", "micro"))
-    check_choice("remainder", remainder, ("keep", "drop", "pad"))
+    check_choice("purity", purity, PURITIES)
+    check_choice("remainder", remainder, REMAINDERS)
     check_weights(weights)
     least = {"micro_batch_size": 1, "world_size": 1, "accumulation_steps": 1, "seed": 0, "epoch": 0}
     values = (micro_batch_size, world_size, accumulation_steps, seed, epoch)

@@ -406,9 +406,7 @@ def _advice(inspection: Inspection, sample_sizes: NDArray[np.int64]) -> list[str
     """Return warnings about the epoch, each with what to change."""
     advice = []
     plain, planned = inspection.random.steps, inspection.planned.steps
-    micro_batches = {"micro": 1, "global": inspection.world_size}.get(
-        inspection.purity, inspection.world_size * inspection.accumulation_steps
-    )
+    micro_batches = 1 if inspection.purity == "micro" else inspection.world_size * inspection.accumulation_steps
     capacity = inspection.micro_batch_size * micro_batches
     small = int(np.count_nonzero((sample_sizes > 0) & (sample_sizes < capacity)))
     largest = max(inspection.groups, key=lambda group: group.rows)

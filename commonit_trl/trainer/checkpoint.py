@@ -1,87 +1,253 @@
-"""Going on from a checkpoint: the last one that is whole, and what is left of its epoch where settings changed since.
+"""Checkpoints of a run: its manifest, what a resumed run must share with it, and the remaining rows of its epoch.
 
-A resumed run trains the micro-batches that its plan has left. With other ranks, batch sizes, seed or groups there is
-no such plan: then the rows that the checkpoint's own plan has left, worked out from the settings and groups saved in
-it, are planned as the rest of that epoch. They are saved in every checkpoint until the epoch ends, so that a rest can
-be interrupted again.
+A checkpoint holds `commonit/` with the fitted groups and the manifest `run.json`. The run id in the manifest is also in
+the checkpoint's `trainer_state.json` (`CommonITCallback`), so a run without CommonIT that overwrites the checkpoint is
+noticed. A resumed run trains exactly the remaining micro-batches of its plan. With `commonit_resume="replan"` and
+other ranks, batch sizes, seed or groups, the remaining rows of the epoch are planned anew, and saved in every
+checkpoint until the epoch ends.
 
-Cost: the plan of one epoch, and four bytes a row left in the checkpoints of a rest.
+Cost: the plan of one epoch, and four bytes per remaining row in the checkpoints of a replanned epoch.
 """
 
 import json
 import logging
 import operator
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from datasets import Dataset
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from commonit_trl.files import write_arrays
-from commonit_trl.plan import EpochPlan, plan_rest
+from commonit_trl.files import write_arrays, write_text
+from commonit_trl.grouping import load_grouper
+from commonit_trl.grouping.fit import fingerprint
+from commonit_trl.plan import EpochPlan, PlanSpec
+from commonit_trl.plan.spec import weights_by_id
+from commonit_trl.report import ledger
 
 logger = logging.getLogger(__name__)
 
 COMMONIT_DIR = "commonit"
-RUN_FILE = "run.json"
-REST_FILE = "rest.safetensors"
+MANIFEST = "run.json"
+REMAINING_FILE = "remaining.safetensors"
+MARK = "CommonITCallback"
+_HASHED_ROWS = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rest:
-    """What an epoch that was begun with another plan has left."""
+def describe(trainer: Any) -> dict[str, Any]:
+    """Return everything that determines the batches: all ranks, and a resumed run, must share it."""
+    run, args = trainer.commonit, trainer.args
+    spec = run.spec
+    return {
+        "commonit_metric": args.commonit_metric,
+        "commonit_purity": spec.purity,
+        "commonit_remainder": spec.remainder,
+        "commonit_weights": args.commonit_weights,
+        "commonit_balance_lengths": spec.lengths is not None,
+        "data seed": spec.seed,
+        "per-device batch size": spec.micro_batch_size,
+        "world size": spec.world_size,
+        "gradient accumulation steps": spec.accumulation_steps,
+        **run.grouping.fingerprints,
+        "tokens of rows": _fingerprint_rows(run.dataset),
+        "token lengths": None if spec.lengths is None else fingerprint(np.ascontiguousarray(spec.lengths)),
+        "order of samples": trainer._commonit_fingerprint(),
+        "rest of an epoch": None
+        if spec.remaining_rows is None
+        else [spec.resumed_epoch, fingerprint(np.ascontiguousarray(spec.remaining_rows))],
+        "times replanned": run.replanned,
+    }
 
-    epoch: int
-    rows: NDArray[np.integer[Any]]
-    """(draws left,) row numbers, of `EpochPlan.left`."""
 
-    def plan(self, plan_epoch: Callable[..., EpochPlan], seed: int, epoch: int) -> EpochPlan:
-        """The plan of `epoch`: its rest in the epoch that was begun, else what `plan_epoch` makes."""
-        whole = plan_epoch(epoch=epoch)
-        return plan_rest(whole, self.rows, seed=seed, epoch=epoch) if epoch == self.epoch else whole
-
-    def save(self, directory: Path) -> None:
-        write_arrays(directory / REST_FILE, {"rows": self.rows})
+def _fingerprint_rows(dataset: Dataset) -> str | None:
+    """A hash of the tokens of some rows; None of rows that are not tokenised."""
+    if "input_ids" not in dataset.column_names:
+        return None
+    rows = np.unique(np.linspace(0, len(dataset) - 1, _HASHED_ROWS).astype(int))
+    tokens = dataset.select_columns(["input_ids"]).with_format(None)[rows.tolist()]["input_ids"]
+    return fingerprint(json.dumps(tokens).encode())
 
 
-def load_rest(directory: Path, run: dict[str, Any]) -> Rest | None:
-    """The rest that was saved in `directory`, where `run` (its `run.json`) says that there is one."""
-    described = run["rest of an epoch"]
-    return described and Rest(epoch=described[0], rows=load_file(directory / REST_FILE)["rows"])
+def save(trainer: Any, directory: Path, run_id: str) -> None:
+    """Write the groups and the manifest of the run into `directory`."""
+    run = trainer.commonit
+    plan = run.spec.whole.plan(0)
+    run.grouping.grouper.save(directory, ledger=ledger(plan, run.grouping.names, run.grouping.dropped))
+    if run.spec.remaining_rows is not None:
+        write_arrays(directory / REMAINING_FILE, {"rows": run.spec.remaining_rows})
+    write_text(directory / MANIFEST, json.dumps({**describe(trainer), "run id": run_id}, indent=2))
+
+
+def written_with_commonit(checkpoint: Path) -> bool:
+    """Return whether a CommonIT run wrote the checkpoint, and no other run has overwritten it since."""
+    return (checkpoint / COMMONIT_DIR).exists() and _run_id(checkpoint) is not None
+
+
+def _run_id(checkpoint: Path) -> Any:
+    """The run id in the Trainer's state; None where there is none."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        return state["stateful_callbacks"][MARK]["attributes"]["run_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def check_baseline(checkpoint: Path) -> None:
+    """Refuse to resume a CommonIT checkpoint without CommonIT.
+
+    Raises:
+        ValueError: naming the checkpoint.
+    """
+    if written_with_commonit(checkpoint):
+        raise ValueError(
+            f"resume_from_checkpoint={str(checkpoint)!r}: it was written with CommonIT, and this run trains without "
+            "it, in another order. Resume with the checkpoint's commonit_metric, or start a new run."
+        )
+
+
+def resume(trainer: Any, checkpoint: Path) -> None:
+    """Compare the run with a checkpoint, and take over the remaining rows of its epoch.
+
+    Raises:
+        ValueError: when the checkpoint was written by another run, without CommonIT, or not to its end.
+    """
+    run, args = trainer.commonit, trainer.args
+    if (checkpoint / TRAINER_STATE_NAME).exists() and not (checkpoint / COMMONIT_DIR).exists():
+        raise _not_ours(checkpoint)
+    saved, state = read_checkpoint(checkpoint)
+    if _run_id(checkpoint) != saved.get("run id"):
+        raise _not_ours(checkpoint)
+    directory = checkpoint / COMMONIT_DIR
+    try:
+        if saved["rest of an epoch"]:
+            rows = load_file(directory / REMAINING_FILE)["rows"]
+            run.spec = replace(run.spec, resumed_epoch=saved["rest of an epoch"][0], remaining_rows=rows)
+        run.replanned = saved["times replanned"]
+        current = describe(trainer)
+        # With auto_find_batch_size, the Trainer takes the batch size from the checkpoint.
+        skipped = {"per-device batch size", "order of samples"} if args.auto_find_batch_size else set()
+        differences = {
+            name: f"{name} ({saved[name]!r} in the checkpoint, {current[name]!r} now)"
+            for name in current
+            if name not in skipped and saved[name] != current[name]
+        }
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(
+            f"{directory / MANIFEST} is damaged ({type(error).__name__}: {error}): use another checkpoint."
+        ) from error
+    if differences and args.commonit_resume == "exact":
+        raise ValueError(
+            f"resume_from_checkpoint={str(checkpoint)!r} is of another run; these differ: "
+            f"{'; '.join(differences.values())}. Resume with the same settings and data, or start a new run; "
+            "commonit_resume='replan' continues with other settings and the same rows."
+        )
+    if differences:
+        _replan(trainer, checkpoint, saved, state, differences)
+
+
+def _not_ours(checkpoint: Path) -> ValueError:
+    return ValueError(
+        f"resume_from_checkpoint={str(checkpoint)!r}: it was written without CommonIT, and this run trains with it, in "
+        "another order. Resume with commonit_metric='none', or start a new run."
+    )
+
+
+def _replan(
+    trainer: Any, checkpoint: Path, saved: Mapping[str, Any], state: TrainerState, differences: Mapping[str, str]
+) -> None:
+    """Plan the remaining rows of the checkpoint's epoch with the run's settings."""
+    run = trainer.commonit
+    if trainer.is_deepspeed_enabled and "world size" in differences:
+        raise ValueError(
+            f"commonit_resume='replan': {differences['world size']}: DeepSpeed's checkpoints are read by as many "
+            "ranks as wrote them; resume with those, or start a new run from the checkpoint's model."
+        )
+    other_data = [differences[name] for name in ("rows", "tokens of rows") if name in differences]
+    try:
+        started = _saved_spec(trainer, checkpoint, saved, differences)
+        if not other_data and started.fingerprint != saved["order of samples"]:
+            other_data = ["their groups or numbers of tokens differ"]
+    except ValueError as error:
+        other_data.append(str(error))
+    if other_data:
+        raise ValueError(
+            f"commonit_resume='replan' needs the rows that resume_from_checkpoint={str(checkpoint)!r} was trained "
+            "on (with packing, the same packs, which depend on the groups): "
+            f"{'; '.join(other_data)}. Give the same data, or start a new run from the checkpoint's model."
+        )
+    epoch, done = divmod(state.global_step, started.plan(0).num_steps)
+    run.spec = started.remaining(epoch, done, then=run.spec)
+    epoch += done > 0 and run.spec.resumed_epoch is None  # all rows of the epoch are trained
+    run.replanned += 1
+    plan = run.plan(epoch)
+    run.first_step = epoch * plan.num_steps + first_step(plan)
+    trainer._commonit_logger.info(
+        "commonit_resume='replan': epoch %d has %d samples left, planned anew in %d steps that repeat %d; training "
+        "resumes at step %d, with %d per epoch. Differences from the checkpoint: %s.",
+        epoch,
+        0 if run.spec.remaining_rows is None else len(run.spec.remaining_rows),
+        plan.num_steps - first_step(plan),
+        plan.summary().repeated,
+        run.first_step,
+        plan.num_steps,
+        "; ".join(differences.values()),
+    )
+
+
+def _saved_spec(trainer: Any, checkpoint: Path, saved: Mapping[str, Any], differences: Mapping[str, str]) -> PlanSpec:
+    """The spec of the run that wrote the checkpoint, over the rows of this run."""
+    run = trainer.commonit
+    grouper, group_ids = load_grouper(checkpoint / COMMONIT_DIR), run.spec.group_ids
+    if "assignment of rows to groups" in differences:
+        group_ids = grouper.assign(run.grouping.rows)
+    return PlanSpec(
+        group_ids=group_ids,
+        lengths=trainer._commonit_row_costs() if saved["commonit_balance_lengths"] else None,
+        micro_batch_size=saved["per-device batch size"],
+        world_size=saved["world size"],
+        accumulation_steps=saved["gradient accumulation steps"],
+        purity=saved["commonit_purity"],
+        remainder=saved["commonit_remainder"],
+        weights=weights_by_id(saved["commonit_weights"], grouper.names, group_ids),
+        seed=saved["data seed"],
+        resumed_epoch=run.spec.resumed_epoch,
+        remaining_rows=run.spec.remaining_rows,
+    )
 
 
 def first_step(plan: EpochPlan) -> int:
-    """The first optimizer step of the epoch that holds samples."""
+    """Return the first optimizer step of the epoch that holds samples."""
     first_unit = int(np.argmax(plan.unit_sizes > 0))
     return first_unit * plan.micro_batches_per_unit // (plan.world_size * plan.accumulation_steps)
 
 
 def move_schedule(scheduler: Any, step: int) -> None:
-    """Put a learning rate schedule at optimizer step `step`."""
+    """Set a learning rate schedule to optimizer step `step`."""
     scheduler = getattr(scheduler, "scheduler", scheduler)  # with DeepSpeed, accelerate wraps it
     if isinstance(scheduler, LambdaLR):
         scheduler.last_epoch = step - 1
         scheduler.step()
     else:
         logger.warning(
-            "commonit_resume='replan': a %s cannot be moved to step %d and goes on from the checkpoint's step.",
+            "commonit_resume='replan': a %s cannot be set to step %d and continues from the checkpoint's step.",
             type(scheduler).__name__,
             step,
         )
 
 
 def read_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], TrainerState]:
-    """What `run.json` says, and the Trainer's state, of a checkpoint that is whole.
+    """Return the manifest and the Trainer's state of a checkpoint that is complete.
 
-    The Trainer writes its state last on the first rank, when other ranks may still be at their random states.
+    The first rank writes the Trainer's state last, while other ranks may still write their random states.
 
     Raises:
         ValueError: naming the file that is missing or ends early.
@@ -92,7 +258,7 @@ def read_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], TrainerState]:
         operator.index(state.global_step)
     except Exception as error:  # a damaged file fails in the parser's own way
         raise _not_whole(path, "it is missing" if isinstance(error, OSError) else error) from error
-    path = checkpoint / COMMONIT_DIR / RUN_FILE
+    path = checkpoint / COMMONIT_DIR / MANIFEST
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         ranks, _ = operator.index(run["world size"]), operator.index(run.get("times replanned", 0))
@@ -116,17 +282,17 @@ def _not_whole(path: Path, why: Any) -> ValueError:
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The checkpoint in `output_dir` to go on from: the one of most steps, less those that were not written to their
-    end. Where a rest was planned anew, steps are counted anew, and checkpoints since then come before earlier ones.
+    """Return the checkpoint in `output_dir` to resume from, None where there is none.
 
-    `transformers.trainer_utils.get_last_checkpoint` goes by the names of the folders alone.
+    It is the complete checkpoint of most steps. A replanned epoch counts its steps anew, so checkpoints written since
+    come before earlier ones. `transformers.trainer_utils.get_last_checkpoint` reads only the names of the folders.
     """
     found = []
     for checkpoint in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
             run, state = read_checkpoint(checkpoint)
         except ValueError as error:
-            logger.warning("Passed over: %s", error)
+            logger.warning("Skipped: %s", error)
         else:
             found.append((run.get("times replanned", 0), state.global_step, str(checkpoint)))
     return max(found)[2] if found else None

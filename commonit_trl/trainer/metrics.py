@@ -1,7 +1,7 @@
-"""What training logs besides the Trainer's own: the loss and gradient norm of each group, tokens and padding.
+"""Training metrics of each group: loss, gradient norm, tokens and padding.
 
-`GroupMetrics` collects each micro-batch and optimizer step between two logs, without waiting for the device; `take`
-then sums over ranks and gives the values to log. Names:
+`GroupMetrics` collects micro-batches and steps without synchronising with the device. At the end of a step that logs,
+`reduce` sums over the ranks, and `take` gives the values to the next training log. Names:
 
 | name | value, over the steps since the last log |
 |---|---|
@@ -11,7 +11,10 @@ then sums over ranks and gives the values to log. Names:
 | `commonit_tokens` | tokens of the data, on all ranks |
 | `commonit_padding` | share of the computed tokens that are padding |
 
-Cost: four sums over each micro-batch's tokens, and one reduction of 2 x groups + 2 numbers a log.
+Where the loss is no mean over tokens (classifiers, preferences), `loss_<group>` is the mean over the group's samples of
+the trainer's own loss of their micro-batch. Tokens are logged where the batches have them.
+
+Cost: four sums over each micro-batch's tokens, and one reduction of 2 x groups + 2 numbers per log.
 """
 
 from collections import defaultdict
@@ -20,13 +23,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.trainer_pt_utils import find_batch_size
 
 IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenCounts:
-    """Tokens of a micro-batch, as tensors that nobody has waited for."""
+    """Tokens of a micro-batch, kept on the device to avoid a synchronisation."""
 
     trained: torch.Tensor
     """Tokens that the loss counts."""
@@ -36,36 +40,56 @@ class TokenCounts:
     """All tokens."""
 
 
-def count_tokens(inputs: Mapping[str, Any]) -> TokenCounts | None:
-    """The token counts of a micro-batch; None where it has no labels or tokens."""
+def count_tokens(inputs: Mapping[str, Any], shifted: bool = True) -> TokenCounts | None:
+    """Count the tokens of a micro-batch; None where it has no tokens or no label per token.
+
+    Args:
+        shifted: the first label of a row is not trained, because the loss predicts the next token.
+    """
     labels, tokens, mask = inputs.get("labels"), inputs.get("input_ids"), inputs.get("attention_mask")
-    if labels is None or tokens is None:
+    if not isinstance(labels, torch.Tensor) or tokens is None or labels.ndim < 2:
         return None
-    # As `Trainer._get_num_items_in_batch` counts: the first token of a row has nothing before it to be told from.
-    shifted = inputs["shift_labels"] if "shift_labels" in inputs else labels[..., 1:]
+    trained = inputs["shift_labels"] if "shift_labels" in inputs else labels[..., 1:] if shifted else labels
     has_padding = mask is not None and mask.shape == tokens.shape
     return TokenCounts(
-        trained=shifted.ne(IGNORED_LABEL).sum(),
+        trained=trained.ne(IGNORED_LABEL).sum(),
         data=inputs["attention_mask"].ne(0).sum() if has_padding else torch.tensor(tokens.numel()),
         computed=tokens.numel(),
     )
 
 
+def count_samples(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Count the samples of a micro-batch whose loss is a mean over samples."""
+    return torch.tensor(find_batch_size(inputs) or 1)
+
+
 class GroupMetrics:
-    """Collects what is logged of the groups `names` since the last log."""
+    """Collects metrics of the groups `names` since the last log."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
-        self._micro_batches: list[tuple[int, torch.Tensor, TokenCounts]] = []
+    def clear(self) -> None:
+        """Forget everything collected."""
+        self._micro_batches: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._tokens: list[TokenCounts] = []
         self._grad_norms: dict[int, list[Any]] = defaultdict(list)
         self._last_group = -1
+        self._reduced: dict[str, float] = {}
 
-    def add_micro_batch(self, group: int, loss: torch.Tensor, counts: TokenCounts) -> None:
-        """Add a micro-batch of `group`: the sum of its tokens' losses, and how many there are."""
-        self._micro_batches.append((group, loss.detach(), counts))
+    def add_micro_batch(
+        self, group: int, loss: torch.Tensor, weight: torch.Tensor, tokens: TokenCounts | None = None
+    ) -> None:
+        """Add a micro-batch of `group`.
+
+        Args:
+            loss: sum of the losses of `weight` trained tokens or samples.
+            tokens: of the micro-batch; None where it has none.
+        """
+        self._micro_batches.append((group, loss.detach(), weight))
+        if tokens is not None:
+            self._tokens.append(tokens)
 
     def add_step(self, group: int, grad_norm: Any) -> None:
         """Add an optimizer step: its group, -1 for several, and its gradient norm, which may be None."""
@@ -73,30 +97,36 @@ class GroupMetrics:
         if group >= 0 and grad_norm is not None:
             self._grad_norms[group].append(grad_norm)
 
-    def take(self, sum_over_ranks: Callable[[list[float]], list[float]]) -> dict[str, float]:
-        """The values to log, and start anew.
+    def reduce(self, sum_over_ranks: Callable[[list[float]], list[float]]) -> None:
+        """Make the collected values ready for `take`, and start anew.
 
         Args:
             sum_over_ranks: the sum of a vector over the data-parallel ranks; called once, on every rank.
         """
         count = len(self.names)
-        sums = [0.0] * (2 * count + 2)  # losses of each group, trained tokens of each group, data, computed
+        sums = [0.0] * (2 * count + 2)  # losses of each group, weights of each group, data tokens, computed tokens
         if self._micro_batches:
-            groups, losses, tokens = zip(*self._micro_batches, strict=True)
-            trained = torch.stack([counts.trained for counts in tokens]).tolist()
-            for group, loss, number in zip(groups, torch.stack(losses).tolist(), trained, strict=True):
+            groups, losses, weights = zip(*self._micro_batches, strict=True)
+            values = zip(groups, torch.stack(losses).tolist(), torch.stack(weights).tolist(), strict=True)
+            for group, loss, weight in values:
                 sums[group] += loss
-                sums[count + group] += number
-            sums[-2] = sum(torch.stack([counts.data for counts in tokens]).tolist())
-            sums[-1] = sum(counts.computed for counts in tokens)
+                sums[count + group] += weight
+        if self._tokens:
+            sums[-2] = sum(torch.stack([counts.data for counts in self._tokens]).tolist())
+            sums[-1] = sum(counts.computed for counts in self._tokens)
         *sums, data, computed = sum_over_ranks(sums)
         logs = {
-            f"loss_{name}": loss / number for name, loss, number in zip(self.names, sums, sums[count:]) if number > 0
+            f"loss_{name}": loss / weight for name, loss, weight in zip(self.names, sums, sums[count:]) if weight > 0
         }
         for group, norms in sorted(self._grad_norms.items()):
             logs[f"grad_norm_{self.names[group]}"] = sum(map(float, norms)) / len(norms)
         logs["commonit_group"] = self._last_group
-        logs["commonit_tokens"] = data
-        logs["commonit_padding"] = 1 - data / computed if computed else 0.0
-        self._clear()
+        if computed:
+            logs |= {"commonit_tokens": data, "commonit_padding": 1 - data / computed}
+        self.clear()
+        self._reduced = logs
+
+    def take(self) -> dict[str, float]:
+        """Return the reduced values once; an empty dict until the next `reduce`."""
+        logs, self._reduced = self._reduced, {}
         return logs

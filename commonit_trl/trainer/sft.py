@@ -1,11 +1,11 @@
 """CommonIT in TRL: `CommonITSFTTrainer`, which is `SFTTrainer` with `CommonITMixin`.
 
-What is TRL's own here: the forms of its rows, and packing, which happens while it prepares them, so that the groups are
-fitted in the middle of that and each is packed alone.
+TRL's own here: the forms of its rows, and packing, which happens while it prepares them. So the groups are fitted in
+the middle of the preparation, and each group is packed alone.
 """
 
-import contextlib
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,35 @@ from numpy.typing import NDArray
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from commonit_trl.config import CommonITArguments
+from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN
+from commonit_trl.grouping.fit import fit_grouping
+from commonit_trl.grouping.tracing import (
+    TracedRows,
+    missing_rows,
+    split_row_numbers,
+    truncation_reason,
+    with_row_numbers,
+)
 from commonit_trl.rows import Rows
 from commonit_trl.sanitize import shown
-from commonit_trl.trainer.mixin import CommonITMixin, fit_assign
+from commonit_trl.trainer.mixin import CommonITMixin
 
 
 @dataclass(kw_only=True)
 class CommonITSFTConfig(CommonITArguments, SFTConfig):
     """`SFTConfig` with the `commonit_*` options; `HfArgumentParser` and `TrlParser` read it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRows:
+    """Training rows prepared by TRL, not packed, without the rows that training cannot use."""
+
+    dataset: Dataset
+    numbers: NDArray[np.int64]
+    """(rows,) row number of each in the raw dataset."""
+    rows: Rows
+    traced: tuple[TracedRows, ...]
+    """The rows that training cannot use."""
 
 
 class CommonITSFTTrainer(CommonITMixin, SFTTrainer):
@@ -36,8 +57,8 @@ class CommonITSFTTrainer(CommonITMixin, SFTTrainer):
     def _commonit_rows(self, dataset: Dataset) -> Rows:
         return sft_rows(self, dataset, self.args)
 
-    # `_prepare_dataset` is TRL's own name: packing happens in it, after which no row can be told from another, so it is
-    # the only place to group before packing. tests/unit/test_platform.py fails when TRL changes its signature.
+    # A private name of TRL: packing happens in it, after which rows cannot be told apart, so it is the only place to
+    # group before packing. tests/unit/test_platform.py fails when TRL changes its signature.
     def _prepare_dataset(
         self,
         dataset: Any,
@@ -47,50 +68,82 @@ class CommonITSFTTrainer(CommonITMixin, SFTTrainer):
         formatting_func: Any,
         dataset_name: str,
     ) -> Any:
-        """TRL's preparation; of the training set with packing, each group is packed alone."""
-        if not self._commonit_on or dataset is not self._commonit_raw_train_dataset:
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        self._commonit_raw_train_dataset = None  # the same object may be given for evaluation as well
-        kept = copy.copy(args)
-        kept.use_liger_kernel = False  # with it, TRL 1.9 drops the columns that grouping reads
-        if packing:
-            if args.max_length is None:
-                raise ValueError("packing=True needs max_length, the tokens of a pack: set it.")
-            kept.max_length = None  # packing cuts rows itself
-        prepared = super()._prepare_dataset(dataset, processing_class, kept, False, formatting_func, dataset_name)
-        if not packing:
-            return prepared
-        cut_at = args.max_length if args.packing_strategy == "bfd" else None
-        rows = sft_rows(self, prepared, args, max_length=cut_at)
-        self.commonit_grouper, group_ids = fit_assign(args, rows)
-        self._commonit_grouped = rows, group_ids
-        return self._commonit_pack(prepared, group_ids, args)
+        """Prepare as TRL does; group the training set, and with packing pack each group alone."""
+        prepare = super()._prepare_dataset
+        if self._commonit_raw_dataset is None or dataset is not self._commonit_raw_dataset:
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        self._commonit_raw_dataset = None  # the same object may be given for evaluation as well
 
-    def _commonit_pack(self, prepared: Dataset, group_ids: NDArray[np.int64], args: Any) -> Dataset:
-        """Pack each group alone, and set `commonit_group_ids` to the group of each pack."""
-        assert self.commonit_grouper is not None
-        rows = prepared.select_columns(["input_ids", "labels"])
-        groups, packs = np.unique(group_ids), []
-        with PartialState().main_process_first():  # as TRL does: the other ranks read what the first one cached
-            for group in groups:
-                members = rows.select(np.flatnonzero(group_ids == group))
-                packs.append(_pack(members, args, f"Packing {shown(self.commonit_grouper.names[group])}"))
-        self.commonit_group_ids = np.repeat(groups, [len(pack) for pack in packs])
-        return concatenate_datasets(packs)
+        def unpacked(raw: Dataset, max_length: int | None, name: str) -> Dataset:
+            kept = copy.copy(args)
+            kept.max_length = max_length
+            kept.use_liger_kernel = False  # with it, TRL 1.9 drops the columns that grouping reads
+            return prepare(raw, processing_class, kept, False, formatting_func, name)
+
+        prepared = prepare_rows(self, dataset, args, packing, unpacked, dataset_name)
+        if not len(prepared.dataset):
+            return prepared.dataset
+        grouping = fit_grouping(args, prepared.rows, prepared.traced)
+        if not packing:
+            self._commonit_prepared = grouping, grouping.group_ids
+            return prepared.dataset
+        packs, pack_groups = pack_by_group(prepared.dataset, grouping.group_ids, grouping.names, args)
+        self._commonit_prepared = grouping, pack_groups
+        return packs
 
     def _commonit_is_packed(self, dataset: Dataset) -> bool:
         packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
         return packing and set(dataset.column_names) <= {"input_ids", "labels", "seq_lengths"}
 
-    @contextlib.contextmanager
-    def _commonit_keep_eval_metrics(self) -> Any:
-        kept = {name: list(values) for name, values in self._metrics["eval"].items()}  # TRL's entropy, accuracy, ...
-        yield
-        self._metrics["eval"].clear()
-        self._metrics["eval"].update(kept)
+
+def prepare_rows(
+    trainer: Any,
+    raw: Dataset,
+    args: Any,
+    packing: bool,
+    prepare: Callable[[Dataset, int | None, str], Dataset],
+    name: str = "train",
+) -> PreparedRows:
+    """Prepare the training rows without packing, and trace the rows that training cannot use.
+
+    Args:
+        trainer: an `SFTTrainer`, whose tokenizer and chat template are used.
+        prepare: prepares (raw rows, max_length, name for progress bars) as TRL does without packing.
+
+    Raises:
+        ValueError: with `packing=True` and no `max_length`.
+    """
+    if packing and args.max_length is None:
+        raise ValueError("packing=True: max_length, the tokens of a pack, is not set. Set max_length.")
+    max_length = None if packing else args.max_length  # packing truncates rows itself
+    cut_at = args.max_length if packing and args.packing_strategy == "bfd" else None
+    dataset, numbers = split_row_numbers(prepare(with_row_numbers(raw), max_length, name))
+    rows, traced = sft_rows(trainer, dataset, args, max_length=cut_at), []
+    missing = missing_rows(len(raw), numbers)
+    if len(missing):
+        untruncated = prepare(raw.select(missing), None, f"dropped {name}")
+        # Rows without a label to train on are dropped even so; then their group is read from the raw rows.
+        whole = untruncated if len(untruncated) == len(missing) else raw.select(missing)
+        traced.append(
+            TracedRows(reason=truncation_reason(max_length), numbers=missing, rows=sft_rows(trainer, whole, args))
+        )
+    trained = rows.trained_counts() > 0
+    if not trained.all():
+        untrained = np.flatnonzero(~trained)
+        whole = sft_rows(trainer, dataset.select(untrained), args)  # before packing truncates them
+        traced.append(TracedRows(reason=NO_TRAINED_TOKEN, numbers=numbers[untrained], rows=whole))
+        kept = np.flatnonzero(trained)
+        dataset, numbers, rows = dataset.select(kept), numbers[kept], rows.select(kept)
+    return PreparedRows(dataset=dataset, numbers=numbers, rows=rows, traced=tuple(traced))
 
 
 def sft_rows(trainer: Any, dataset: Dataset, args: Any, max_length: int | None = None) -> Rows:
+    """Return prepared rows as the groupers read them.
+
+    Args:
+        trainer: an `SFTTrainer`.
+        max_length: cut token counts off here, for rows that packing truncates.
+    """
     return Rows(
         dataset,
         trainer._tokenizer,
@@ -101,8 +154,26 @@ def sft_rows(trainer: Any, dataset: Dataset, args: Any, max_length: int | None =
     )
 
 
+def pack_by_group(
+    prepared: Dataset, group_ids: NDArray[np.integer[Any]], names: list[str], args: Any
+) -> tuple[Dataset, NDArray[np.int64]]:
+    """Pack each group alone.
+
+    Returns:
+        The packs, and the (packs,) group of each.
+    """
+    rows = prepared.select_columns(["input_ids", "labels"])
+    groups, packs = np.unique(group_ids), []
+    with PartialState().main_process_first():  # as TRL does: the other ranks read what the first one cached
+        for group in groups:
+            members = rows.select(np.flatnonzero(group_ids == group))
+            packs.append(_pack(members, args, f"Packing {shown(names[group])}"))
+    return concatenate_datasets(packs), np.repeat(groups, [len(pack) for pack in packs])
+
+
 def _pack(rows: Dataset, args: Any, description: str) -> Dataset:
-    options = {"num_proc": args.dataset_num_proc, "desc": description}
+    # In one process: `pack_dataset` packs the share of each process alone, and most groups are small.
+    options: dict[str, Any] = {"desc": description}
     if args.packing_strategy != "wrapped":
         return pack_dataset(rows, args.max_length, args.packing_strategy, options)
     # TRL 1.9's own takes the tokens of other rows wherever a batch is a slice of a longer table.

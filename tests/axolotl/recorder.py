@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ class RecorderPlugin(BasePlugin):
         path = _run.get("path", os.environ.get("COMMONIT_TEST_RECORD"))
         trainer.add_callback(_Recorder(path, trainer))
         if _run.get("arrange_by") == "nothing":
-            trainer._commonit_lengths = None
+            trainer.commonit.spec = replace(trainer.commonit.spec, lengths=None)
         elif _run.get("arrange_by") == "noise":
-            trainer._commonit_lengths = np.random.default_rng(0).integers(1, 40, len(trainer.train_dataset))
+            lengths = np.random.default_rng(0).integers(1, 40, len(trainer.train_dataset))
+            trainer.commonit.spec = replace(trainer.commonit.spec, lengths=lengths)
 
 
 class _Recorder(TrainerCallback):

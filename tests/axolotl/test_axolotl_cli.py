@@ -119,7 +119,7 @@ def test_task_refuses_what_was_prepared_without_us_and_names_the_remedy(shop: Sh
     on = [line for line in output.splitlines() if "CommonIT is on: " in line]
     assert len(on) == 1 and "commonit_metric=task (columns=['commonit_task[default]']" in on[0]
     losses = {name for entry in shop.result("task")["log"] for name in entry if name.startswith("eval_loss_")}
-    assert losses and losses <= {f"eval_loss_{task}" for task in TASKS}
+    assert losses and losses <= {f"eval_{task}_loss" for task in TASKS}
 
     line = shop.refused("level", commonit_metric="task", commonit_task_column="level")
     assert "needs the task of each row (commonit_task[level])" in line

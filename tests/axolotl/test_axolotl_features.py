@@ -93,4 +93,4 @@ def test_max_steps_and_its_warm_up(directory):
 def test_evaluate_loads_a_packed_recipe(directory):
     done = axolotl("evaluate", directory / "packed-eval.yml", None, "--launcher", "python")
     assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-2000:])
-    assert "eval_loss_x" in done.stdout + done.stderr
+    assert "eval_x_loss" in done.stdout + done.stderr

@@ -39,8 +39,8 @@ EVERY_OPTION = {
     "none": {"commonit_num_groups": 4},
 }
 FOR_ALL = {
-    "commonit_purity": "global",
-    "commonit_remainder": "pad",
+    "commonit_purity": "micro",
+    "commonit_remainder": "drop",
     "commonit_min_group_size": 3,
     "commonit_weights": {"a group": 0.5, "b.c": 2, 7: 1},
     "commonit_balance_lengths": False,

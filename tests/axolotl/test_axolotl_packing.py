@@ -55,7 +55,7 @@ def test_bins_hold_each_row_once_and_rows_of_one_group(rows, per_micro_batch, pe
     world_size=st.integers(1, 3),
     accumulation=st.integers(1, 3),
     per_micro_batch=st.integers(1, 3),
-    purity=st.sampled_from(["step", "global"]),
+    purity=st.sampled_from(["step", "micro"]),
 )
 def test_a_plan_over_bins_repeats_rows_of_small_groups_only(rows, world_size, accumulation, per_micro_batch, purity):
     per_unit = world_size * (accumulation if purity == "step" else 1)

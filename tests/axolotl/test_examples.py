@@ -221,7 +221,7 @@ def test_the_smoke_recipe_trains_by_the_commands_at_its_top(tmp_path):
         assert line in said
     assert load_grouper(tmp_path / "out/smoke/model/commonit").names == sorted(FAMILIES)
     for family in FAMILIES:
-        before, after = map(float, re.findall(rf"'eval_loss_{family}': '([\d.]+)'", said))
+        before, after = map(float, re.findall(rf"'eval_{family}_loss': '([\d.]+)'", said))
         assert after < before
 
 
@@ -306,7 +306,7 @@ def test_recipes_that_evaluate_log_the_loss_of_each_task(trained):
     for name in TRAINED:
         logged = {key for entry in result(folder / name)["log"] for key in entry if key.startswith("eval_loss_")}
         evaluates = "val_set_size" in read(EXAMPLES / f"{name}.yml")
-        assert logged == ({f"eval_loss_{topic}" for topic in TOPICS} if evaluates else set())
+        assert logged == ({f"eval_{topic}_loss" for topic in TOPICS} if evaluates else set())
 
 
 def test_every_recipe_says_that_commonit_is_on(trained):

@@ -222,7 +222,9 @@ def anchors(document):
 
 
 every_document = pytest.mark.parametrize(
-    "document", [*DOCUMENTS, PLUGIN_README, PAPER_README], ids=lambda document: str(document.relative_to(ROOT))
+    "document",
+    [*DOCUMENTS, PLUGIN_README, PAPER_README, ROOT / "RELEASE.md", ROOT / "CODE_OF_CONDUCT.md"],
+    ids=lambda document: str(document.relative_to(ROOT)),
 )
 
 

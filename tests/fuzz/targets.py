@@ -200,7 +200,7 @@ OPTION_VALUES: list[dict[str, Any]] = [
     {"commonit_metric": "length", "commonit_length_edges": [64, 256], "commonit_weights": '{"a": 1}'},
     {"commonit_metric": "length", "commonit_num_groups": 4, "commonit_length_of": "total", "commonit_purity": "micro"},
     {"commonit_metric": "embedding", "commonit_reference_dataset": "a/b", "commonit_reference_task_column": "t"},
-    {"commonit_metric": "none", "commonit_remainder": "pad", "commonit_weights": "sqrt", "commonit_resume": "replan"},
+    {"commonit_metric": "none", "commonit_remainder": "drop", "commonit_weights": "sqrt", "commonit_resume": "replan"},
     {"commonit_metric": "task", "commonit_balance_lengths": False, "commonit_cache_dir": "~/x", "commonit_report": 1},
 ]
 

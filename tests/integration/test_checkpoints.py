@@ -110,8 +110,8 @@ DIFFERENCES = {
     ),
     "purity": ({"commonit_purity": "micro"}, ["commonit_purity ('step' in the checkpoint, 'micro' now)"]),
     "remainder": (
-        {"commonit_remainder": "pad"},
-        ["commonit_remainder ('keep' in the checkpoint, 'pad' now)"],
+        {"commonit_remainder": "drop"},
+        ["commonit_remainder ('keep' in the checkpoint, 'drop' now)"],
     ),
     "weights": (
         {"commonit_weights": "proportional"},
@@ -145,9 +145,9 @@ def test_resume_of_another_run_names_what_differs(run, tmp_path, name):
 
 def test_resume_with_and_without_commonit(run, parents_run, tmp_path):
     """A plain run's checkpoint is refused with a metric, and a grouped run's with `none`."""
-    with pytest.raises(ValueError, match="was written without CommonIT and this run trains with it"):
+    with pytest.raises(ValueError, match="written without CommonIT, and this run trains with it"):
         resume(tmp_path, str(parents_run / "out" / "checkpoint-5"))
-    with pytest.raises(ValueError, match="was written with CommonIT and this run trains without it"):
+    with pytest.raises(ValueError, match="written with CommonIT, and this run trains without it"):
         resume(tmp_path, str(run[0] / "out" / "checkpoint-5"), commonit_metric="none")
     resumed, _ = resume(tmp_path, str(parents_run / "out" / "checkpoint-5"), commonit_metric="none")
     assert resumed.state.global_step == 10  # plain to plain is the parent's business

@@ -172,7 +172,7 @@ def test_the_entries_of_a_mixture_are_its_tasks(flags, tmp_path):
     names = ["a/part.jsonl", "b/part.parquet", "maths"]
     assert groups_of()["names"] == names
     logged = {key for entry in log_of("out/checkpoint-2") for key in entry}
-    assert {f"eval_loss_{name}" for name in names} <= logged
+    assert {f"eval_{name}_loss" for name in names} <= logged
 
 
 def splits_of(*argv, **options):

@@ -1,13 +1,16 @@
 """Evaluation: all that `SFTTrainer` reports, unchanged, and the loss of each group, which is that of its
 rows."""
 
+import math
 import multiprocessing
+import re
 
 import numpy as np
 import pytest
 import torch
+from datasets import concatenate_datasets
 from helpers import Seen, make_trainer, without_run_times
-from toys import id_rows, tiny_model
+from toys import id_rows, row_losses, tiny_model
 from trl import SFTTrainer
 
 from commonit_trl import CommonITSFTTrainer
@@ -33,30 +36,21 @@ class CountRowsByBatch:
 
 def parents_part(metrics, prefix="eval"):
     """`metrics` without run times and without the losses of groups."""
-    return {name: value for name, value in without_run_times(metrics).items() if not name.startswith(f"{prefix}_loss_")}
+    groups = {f"{prefix}_{name}_loss" for name in group_losses(metrics, prefix)}
+    return {name: value for name, value in without_run_times(metrics).items() if name not in groups}
 
 
 def group_losses(metrics, prefix="eval"):
-    start = f"{prefix}_loss_"
-    return {name.removeprefix(start): value for name, value in metrics.items() if name.startswith(start)}
+    return {match[1]: value for name, value in metrics.items() if (match := re.fullmatch(rf"{prefix}_(.+)_loss", name))}
 
 
-def loss_of_rows(rows, batch_size=3):
-    """The Trainer's evaluation loss of `rows` under the toy model, from forward passes of our own: the mean
-    over batches, by samples, of the mean over a batch's tokens."""
-    model = tiny_model().eval()
-    losses = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        length = max(map(len, batch["input_ids"]))
-        tokens = torch.tensor([row + [0] * (length - len(row)) for row in batch["input_ids"]])
-        labels = torch.tensor([row + [-100] * (length - len(row)) for row in batch["labels"]])
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in batch["input_ids"]])
-        with torch.no_grad():
-            logits = model(input_ids=tokens, attention_mask=mask).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        losses += [loss.item()] * len(tokens)
-    return float(np.mean(losses))
+def loss_of_rows(rows):
+    """The token-weighted mean loss of `rows` under the toy model, row by row and without padding."""
+    model, total, count = tiny_model().eval(), 0.0, 0
+    for row in rows:
+        losses, trained = row_losses(model, {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")})
+        total, count = total + losses[0], count + trained[0]
+    return total / count
 
 
 def expected_group_losses(rows):
@@ -115,7 +109,7 @@ def test_dict_of_eval_sets(tmp_path):
     for name, rows in sets.items():
         prefix = f"eval_{name}"
         assert group_losses(ours, prefix) == pytest.approx(expected_group_losses(rows), rel=1e-5)
-    kept = {name: value for name, value in ours.items() if "_loss_g" not in name}
+    kept = {name: value for name, value in ours.items() if not re.search("_g[0-9]+_loss$", name)}
     assert parents_part(kept) == parents_part(parent)
 
 
@@ -126,15 +120,17 @@ def test_set_passed_to_evaluate(tmp_path):
     assert group_losses(ours) == pytest.approx(expected_group_losses(OTHER), rel=1e-5)
 
 
-def test_persistent_workers_do_not_pile_up(tmp_path):
-    """Every evaluation makes loaders for the groups; their worker processes end with it."""
-    left = []
+def test_evaluation_makes_the_parents_loaders_and_forward_passes(tmp_path):
+    """Group losses take no loader, worker process or forward pass besides the parent's."""
+    counts = []
     for trainer in both(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True):
-        before = set(multiprocessing.active_children())
+        workers, loaders, passes = set(multiprocessing.active_children()), len(trainer.accelerator._dataloaders), []
+        trainer.model.register_forward_hook(lambda *_, passes=passes: passes.append(1))
         trainer.evaluate()
         trainer.evaluate()
-        left.append(len(set(multiprocessing.active_children()) - before))
-    assert left == [1, 1]
+        workers = set(multiprocessing.active_children()) - workers
+        counts.append((len(workers), len(trainer.accelerator._dataloaders) - loaders, len(passes)))
+    assert counts[0] == counts[1]
 
 
 def test_groups_of_lengths(tmp_path):
@@ -192,12 +188,49 @@ def test_best_model_by_the_loss_of_a_group(tmp_path):
         save_strategy="epoch",
         num_train_epochs=2,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss_g001",
-        greater_is_better=False,
+        metric_for_best_model="eval_g001_loss",
     )
     trainer.train()
-    losses = [entry["eval_loss_g001"] for entry in trainer.state.log_history if "eval_loss_g001" in entry]
-    assert trainer.state.best_metric == min(losses)
+    losses = [entry["eval_g001_loss"] for entry in trainer.state.log_history if "eval_g001_loss" in entry]
+    assert len(losses) == 2 and trainer.state.best_metric == min(losses) < max(losses)
+
+
+@pytest.mark.parametrize(
+    ("metric", "fix"), [("eval_loss_g001", "'eval_g001_loss'"), ("g003_loss", "'g000', 'g001', 'g002'")]
+)
+def test_best_model_by_a_loss_that_is_not_logged(tmp_path, metric, fix):
+    """The name of an earlier version, and a group that no evaluation row is in, are refused before training."""
+    with pytest.raises(ValueError, match=f"metric_for_best_model='{metric}'.*{fix}"):
+        make_trainer(
+            tmp_path,
+            id_rows([4, 4, 4, 4]),
+            extra={"eval_dataset": EVAL},
+            eval_strategy="epoch",
+            metric_for_best_model=metric,
+        )
+
+
+def test_group_whose_rows_are_not_evaluated_is_nan_with_a_message(tmp_path, caplog):
+    """A loader that drops its last batch leaves out the last rows: their group is NaN, and a warning counts them."""
+    rows = id_rows([6], seed=1).add_column("kept", ["g000"] * 6)
+    last = id_rows([1], seed=2).add_column("kept", ["g001"])
+    rows = concatenate_datasets([rows, last]).remove_columns("task").rename_column("kept", "task")
+    ours, _ = both(tmp_path, eval_dataset=rows)
+    ours.args.dataloader_drop_last = True  # after construction: training would refuse it
+    metrics = ours.evaluate()
+    assert math.isnan(metrics["eval_g001_loss"]) and metrics["eval_g000_loss"] > 0
+    (warning,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert "1 of 7 rows" in warning and "'g001'" in warning
+
+
+def test_loss_that_is_no_mean_of_tokens_gives_no_group_losses(tmp_path, caplog):
+    """With label smoothing the parent's loss is not the labels' cross entropy: a message, and no wrong figures."""
+    trainers = both(tmp_path, label_smoothing_factor=0.4)
+    for trainer in trainers:  # a head that is far from uniform, of which the smoothed loss differs
+        trainer.model.lm_head.weight.data.mul_(200)
+    ours, parent = (trainer.evaluate() for trainer in trainers)
+    assert parents_part(ours) == parents_part(parent) and group_losses(ours) == {}
+    assert any("No loss per group" in record.getMessage() for record in caplog.records)
 
 
 def test_predict_is_the_parents(tmp_path):

@@ -105,7 +105,7 @@ def test_a_recipe_is_inspected_as_it_is_trained(metric, packing, model, data, tm
         summary.group_samples > 0
     ].tolist()
     assert shown["rows"] == 60
-    counts = trainer._commonit_lengths
+    counts = trainer.commonit.spec.lengths
     padded = sum(
         counts[plan.micro_batch(m, 0)].max() * len(plan.micro_batch(m, 0)) for m in range(plan.num_micro_steps)
     )

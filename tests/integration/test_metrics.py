@@ -18,7 +18,7 @@ LOGGING_STEPS = 2
 CASES = {
     "A3-step": {"gradient_accumulation_steps": 3},
     "A3-micro": {"gradient_accumulation_steps": 3, "commonit_purity": "micro"},
-    "A1-global": {"commonit_purity": "global"},
+    "A1-micro": {"commonit_purity": "micro"},
     "A3-unarranged": {"gradient_accumulation_steps": 3, "commonit_balance_lengths": False},
     "A3-every-step": {"gradient_accumulation_steps": 3, "logging_steps": 1},
     "A3-accumulated-mean": {

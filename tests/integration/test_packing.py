@@ -125,9 +125,9 @@ def test_unpacked_evaluation_of_packed_training(tmp_path):
     """With `eval_packing=False` the loss of each group is there."""
     extra = {"eval_dataset": packed_rows([20, 20], seed=1)}
     trainer, _ = train_packed(tmp_path, packed_rows([20, 20]), "bfd", extra=extra, eval_packing=False)
-    assert {"eval_loss_g0", "eval_loss_g1"} <= set(trainer.evaluate())
+    assert {"eval_g0_loss", "eval_g1_loss"} <= set(trainer.evaluate())
 
 
 def test_packing_needs_max_length(tmp_path):
-    with pytest.raises(ValueError, match="packing=True needs max_length"):
+    with pytest.raises(ValueError, match="packing=True: max_length"):
         train_packed(tmp_path, packed_rows([20]), "bfd", max_length=None)

@@ -77,7 +77,7 @@ def test_datasets_before_the_model_is_loaded(tmp_path, rows, parts):
 @pytest.mark.parametrize("config", [SFTConfig, TrainingArguments, None], ids=str)
 def test_arguments_without_options(tmp_path, config):
     args = config and config(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to=[])
-    with pytest.raises(ValueError, match=r"which has no commonit_\* options: give a CommonITSFTConfig"):
+    with pytest.raises(ValueError, match=r"no commonit_\* options: .*CommonITSFTConfig"):
         CommonITSFTTrainer(model=MISSING_MODEL, args=args, train_dataset=ROWS)
 
 
@@ -110,5 +110,5 @@ def test_dataset_replaced_after_grouping(tmp_path):
     """A training set that is not the one that was grouped is an error, not a wrong order."""
     trainer = make_trainer(tmp_path, ROWS)
     trainer.train_dataset = ROWS.select(range(6))
-    with pytest.raises(ValueError, match="train_dataset now has 6 rows and had 12"):
+    with pytest.raises(ValueError, match=r"train_dataset \(6 rows\) is not the dataset that was grouped \(12 rows\)"):
         trainer.train()

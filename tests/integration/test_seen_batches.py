@@ -33,7 +33,7 @@ def runs_of(world_size):
                 "seed": 7,
             },
         }
-        for purity in ("step", "global", "micro")
+        for purity in ("step", "micro")
         for accumulation in (1, 3)
     }
     shapes["workers"] = {
@@ -64,7 +64,7 @@ def seen(request, tmp_path_factory):
     return request.param, directory, shapes
 
 
-SHAPES = [f"{purity}-a{accumulation}" for purity in ("step", "global", "micro") for accumulation in (1, 3)]
+SHAPES = [f"{purity}-a{accumulation}" for purity in ("step", "micro") for accumulation in (1, 3)]
 
 
 def epochs_of(directory, name, world_size):

@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -94,9 +95,10 @@ def train(run: dict) -> None:
     if not USES_DEEPSPEED:
         trainer.add_callback(SaveFirstGradient(directory / f"{run['name']}.gradient.safetensors"))
     if run.get("arrange_by") == "nothing":
-        trainer._commonit_lengths = None
+        trainer.commonit.spec = replace(trainer.commonit.spec, lengths=None)
     elif run.get("arrange_by") == "noise":
-        trainer._commonit_lengths = np.random.default_rng(0).integers(1, 40, len(trainer.train_dataset))
+        lengths = np.random.default_rng(0).integers(1, 40, len(trainer.train_dataset))
+        trainer.commonit.spec = replace(trainer.commonit.spec, lengths=lengths)
     if "kill_at" in run:
         trainer.add_callback(KillAt(run["kill_at"]))
     trainer.train(resume_from_checkpoint=run.get("resume"))

@@ -46,7 +46,7 @@ def refusal(**options: Any) -> str:
         ({"commonit_metric": "embedding", "commonit_num_groups": 1}, 1),
         ({"commonit_metric": "embedding", "commonit_reference_dataset": "ref.jsonl"}, "ref.jsonl"),
         ({"commonit_metric": "task", "commonit_purity": "micro"}, "micro"),
-        ({"commonit_metric": "task", "commonit_remainder": "pad"}, "pad"),
+        ({"commonit_metric": "task", "commonit_remainder": "drop"}, "drop"),
         ({"commonit_metric": "task", "commonit_min_group_size": "12"}, 12),
         ({"commonit_metric": "task", "commonit_weights": "sqrt"}, "sqrt"),
         ({"commonit_metric": "task", "commonit_weights": {"a": 1, "b": 0.5}}, {"a": 1, "b": 0.5}),
@@ -112,7 +112,7 @@ def test_a_valid_value_is_read_as_its_type(given: dict[str, Any], read: Any) -> 
         ),
         (
             {"commonit_metric": "task", "commonit_purity": "batch"},
-            ["commonit_purity='batch'", "step, global, micro"],
+            ["commonit_purity='batch'", "step, micro"],
         ),
         ({"commonit_metric": "task", "commonit_remainder": "dorp"}, ["commonit_remainder='dorp'", "'drop'"]),
         (

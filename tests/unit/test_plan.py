@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from commonit_trl.plan import plan_epoch
 from commonit_trl.plan.sampler import CommonITBatchSampler
 
-PURITIES = ("step", "global", "micro")
-REMAINDERS = ("keep", "drop", "pad")
+PURITIES = ("step", "micro")
+REMAINDERS = ("keep", "drop")
 
 
 @st.composite
@@ -84,7 +84,7 @@ def test_i1_pure(case):
         for rank, batch in enumerate(micro_step):
             assert set(group_ids[batch]) == {plan.micro_batch_groups[number, rank]}
     groups = plan.micro_batch_groups
-    if options["purity"] in ("step", "global"):
+    if options["purity"] == "step":
         assert (groups == groups[:, :1]).all()
     if options["purity"] == "step":
         assert len(groups) % accumulation == 0
@@ -105,7 +105,7 @@ def test_i2_lossless(case):
     assert set(seen) == set(range(len(group_ids)))
 
     purity, world = options["purity"], geometry["world_size"]
-    micro_batches = {"micro": 1, "global": world, "step": world * geometry["accumulation_steps"]}[purity]
+    micro_batches = {"micro": 1, "step": world * geometry["accumulation_steps"]}[purity]
     capacity = capacity_of(geometry, purity)
     per_unit = plan.micro_batch_groups.ravel()[::micro_batches]
     unit_sizes = np.diff(plan.offsets).reshape(-1, micro_batches).sum(axis=1)
@@ -126,10 +126,9 @@ def test_i2_lossless(case):
 
 
 @settings(max_examples=200, deadline=None)
-@given(cases(remainders=("drop", "pad")))
-def test_i2_drop_and_pad_say_what_they_do(case):
-    """`drop` repeats nothing and leaves out less than a unit a group; `pad` loses nothing and fills every unit; the
-    summary counts both as an outside count does."""
+@given(cases(remainders=("drop",)))
+def test_i2_drop_leaves_out_less_than_a_partition_per_group(case):
+    """`drop` repeats nothing and leaves out less than a partition per group; the summary is right."""
     group_ids, _, geometry, options = case
     plan = plan_or_none(*case)
     if plan is None:
@@ -143,14 +142,9 @@ def test_i2_drop_and_pad_say_what_they_do(case):
         rows = np.flatnonzero(group_ids == group)
         assert summary.group_lost[group] == sum(index not in seen for index in rows.tolist())
         assert summary.group_repeated[group] == sum(max(0, seen[index] - 1) for index in rows.tolist())
-        if options["remainder"] == "drop" and options["purity"] != "micro":
+        if options["purity"] != "micro":
             assert summary.group_lost[group] == size % capacity
-        if options["remainder"] == "pad" and options["purity"] != "micro":
-            assert summary.group_repeated[group] == -size % capacity
-    if options["remainder"] == "drop":
-        assert summary.repeated == 0
-    else:
-        assert summary.lost == 0
+    assert summary.repeated == 0
     assert summary.group_lost.sum() == summary.lost and summary.group_repeated.sum() == summary.repeated
     assert summary.num_steps == plan.num_steps
 
@@ -393,8 +387,8 @@ def test_group_of_ten_thousand_groups():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"purity": "steps"}, "purity='steps' is not one of step, global, micro: did you mean 'step'?"),
-        ({"remainder": "dorp"}, "remainder='dorp' is not one of keep, drop, pad: did you mean 'drop'?"),
+        ({"purity": "steps"}, "purity='steps' is not one of step, micro: did you mean 'step'?"),
+        ({"remainder": "dorp"}, "remainder='dorp' is not one of keep, drop: did you mean 'drop'?"),
         ({"weights": "unifrom"}, "did you mean 'uniform'?"),
         ({"weights": {0: 1.0}}, "weights must name every group that has samples: missing [1], without samples []."),
         ({"weights": {0: 1.0, 1: 1.0, 2: 1.0}}, "missing [], without samples [2]."),

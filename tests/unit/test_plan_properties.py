@@ -40,8 +40,8 @@ def cases(draw, most_rows, most_groups):
         drawn[draw(st.integers(0, len(present) - 1))] = 1  # not all of them 0
         weights = dict(zip(present.tolist(), drawn.tolist(), strict=True))
     options = {
-        "purity": draw(st.sampled_from(["step", "global", "micro"])),
-        "remainder": draw(st.sampled_from(["keep", "drop", "pad"])),
+        "purity": draw(st.sampled_from(["step", "micro"])),
+        "remainder": draw(st.sampled_from(["keep", "drop"])),
         "weights": weights,
         "seed": draw(st.integers(0, 2**63)),
         "epoch": draw(st.integers(0, 1000)),
@@ -91,7 +91,7 @@ def check(case, data):
     unit_groups = lowest[:, 0]
 
     # I2: what each group gives the epoch, in units of what capacity.
-    per_unit = {"micro": 1, "global": world, "step": world * accumulation}[options["purity"]]
+    per_unit = {"micro": 1, "step": world * accumulation}[options["purity"]]
     capacity = per_unit * size
     by_step = counts.T.reshape(-1, accumulation * world) if options["purity"] == "step" else counts.T
     unit_sizes = by_step.sum(axis=1) if options["purity"] != "micro" else counts.T.ravel()
@@ -157,7 +157,7 @@ def test_invariants_at_the_size_of_real_data(case, data):
     check(case, data)
 
 
-@pytest.mark.parametrize("purity", ["step", "global", "micro"])
+@pytest.mark.parametrize("purity", ["step", "micro"])
 @pytest.mark.parametrize("weights", ["proportional", "uniform"])
 def test_the_most_rows_in_the_most_groups(purity, weights):
     """The corner that random sizes rarely meet."""
@@ -174,9 +174,7 @@ def test_the_most_rows_in_the_most_groups(purity, weights):
         assert drawn.max() <= MOST_ROWS // MOST_GROUPS + 4
 
 
-@pytest.mark.parametrize(
-    ("purity", "digest"), [("step", "ecb98a6625703e36"), ("global", "e0b5630b257de9c2"), ("micro", "9ff08938fec0d11a")]
-)
+@pytest.mark.parametrize(("purity", "digest"), [("step", "ecb98a6625703e36"), ("micro", "9ff08938fec0d11a")])
 def test_a_known_plan_stays_row_for_row(purity, digest):
     """I4 across versions and machines, arranged by length: the digest of a plan does not see how units are cut."""
     rows = np.arange(5_000)

@@ -29,8 +29,8 @@ def samplers(world_size, accumulation, **options):
     return [CommonITBatchSampler(plan, rank) for rank in range(world_size)]
 
 
-@pytest.mark.parametrize("remainder", ["keep", "drop", "pad"])
-@pytest.mark.parametrize("purity", ["step", "global", "micro"])
+@pytest.mark.parametrize("remainder", ["keep", "drop"])
+@pytest.mark.parametrize("purity", ["step", "micro"])
 @pytest.mark.parametrize(("world_size", "accumulation"), GEOMETRIES)
 def test_length_is_what_each_rank_yields(world_size, accumulation, purity, remainder):
     """I5: `len()` is the number of batches yielded, on every rank and in every epoch, before and after

@@ -139,7 +139,7 @@ class Log(TrainerCallback):
             came_from = run["times replanned"], saved.global_step
         begins = {"begins": state.global_step, "came from": came_from, "per epoch": per_epoch}
         repeats = [self.trainer.commonit_plan(epoch).summary().repeated for epoch in range(args.num_train_epochs)]
-        self.write({**begins, "replanned": self.trainer._commonit_replanned, "repeats": repeats})
+        self.write({**begins, "replanned": self.trainer.commonit.replanned, "repeats": repeats})
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step = state.global_step

@@ -17,7 +17,7 @@ CASES = {
     "every other option": (
         {
             "commonit_purity": "micro",
-            "commonit_remainder": "pad",
+            "commonit_remainder": "drop",
             "commonit_weights": {"g000": 2, "g001": 1},
             "commonit_balance_lengths": True,
             "per_device_train_batch_size": 3,

@@ -54,7 +54,7 @@ CHANGES = {
     "metric": {"commonit_metric": "length", "commonit_num_groups": 3},
     "purity": {"commonit_purity": "micro", "gradient_accumulation_steps": 3},
     "arrangement": {"commonit_balance_lengths": False},
-    "several": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1, "commonit_remainder": "pad"},
+    "several": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1, "commonit_remainder": "drop"},
 }
 
 

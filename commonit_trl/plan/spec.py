@@ -1,0 +1,131 @@
+"""`PlanSpec`: everything that determines the micro-batches of a run, as one frozen value.
+
+The trainer, `commonit inspect`, Axolotl's bins and a resumed run all build one; `plan(epoch)` is a pure function of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from commonit_trl.config import CommonITArguments, nearest
+from commonit_trl.plan.epoch import EpochPlan, plan_epoch, plan_rest
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlanSpec:
+    """The arguments of `plan_epoch` that stay the same over a run.
+
+    Plans are cached one epoch at a time: a plan takes 4 bytes per sample.
+    """
+
+    group_ids: NDArray[np.integer[Any]]
+    """(samples,) group id of each sample: a row, a pack or a bin."""
+    lengths: NDArray[Any] | None = None
+    """(samples,) tokens of each, by which steps are balanced; None: micro-batches of equal size."""
+    micro_batch_size: int
+    world_size: int = 1
+    accumulation_steps: int = 1
+    purity: str = "step"
+    remainder: str = "keep"
+    weights: Mapping[int, float] | str = "proportional"
+    seed: int = 0
+    resumed_epoch: int | None = None
+    """An epoch that was started with another spec, of which only `remaining_rows` are planned."""
+    remaining_rows: NDArray[np.integer[Any]] | None = None
+    """(remaining draws,) sample numbers, as `EpochPlan.left` gives them."""
+    _plans: dict[int, EpochPlan] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def from_options(
+        cls, options: CommonITArguments, names: Sequence[str], group_ids: NDArray[np.integer[Any]], **geometry: Any
+    ) -> Self:
+        """Build the spec of a run with these `commonit_*` options.
+
+        Args:
+            options: purity, remainder and weights are read.
+            names: of the groups, by id; `commonit_weights` may map them to weights.
+            group_ids: (samples,) group ids.
+            geometry: the other fields.
+
+        Raises:
+            ValueError: when `commonit_weights` misses a group or names an unknown one.
+        """
+        return cls(
+            group_ids=group_ids,
+            purity=options.commonit_purity,
+            remainder=options.commonit_remainder,
+            weights=weights_by_id(options.commonit_weights, names, group_ids),
+            **geometry,
+        )
+
+    def plan(self, epoch: int = 0) -> EpochPlan:
+        """Return the plan of `epoch`; of an epoch started with another spec, the plan of its remaining rows.
+
+        Raises:
+            ValueError: as `plan_epoch`.
+        """
+        if epoch not in self._plans:
+            whole = plan_epoch(
+                self.group_ids,
+                self.lengths,
+                micro_batch_size=self.micro_batch_size,
+                world_size=self.world_size,
+                accumulation_steps=self.accumulation_steps,
+                purity=self.purity,
+                remainder=self.remainder,
+                weights=self.weights,
+                seed=self.seed,
+                epoch=epoch,
+            )
+            if epoch == self.resumed_epoch:
+                assert self.remaining_rows is not None
+                whole = plan_rest(whole, self.remaining_rows, seed=self.seed, epoch=epoch)
+            self._plans.clear()
+            self._plans[epoch] = whole
+        return self._plans[epoch]
+
+    def remaining(self, epoch: int, steps: int, then: "PlanSpec") -> "PlanSpec":
+        """Return `then` with the samples of `epoch` that remain after its first `steps` steps under this spec.
+
+        Returns:
+            `then` itself when the epoch has not started or is complete.
+        """
+        rows = self.plan(epoch).left(steps)
+        if not steps or not len(rows):
+            return then.whole
+        return replace(then, resumed_epoch=epoch, remaining_rows=rows)
+
+    @property
+    def whole(self) -> "PlanSpec":
+        """This spec with every epoch complete."""
+        return self if self.resumed_epoch is None else replace(self, resumed_epoch=None, remaining_rows=None)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the first epoch's complete plan: equal fingerprints give equal micro-batches in every epoch."""
+        return self.whole.plan(0).digest()
+
+
+def weights_by_id(weights: Any, names: Sequence[str], group_ids: NDArray[np.integer[Any]]) -> Any:
+    """Return `commonit_weights` with group names replaced by ids.
+
+    Raises:
+        ValueError: on a name that is no group, and on a group without a weight.
+    """
+    if isinstance(weights, str):
+        return weights
+    ids = np.unique(group_ids).tolist()
+    present = [names[group] for group in ids]
+    unknown = [name for name in weights if name not in present]
+    missing = [name for name in present if name not in weights]
+    if unknown:
+        raise ValueError(
+            f"commonit_weights names {unknown[0]!r}, which is no group; did you mean {nearest(unknown[0], present)!r}?"
+        )
+    if missing:
+        raise ValueError(f"commonit_weights names no weight for {', '.join(map(repr, missing))}: give each group one.")
+    return {group: float(weights[names[group]]) for group in ids}

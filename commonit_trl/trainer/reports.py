@@ -1,0 +1,144 @@
+"""Reports of a run: the epoch summary in the log, the HTML report, and the section of the model card.
+
+A report that cannot be made is a warning. It never ends a run.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from commonit_trl.files import write_text
+from commonit_trl.grouping.fit import data_seed
+from commonit_trl.report import (
+    Inspection,
+    LossRecord,
+    inspect_groups,
+    ledger,
+    ledger_table,
+    model_card_section,
+    write_html,
+)
+from commonit_trl.rows import Rows
+from commonit_trl.trainer.checkpoint import COMMONIT_DIR
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "report.html"
+_CARD_SETTINGS = ("commonit_metric", "commonit_purity", "commonit_remainder", "commonit_weights")
+_GROUPS_NAMED = 5
+
+
+@contextlib.contextmanager
+def never_ending_the_run(trainer: Any, name: str) -> Iterator[None]:
+    """A context in which an error becomes a warning."""
+    try:
+        yield
+    except Exception as error:
+        trainer._commonit_logger.warning(
+            "%s cannot be made (%s: %s); training is not affected.", name, type(error).__name__, error
+        )
+
+
+def epoch_summary(trainer: Any) -> dict[str, Any]:
+    """Return what a complete first epoch trains, leaves out and repeats, as JSON values."""
+    run = trainer.commonit
+    return ledger(run.spec.whole.plan(0), run.grouping.names, run.grouping.dropped)
+
+
+def log_summary(trainer: Any) -> None:
+    """Log the epoch summary, and warn of samples that are dropped, left out or repeated."""
+    args, log = trainer.args, trainer._commonit_logger
+    with never_ending_the_run(trainer, "The epoch summary"):
+        entry = epoch_summary(trainer)
+        log.info(
+            "commonit_metric=%s: %d groups, %d steps per epoch (plain batches: %d), %d samples, %d left out, "
+            "%d repeated, %d rows dropped.\n%s",
+            args.commonit_metric,
+            len(entry["groups"]),
+            entry["steps"],
+            entry["vanilla_steps"],
+            entry["samples"],
+            entry["lost"],
+            entry["repeated"],
+            entry["dropped"]["rows"],
+            ledger_table(entry),
+        )
+        for reason, rows in entry["dropped"]["by_reason"].items():
+            log.warning(
+                "%d rows are not trained: %s (groups: %s). Raise max_length, or look at the rows.",
+                rows,
+                reason,
+                _largest(trainer.commonit.grouping.dropped.by_group),
+            )
+        for count, verb in (("lost", "leaves out"), ("repeated", "repeats")):
+            affected = {group["name"]: group[count] for group in entry["groups"] if group[count]}
+            if affected:
+                log.warning(
+                    "commonit_remainder=%s, commonit_weights=%s: an epoch %s %d of %d samples, in %d groups (most: "
+                    "%s).",
+                    args.commonit_remainder,
+                    args.commonit_weights,
+                    verb,
+                    entry[count],
+                    entry["samples"],
+                    len(affected),
+                    _largest(affected),
+                )
+
+
+def _largest(counts: dict[str, int]) -> str:
+    most = sorted(counts.items(), key=lambda item: -item[1])
+    named = ", ".join(f"{count} of {name!r}" for name, count in most[:_GROUPS_NAMED])
+    return named if len(most) <= _GROUPS_NAMED else f"{named}, and {len(most) - _GROUPS_NAMED} more"
+
+
+def inspect_run(trainer: Any) -> Inspection | None:
+    """Compute the numbers of the first epoch for the report; None where they cannot be had."""
+    run, args = trainer.commonit, trainer.args
+    with never_ending_the_run(trainer, "commonit_report: the report"):
+        lengths, plan = run.spec.lengths, run.spec.whole.plan(0)
+        if lengths is None and len(trainer.train_dataset) == len(plan.group_ids):
+            trained = Rows(trainer.train_dataset)
+            lengths = trained.token_counts("total") if trained.tokenized else None
+        return inspect_groups(
+            run.grouping.grouper,
+            run.grouping.group_ids,
+            run.grouping.rows,
+            plan,
+            options=args,
+            lengths=lengths,
+            padding_free=getattr(trainer, "padding_free", False),  # SFTTrainer's
+            seed=data_seed(args),
+            embed=True,
+            dropped=run.grouping.dropped,
+        )
+    return None
+
+
+def write_report(trainer: Any, inspection: Inspection | None) -> None:
+    """Write the HTML report, with the losses logged until now."""
+    if inspection is None:
+        return
+    names = [f"loss_{name}" for name in trainer.commonit.grouping.names]
+    losses: list[LossRecord] = [
+        {"step": int(entry["step"]), "group": name.removeprefix("loss_"), "loss": entry[name]}
+        for entry in trainer.state.log_history
+        for name in names
+        if name in entry
+    ]
+    path = Path(trainer.args.output_dir) / COMMONIT_DIR / REPORT_FILE
+    with never_ending_the_run(trainer, f"commonit_report: {path}"):
+        write_html(path, [inspection], losses)
+
+
+def extend_model_card(trainer: Any) -> None:
+    """Add a section on the groups to the model card, if there is one."""
+    path = Path(trainer.args.output_dir) / "README.md"
+    with never_ending_the_run(trainer, f"The section of {path}"):
+        if path.exists():
+            settings = {name: getattr(trainer.args, name) for name in _CARD_SETTINGS}
+            section = model_card_section(epoch_summary(trainer), settings)
+            card = path.read_text(encoding="utf-8").partition("\n## CommonIT\n")[0].rstrip()
+            write_text(path, f"{card}\n\n{section}")
