@@ -31,7 +31,6 @@ from commonit_trl.grouping.fit import data_seed
 from commonit_trl.grouping.tracing import TracedRows
 from commonit_trl.rows import Rows
 from commonit_trl.trainer.loss import has_auxiliary_loss, is_causal_lm_loss
-from commonit_trl.trainer.run import row_costs
 from commonit_trl.trainer.sft import CommonITSFTConfig, CommonITSFTTrainer, pack_by_group, prepare_rows
 from commonit_trl.trainer.validate import check_settings
 
@@ -228,22 +227,24 @@ def _as_prompt_completion(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
 def _prepare(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: Any) -> Recipe:
     """Return `recipe` with the rows that `CommonITSFTTrainer` groups, and its batching of them.
 
-    TRL's preparation takes tokenizer, chat template, masks and padding from the trainer's construction. So a trainer
-    of one row is constructed, without CommonIT and with a model on the meta device, which then prepares the rows.
+    TRL's preparation takes the tokenizer, chat template, masks and padding from the trainer's construction, so a
+    trainer is constructed on the first row: without CommonIT, without packing, and with a model on the meta device.
     """
     args = recipe.options
     check_settings(args)
-    baseline = copy.copy(args)
-    baseline.commonit_metric, baseline.packing = "none", False
+    unpacked = copy.copy(args)
+    unpacked.commonit_metric, unpacked.packing, unpacked.max_length = "none", False, None
     model, tokenizer = _meta_model(tokenizer_name, model_args, args)
     trainer = CommonITSFTTrainer(
-        model=model, args=baseline, train_dataset=train.select([0]), processing_class=tokenizer
+        model=model, args=unpacked, train_dataset=train.select(range(1)), processing_class=tokenizer
     )
 
     def prepare(raw: Dataset, max_length: int | None, name: str) -> Dataset:
-        kept = copy.copy(baseline)
-        kept.max_length = max_length
-        return trainer._prepare_dataset(raw, trainer.processing_class, kept, False, None, name)
+        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            return raw
+        options = copy.copy(unpacked)
+        options.max_length = max_length
+        return trainer._prepare_dataset(raw, trainer.processing_class, options, False, None, name)
 
     prepared = prepare_rows(trainer, train, args, args.packing, prepare)
     if not len(prepared.dataset):
@@ -258,11 +259,14 @@ def _prepare(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: An
         packs, pack_groups = pack_by_group(prepared.dataset, group_ids, grouper.names, args)
         return pack_groups, Rows(packs).token_counts()
 
+    trainer.train_dataset = prepared.dataset
+    # The model has no weights, so the loss cannot be measured as in training.
+    balanced = trainer._commonit_lengths(is_causal_lm_loss(trainer) and not has_auxiliary_loss(trainer))
     return replace(
         recipe,
         rows=prepared.rows,
-        lengths=row_costs(prepared.dataset, trainer.data_collator),
-        arranged=args.commonit_balance_lengths and not has_auxiliary_loss(trainer) and is_causal_lm_loss(trainer),
+        lengths=Rows(prepared.dataset).token_counts() if balanced is None else balanced,
+        arranged=balanced is not None,
         padding_free=trainer.padding_free or (args.packing and args.packing_strategy != "wrapped"),
         pack=pack if args.packing else None,
         source_rows=prepared.numbers,

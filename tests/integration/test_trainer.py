@@ -430,7 +430,7 @@ def test_report_that_cannot_be_made_does_not_end_the_run(tmp_path, caplog, monke
         monkeypatch.setattr(f"commonit_trl.trainer.reports.{name}", fail)
     trainer, _ = train(tmp_path, id_rows([5, 4]), commonit_report=True)
     assert trainer.state.global_step == 5
-    assert sum("cannot be made (ZeroDivisionError: a figure)" in record.getMessage() for record in caplog.records) == 2
+    assert sum("(ZeroDivisionError: a figure)" in record.getMessage() for record in caplog.records) == 2
 
 
 def test_metrics_start_anew_with_each_training(tmp_path):
