@@ -1,17 +1,8 @@
-"""Fit groups ahead of training, or assign new rows to saved groups: `commonit group`.
+"""`commonit group`: groups fitted, or loaded and given new rows, ahead of training.
 
-It writes the groups (`groups.json` and its arrays, for `load_grouper`) and the assignment of the rows:
-`assignment.parquet`, with one row per row of the source data, in its order.
-
-| column | type | value |
-|---|---|---|
-| `row` | int64 | row number in the source data; null if the front end does not trace rows |
-| `group` | int64 | group id; null for dropped rows and for rows that belong to none of the loaded groups |
-| `name` | string | group name; null likewise |
-| `dropped` | string | reason why training drops the row; else null |
-
-Fitting also fills the cache of groups, so a training run on the same rows and options loads them. Under `torchrun` or
-`accelerate launch` the ranks share the encoding of texts through that cache, and rank 0 writes.
+What it writes is what `load_grouper` reads, `groups.json` with its arrays, and the assignment of the rows beside it.
+Fitting also fills the cache of groups, so that a training run on the same rows and options loads them. Started by
+`torchrun` or `accelerate launch`, the ranks share the encoding of texts through that cache, and the first one writes.
 """
 
 import argparse
@@ -22,22 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from commonit_trl.cli.recipes import Recipe
 from commonit_trl.config import METRICS, OPTIONS, READ_BY, CommonITArguments, check_choice
-from commonit_trl.files import replacing
+from commonit_trl.files import write_arrays
 from commonit_trl.grouping import Grouper, build_grouper, fit_assign_cached, load_grouper
-from commonit_trl.grouping.dropped import DroppedRows
 from commonit_trl.report import print_sizes
 from commonit_trl.sanitize import shown
 
 logger = logging.getLogger(__name__)
 
-ASSIGNMENT_FILE = "assignment.parquet"
-# The options that affect how groups are fitted -> the groupers' names for them.
+ASSIGNMENT_FILE = "assignment.safetensors"
+# The options that decide how groups are fitted, and their names among those of the groupers.
 FITTED_WITH = {
     "commonit_task_column": "columns",
     "commonit_num_groups": "num_groups",
@@ -59,18 +47,16 @@ class Grouped:
     options: CommonITArguments
     grouper: Grouper
     group_ids: NDArray[np.int64]
-    """(rows,) group ids; -1 for rows that belong to none of the loaded groups."""
-    dropped: DroppedRows
-    """Rows that training cannot use."""
+    """(rows,) group ids; -1 for rows that belong to none of the groups, which were loaded."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that only `commonit group` has."""
+    """Add the options of `commonit group` alone."""
     parser.add_argument("--output", metavar="DIR", required=True, help="directory for the groups and the assignment")
 
 
 def run(recipe: Recipe, asked: argparse.Namespace) -> int:
-    """Fit or load the groups, assign the rows, save both; return the exit code."""
+    """Fit or load the groups, assign the rows, save both; returns the exit code."""
     (metric,) = asked_metrics(recipe.options.commonit_metric, load=asked.load)
     grouped = group_rows(recipe, metric, load=asked.load)
     if os.environ.get("RANK", "0") != "0":
@@ -78,51 +64,19 @@ def run(recipe: Recipe, asked: argparse.Namespace) -> int:
     directory = Path(asked.output)
     try:
         grouped.grouper.save(directory)
-        with replacing(directory / ASSIGNMENT_FILE) as temporary:
-            pq.write_table(assignment(recipe, grouped), temporary)
+        write_arrays(directory / ASSIGNMENT_FILE, {"group_ids": grouped.group_ids})
     except OSError as error:
         raise ValueError(
             f"--output {directory} cannot be written ({error.strerror}): name a directory that this user may write."
         ) from error
-    print_sizes(grouped.grouper, grouped.group_ids, grouped.dropped)
+    print_sizes(grouped.grouper, grouped.group_ids)
     print(f"Saved in {shown(str(directory))}.")
     return 0
 
 
-def assignment(recipe: Recipe, grouped: Grouped) -> pa.Table:
-    """Return the group of each source row, as `assignment.parquet` holds it."""
-    group_ids = grouped.group_ids
-    names = pa.array([*grouped.grouper.names, None], pa.string())  # -1 takes the last
-    parts = [
-        {
-            "row": pa.nulls(len(group_ids), pa.int64()) if recipe.source_rows is None else pa.array(recipe.source_rows),
-            "group": pa.array(group_ids, mask=group_ids < 0),
-            "name": names.take(pa.array(group_ids % len(names))),
-            "dropped": pa.nulls(len(group_ids), pa.string()),
-        }
-    ]
-    for part in recipe.traced:
-        count = len(part.numbers)
-        parts.append(
-            {
-                "row": pa.array(part.numbers),
-                "group": pa.nulls(count, pa.int64()),
-                "name": pa.nulls(count, pa.string()),
-                "dropped": pa.repeat(part.reason, count),
-            }
-        )
-    table = pa.concat_tables(map(pa.table, parts))
-    return table if recipe.source_rows is None else table.sort_by("row")
-
-
 def asked_metrics(given: str | None, compare: str | None = None, load: str | None = None) -> list[str]:
-    """Return the metrics that the options select.
-
-    Args:
-        given: `commonit_metric`.
-        compare: `--compare`, metrics separated by commas.
-        load: `--load`, a directory of saved groups, whose metric is used.
-    """
+    """The metrics that the options ask for: `compare` names them, separated by commas, else the loaded groups do, else
+    `commonit_metric`, which is `given`."""
     known = [metric for metric in METRICS if metric != "none"]
     if load is not None:
         metric = load_grouper(load).metric
@@ -142,11 +96,11 @@ def asked_metrics(given: str | None, compare: str | None = None, load: str | Non
 
 
 def options_for(given: Any, metric: str, *, compared: bool = False) -> CommonITArguments:
-    """Return the checked options of one metric.
+    """The checked options of one metric.
 
     Args:
         given: has the `commonit_*` options as attributes.
-        compared: whether other metrics share the options; this metric then ignores the options that only they read.
+        compared: to other metrics, which read other options: those that this one does not read keep their defaults.
     """
     values = {name: getattr(given, name) for name in OPTIONS} | {"commonit_metric": metric}
     if compared:
@@ -155,10 +109,11 @@ def options_for(given: Any, metric: str, *, compared: bool = False) -> CommonITA
 
 
 def group_rows(recipe: Recipe, metric: str, *, compared: bool = False, load: str | None = None) -> Grouped:
-    """Fit the groups of `metric` as training does, or load groups, and assign the rows.
+    """Fit the groups of `metric` to the rows, as training does, or load groups; and assign the rows.
 
     Raises:
-        ValueError: when the rows lack what the metric reads, or the options contradict the loaded groups.
+        ValueError: where the metric needs what the rows do not have, and where the options ask for other groups than
+            the loaded ones.
     """
     options, rows = options_for(recipe.options, metric, compared=compared), recipe.rows
     if metric == "length" and not rows.tokenized:
@@ -169,23 +124,22 @@ def group_rows(recipe: Recipe, metric: str, *, compared: bool = False, load: str
         asked = build_grouper(options, rows.columns, seed=recipe.seed)
         grouper, group_ids = fit_assign_cached(asked, rows, options.commonit_cache_dir)
         grouper.log_notices()
-        return Grouped(options=options, grouper=grouper, group_ids=group_ids, dropped=recipe.count_dropped(grouper))
+        return Grouped(options=options, grouper=grouper, group_ids=group_ids)
     grouper = load_grouper(load)
     _check_loaded(grouper, load, options)
     group_ids = grouper.assign(rows)
-    unassigned = int(np.count_nonzero(group_ids < 0))
-    if unassigned == len(group_ids):
+    homeless = int(np.count_nonzero(group_ids < 0))
+    if homeless == len(group_ids):
         raise ValueError(
-            f"--load {load}: none of the {unassigned} rows belongs to one of its {len(grouper.names)} groups. Fit "
-            "groups to these rows instead."
+            f"--load {load}: none of the {homeless} rows belongs to one of its {len(grouper.names)} groups."
         )
-    if unassigned:
-        logger.warning("--load %s: %d of %d rows belong to none of its groups.", load, unassigned, len(group_ids))
-    return Grouped(options=options, grouper=grouper, group_ids=group_ids, dropped=recipe.count_dropped(grouper))
+    if homeless:
+        logger.warning("--load %s: %d of %d rows belong to none of its groups.", load, homeless, len(group_ids))
+    return Grouped(options=options, grouper=grouper, group_ids=group_ids)
 
 
 def _check_loaded(grouper: Grouper, load: str, options: CommonITArguments) -> None:
-    """Refuse an option that contradicts how the loaded groups were fitted."""
+    """Refuse an option that says how groups are fitted, where the loaded ones were fitted in another way."""
     for name, key in FITTED_WITH.items():
         value = getattr(options, name)
         if value != OPTIONS[name].default and value != grouper.options[key]:

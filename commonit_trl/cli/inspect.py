@@ -1,7 +1,8 @@
-"""Show the groups, steps and batches of a run before it trains, for one metric or several: `commonit inspect`."""
+"""`commonit inspect`: the groups, steps and batches of a run before it trains, for one metric or several."""
 
 import argparse
 import contextlib
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -17,20 +18,20 @@ from commonit_trl.trainer.mixin import weights_by_id
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that only `commonit inspect` has."""
+    """Add the options of `commonit inspect` alone."""
     parser.add_argument("--world_size", type=int, metavar="W", help="data-parallel ranks to plan for")
-    parser.add_argument("--compare", metavar="METRIC,...", help="show these metrics side by side")
+    parser.add_argument("--compare", metavar="METRIC,...", help="metrics to show side by side")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    parser.add_argument("--html", metavar="FILE", help="write a report with charts, one self-contained file")
+    parser.add_argument("--html", metavar="FILE", help="write a report with charts, one file that needs no network")
 
 
 def run(recipe: Recipe, asked: argparse.Namespace) -> int:
-    """Inspect `recipe` and print the numbers; return the exit code."""
+    """Inspect `recipe` and show what was found; returns the exit code."""
     metrics = asked_metrics(recipe.options.commonit_metric, asked.compare, asked.load)
     if asked.world_size is not None:
         recipe = replace(recipe, world_size=asked.world_size)
     compared, embed = asked.compare is not None, asked.html is not None
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print there, and stdout may be JSON
+    with contextlib.redirect_stdout(sys.stderr):  # for the libraries' messages: stdout may be JSON
         inspections = [
             inspect_recipe(recipe, metric, compared=compared, load=asked.load, embed=embed) for metric in metrics
         ]
@@ -51,25 +52,21 @@ def run(recipe: Recipe, asked: argparse.Namespace) -> int:
 def inspect_recipe(
     recipe: Recipe, metric: str, *, compared: bool = False, load: str | None = None, embed: bool = False
 ) -> Inspection:
-    """Return the numbers of one metric's groups and of their first epoch.
-
-    The arguments are those of `group_rows` and `inspect_groups`.
-    """
+    """The numbers of one metric's groups and of their first epoch; the arguments are those of `group_rows` and
+    `inspect_groups`."""
     grouped = group_rows(recipe, metric, compared=compared, load=load)
     options, grouper = grouped.options, grouped.grouper
     found = np.flatnonzero(grouped.group_ids >= 0)
     rows, lengths = recipe.rows, recipe.lengths
-    unassigned = len(rows) - len(found)
-    if unassigned:
-        rows = rows.select(found)
+    homeless = len(rows) - len(found)
+    if homeless:
+        rows = copy.copy(rows)
+        rows.dataset = rows.dataset.select(found)
         lengths = None if lengths is None else lengths[found]
     group_ids = sample_groups = grouped.group_ids[found]
     if recipe.pack is not None:
-        if unassigned:
-            raise ValueError(
-                f"--load {load}: packing needs every row in a group, and {unassigned} are in none. Fit groups to these "
-                "rows, or set packing=False."
-            )
+        if homeless:
+            raise ValueError(f"--load {load}: packing needs every row in a group, and {homeless} are in none.")
         sample_groups, lengths = recipe.pack(grouper, group_ids, recipe.world_size)
     plan = plan_epoch(
         sample_groups,
@@ -92,9 +89,8 @@ def inspect_recipe(
         padding_free=recipe.padding_free,
         seed=recipe.seed,
         embed=embed,
-        dropped=grouped.dropped,
     )
-    if not unassigned:
+    if not homeless:
         return inspection
-    note = f"{unassigned} of {len(recipe.rows)} rows belong to none of the loaded groups and are left out here."
-    return replace(inspection, warnings=(note, *inspection.warnings))
+    said = f"{homeless} of {len(recipe.rows)} rows belong to none of the loaded groups and are left out here."
+    return replace(inspection, warnings=(said, *inspection.warnings))
