@@ -170,13 +170,15 @@ class Rows:
             response = self._response_counts(total)
         return response if of == "response" else total - response
 
-    def trained_counts(self) -> NDArray[np.int64]:
-        """Count the tokens of each row that the loss of a causal language model counts.
+    def trained_counts(self, shifted: bool = True) -> NDArray[np.int64]:
+        """Count the tokens of each row that the loss counts.
 
         These are the labels other than -100; without labels, the tokens that TRL's completion and assistant masks
-        keep; without masks, all tokens. The first token of a row does not count, since no token predicts it. Labels of
-        another length than `input_ids` (seq2seq) and the tokens of chosen answers count from the first one. One label
-        per row (classification, regression) masks nothing, so all tokens count.
+        keep; without masks, all tokens. One label per row (classification, regression) masks nothing. Labels that are a
+        sequence of their own (seq2seq) and the tokens of chosen answers are never shifted.
+
+        Args:
+            shifted: the loss is that of a causal language model, which does not predict the first token of a row.
 
         Returns:
             (rows,) tokens after truncation to `max_length`; 0 for rows without tokens.
@@ -189,9 +191,11 @@ class Rows:
             return self._preference_counts()[1]
         if self._labels_are_separate:
             return self._count(["labels"])
+        if self._label_lists:
+            return self._count(["labels", "input_ids"], shifted)
         if "labels" in self.columns:
-            return self._count(["input_ids", *self._label_lists], shifted=bool(self._label_lists))
-        return self._count(["input_ids", *(mask for mask in _MASKS if mask in self.columns)], shifted=True)
+            return self._count(["input_ids"])
+        return self._count(["input_ids", *(mask for mask in _MASKS if mask in self.columns)], shifted)
 
     def _check_tokenized(self) -> None:
         if not self.tokenized:

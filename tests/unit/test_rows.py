@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Json, LargeList, List, Value, concatenate_datasets, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import tiny_model, tiny_tokenizer
@@ -451,8 +451,10 @@ def rendered(conversations: list[list[dict[str, Any]]], template: str, limit: in
         tokenizer.apply_chat_template(conversation, chat_template=template, return_dict=True)["input_ids"][part]
         for conversation in conversations
     ]
+    tokens = List(Value("int64"))
+    features = Features({"messages": List(Json()), "input_ids": tokens, "labels": tokens})
     columns = {"messages": conversations, "input_ids": ids, "labels": ids}
-    return Rows(Dataset.from_dict(columns), tokenizer, keep_end=keep_end, chat_template=template)
+    return Rows(Dataset.from_dict(columns, features), tokenizer, keep_end=keep_end, chat_template=template)
 
 
 @pytest.mark.parametrize("limit", [None, 60, 30])
@@ -657,8 +659,10 @@ def test_trained_tokens_are_those_that_the_loss_of_a_model_counts(
     dataset = Dataset.from_dict({"input_ids": ids, "labels": labels}, features=features)
     cut = slice(None) if max_length is None else slice(-max_length, None) if keep_end else slice(max_length)
     counted = Rows(dataset, max_length=max_length, keep_end=keep_end).trained_counts()
-    shifted = [(row or [])[cut][1:] for row in labels]
-    assert counted.tolist() == [sum(label != -100 for label in row) for row in shifted]
+    remaining = [(row or [])[cut] for row in labels]
+    assert counted.tolist() == [sum(label != -100 for label in row[1:]) for row in remaining]
+    unshifted = Rows(dataset, max_length=max_length, keep_end=keep_end).trained_counts(shifted=False)
+    assert unshifted.tolist() == [sum(label != -100 for label in row) for row in remaining]
 
 
 def test_trained_tokens_of_raw_rows_are_an_error() -> None:
