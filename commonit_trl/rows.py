@@ -365,7 +365,9 @@ class Rows:
         )
 
     def _preference_reader(self) -> tuple[list[str], Callable[..., tuple[pa.Array, pa.Array]]]:
-        if "prompt" in self.columns:
+        # TRL's reward trainer puts the prompt in front of both answers and keeps its column.
+        joined = "chosen_ids" in self.columns and "prompt_ids" not in self.columns
+        if "prompt" in self.columns and not joined:
             return ["prompt", "chosen"], lambda prompt, chosen: (_text(prompt), _text(chosen))
         if "rejected" in self.columns:
             return ["chosen", "rejected"], _split_preferences
