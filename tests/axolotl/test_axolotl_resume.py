@@ -7,12 +7,10 @@
 """
 
 import itertools
-import json
 
 import pytest
 from recipes import axolotl, launch, make_rows, recipe, result, save_model, seen, write_recipe, write_rows
 from safetensors.torch import load_file
-
 
 KILLED_IN_SECOND_EPOCH = 2
 CASES = {
