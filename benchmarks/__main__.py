@@ -30,6 +30,7 @@ NAMES = (
     "clustering",
     "backends",
     "metrics_overhead",
+    "evaluation",
     "real_data",
     "study",
     "axolotl_real_data",

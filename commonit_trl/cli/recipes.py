@@ -228,22 +228,24 @@ def _as_prompt_completion(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
 def _prepare(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: Any) -> Recipe:
     """Return `recipe` with the rows that `CommonITSFTTrainer` groups, and its batching of them.
 
-    TRL's preparation takes tokenizer, chat template, masks and padding from the trainer's construction. So a trainer
-    of one row is constructed, without CommonIT and with a model on the meta device, which then prepares the rows.
+    TRL's preparation takes the tokenizer, chat template, masks and padding from the trainer's construction, so a
+    trainer is constructed on the first row: without CommonIT, without packing, and with a model on the meta device.
     """
     args = recipe.options
     check_settings(args)
-    baseline = copy.copy(args)
-    baseline.commonit_metric, baseline.packing = "none", False
+    unpacked = copy.copy(args)
+    unpacked.commonit_metric, unpacked.packing, unpacked.max_length = "none", False, None
     model, tokenizer = _meta_model(tokenizer_name, model_args, args)
     trainer = CommonITSFTTrainer(
-        model=model, args=baseline, train_dataset=train.select([0]), processing_class=tokenizer
+        model=model, args=unpacked, train_dataset=train.select(range(1)), processing_class=tokenizer
     )
 
     def prepare(raw: Dataset, max_length: int | None, name: str) -> Dataset:
-        kept = copy.copy(baseline)
-        kept.max_length = max_length
-        return trainer._prepare_dataset(raw, trainer.processing_class, kept, False, None, name)
+        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            return raw
+        options = copy.copy(unpacked)
+        options.max_length = max_length
+        return trainer._prepare_dataset(raw, trainer.processing_class, options, False, None, name)
 
     prepared = prepare_rows(trainer, train, args, args.packing, prepare)
     if not len(prepared.dataset):
@@ -262,7 +264,8 @@ def _prepare(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: An
         recipe,
         rows=prepared.rows,
         lengths=row_costs(prepared.dataset, trainer.data_collator),
-        arranged=args.commonit_balance_lengths and not has_auxiliary_loss(trainer) and is_causal_lm_loss(trainer),
+        # The model has no weights, so the loss cannot be measured as in training.
+        arranged=args.commonit_balance_lengths and is_causal_lm_loss(trainer) and not has_auxiliary_loss(trainer),
         padding_free=trainer.padding_free or (args.packing and args.packing_strategy != "wrapped"),
         pack=pack if args.packing else None,
         source_rows=prepared.numbers,

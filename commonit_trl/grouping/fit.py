@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from commonit_trl.config import CommonITArguments
 from commonit_trl.grouping.base import Grouper
-from commonit_trl.grouping.build import build_grouper
 from commonit_trl.grouping.cache import fit_assign_cached
 from commonit_trl.grouping.dropped import DroppedRows
+from commonit_trl.grouping.registry import build_grouper
 from commonit_trl.grouping.tracing import TracedRows, count_traced
 from commonit_trl.rows import Rows
 

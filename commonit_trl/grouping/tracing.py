@@ -17,7 +17,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from commonit_trl.grouping.base import Grouper
-from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN, NONE_DROPPED, UNKNOWN_GROUP, DroppedRows
+from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN, UNKNOWN_GROUP, DroppedRows
 from commonit_trl.grouping.task import NO_LABEL, TaskGrouper
 from commonit_trl.rows import Rows
 
@@ -87,4 +87,4 @@ def group_names(grouper: Grouper, rows: Rows) -> list[str]:
 
 def count_traced(traced: Iterable[TracedRows], grouper: Grouper) -> DroppedRows:
     """Count the rows of all reasons by the group that `grouper` would assign them to."""
-    return sum((rows.count(grouper) for rows in traced), start=NONE_DROPPED)
+    return sum((rows.count(grouper) for rows in traced), start=DroppedRows())

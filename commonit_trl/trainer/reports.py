@@ -3,9 +3,7 @@
 A report that cannot be made is a warning. It never ends a run.
 """
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from commonit_trl.report import (
     ledger,
     ledger_table,
     model_card_section,
+    optional,
     write_html,
 )
 from commonit_trl.rows import Rows
@@ -30,17 +29,6 @@ _CARD_SETTINGS = ("commonit_metric", "commonit_purity", "commonit_remainder", "c
 _GROUPS_NAMED = 5
 
 
-@contextlib.contextmanager
-def never_ending_the_run(trainer: Any, name: str) -> Iterator[None]:
-    """A context in which an error becomes a warning."""
-    try:
-        yield
-    except Exception as error:
-        trainer._commonit_logger.warning(
-            "%s cannot be made (%s: %s); training is not affected.", name, type(error).__name__, error
-        )
-
-
 def epoch_summary(trainer: Any) -> dict[str, Any]:
     """Return what a complete first epoch trains, leaves out and repeats, as JSON values."""
     run = trainer.commonit
@@ -50,7 +38,7 @@ def epoch_summary(trainer: Any) -> dict[str, Any]:
 def log_summary(trainer: Any) -> None:
     """Log the epoch summary, and warn of samples that are dropped, left out or repeated."""
     args, log = trainer.args, trainer._commonit_logger
-    with never_ending_the_run(trainer, "The epoch summary"):
+    with optional("the epoch summary", log):
         entry = epoch_summary(trainer)
         log.info(
             "commonit_metric=%s: %d groups, %d steps per epoch (plain batches: %d), %d samples, %d left out, "
@@ -97,7 +85,7 @@ def _largest(counts: dict[str, int]) -> str:
 def inspect_run(trainer: Any) -> Inspection | None:
     """Compute the numbers of the first epoch for the report; None where they cannot be had."""
     run, args = trainer.commonit, trainer.args
-    with never_ending_the_run(trainer, "commonit_report: the report"):
+    with optional("all numbers", trainer._commonit_logger):
         lengths, plan = run.spec.lengths, run.spec.whole.plan(0)
         if lengths is None and len(trainer.train_dataset) == len(plan.group_ids):
             trained = Rows(trainer.train_dataset)
@@ -129,14 +117,14 @@ def write_report(trainer: Any, inspection: Inspection | None) -> None:
         if name in entry
     ]
     path = Path(trainer.args.output_dir) / COMMONIT_DIR / REPORT_FILE
-    with never_ending_the_run(trainer, f"commonit_report: {path}"):
+    with optional(f"the file {path}", trainer._commonit_logger):
         write_html(path, [inspection], losses)
 
 
 def extend_model_card(trainer: Any) -> None:
     """Add a section on the groups to the model card, if there is one."""
     path = Path(trainer.args.output_dir) / "README.md"
-    with never_ending_the_run(trainer, f"The section of {path}"):
+    with optional(f"the section of {path}", trainer._commonit_logger):
         if path.exists():
             settings = {name: getattr(trainer.args, name) for name in _CARD_SETTINGS}
             section = model_card_section(epoch_summary(trainer), settings)

@@ -130,7 +130,8 @@ def prepare_rows(
     trained = rows.trained_counts() > 0
     if not trained.all():
         untrained = np.flatnonzero(~trained)
-        traced.append(TracedRows(reason=NO_TRAINED_TOKEN, numbers=numbers[untrained], rows=rows.select(untrained)))
+        whole = sft_rows(trainer, dataset.select(untrained), args)  # before packing truncates them
+        traced.append(TracedRows(reason=NO_TRAINED_TOKEN, numbers=numbers[untrained], rows=whole))
         kept = np.flatnonzero(trained)
         dataset, numbers, rows = dataset.select(kept), numbers[kept], rows.select(kept)
     return PreparedRows(dataset=dataset, numbers=numbers, rows=rows, traced=tuple(traced))

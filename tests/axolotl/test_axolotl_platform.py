@@ -17,7 +17,7 @@ from axolotl.integrations.base import PluginManager
 from axolotl.integrations.config import merge_training_args
 from axolotl.utils.collators import V2BatchSamplerDataCollatorForSeq2Seq
 from axolotl.utils.dict import DictDefault
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from peft import LoraConfig, get_peft_model
 from recipes import PLUGIN
 from torch.utils.data import SequentialSampler
@@ -36,7 +36,11 @@ CALLERS = [
         sft,
         ["generate_dataset_hash_from_config", "load_preprocessed_dataset", "try_load_from_hub"],
     ),
-    (sft._load_raw_datasets, sft, ["generate_dataset_hash_from_config", "deduplicate_and_log_datasets"]),
+    (
+        sft._load_raw_datasets,
+        sft,
+        ["generate_dataset_hash_from_config", "deduplicate_and_log_datasets", "save_preprocessed_dataset"],
+    ),
     (shared.create_train_validation_split, shared, ["deduplicate_and_log_datasets"]),
     (wrappers._handle_loaded_strategy, wrappers, ["wrap_dataset_for_tokenized_prompt"]),
     (wrappers._handle_custom_dataset_type, wrappers, ["wrap_dataset_for_tokenized_prompt"]),
@@ -65,6 +69,19 @@ def test_axolotl_calls_what_we_replace() -> None:
             assert caller.__globals__ is vars(module) and name in caller.__code__.co_names, said
             replaced.add((module, name))
     assert replaced == set(labels._REPLACED), "what labels.py replaces and what is checked here differ"
+
+
+def test_datasets_keep_the_description_that_holds_the_counts_of_dropped_rows(tmp_path: Path) -> None:
+    """`axolotl_plugin.dropped` stores the counts there; they must survive saving, splits, shards and selections."""
+    rows = Dataset.from_dict({"input_ids": [[1]] * 8, "labels": [[1]] * 8})
+    rows = rows.filter(lambda row: True).map(lambda row: row)
+    rows.info.description = "counts"
+    rows.save_to_disk(tmp_path / "rows")
+    saved = load_from_disk(tmp_path / "rows")
+    split = saved.train_test_split(test_size=2, shuffle=False, train_new_fingerprint="a", test_new_fingerprint="b")
+    derived = [saved, saved.shard(2, 0), split["train"], split["test"], saved.select([3, 1]), saved.shuffle(seed=0)]
+    derived.append(saved.remove_columns("labels"))
+    assert [part.info.description for part in derived] == ["counts"] * len(derived)
 
 
 def test_the_helpers_of_the_data_preparation() -> None:
@@ -184,7 +201,7 @@ def test_bins_are_as_large_as_axolotls(tmp_path: Path, real_batches: bool) -> No
     args.commonit_metric = "task"
     args.commonit_task_column = ["task"]
     ours = CommonITAxolotlTrainer(model=tiny_model(), args=args, **given)
-    assert ours._commonit_bins().capacity == sampler.batch_max_len == (64 if real_batches else 256)
+    assert ours._commonit_bins.capacity == sampler.batch_max_len == (64 if real_batches else 256)
     assert ours.commonit_plan().micro_batch_size == sampler.batch_size == (4 if real_batches else 1)
     taken = inspect.signature(type(sampler)).parameters
     assert {"group_size", "bin_size", "sequential", "num_processes", "mp_start_method"} <= set(taken)

@@ -153,6 +153,37 @@ def test_resume_with_and_without_commonit(run, parents_run, tmp_path):
     assert resumed.state.global_step == 10  # plain to plain is the parent's business
 
 
+def test_checkpoint_that_a_run_without_commonit_overwrote(run, tmp_path):
+    """A plain run in the same output directory leaves our folder inside its checkpoint, which is refused as its own,
+    and resumes as a plain one."""
+    shutil.copytree(run[0] / "out", tmp_path / "out")
+    train(tmp_path, ROWS, trainer_class=SFTTrainer, **{**OPTIONS, "max_steps": 5})
+    assert (tmp_path / "out" / "checkpoint-5" / "commonit" / "run.json").exists()
+    with pytest.raises(ValueError, match=r"checkpoint-5'.*written without CommonIT"):
+        resume(tmp_path, str(tmp_path / "out" / "checkpoint-5"))
+    resumed, _ = resume(tmp_path, str(tmp_path / "out" / "checkpoint-5"), commonit_metric="none")
+    assert resumed.state.global_step == 10
+
+
+def test_checkpoint_of_another_commonit_run_in_the_same_place(run, tmp_path):
+    """The manifest and the Trainer's state of a checkpoint must come from one run."""
+    shutil.copytree(run[0] / "out" / "checkpoint-5", tmp_path / "checkpoint-5")
+    train(tmp_path, ROWS, **{**OPTIONS, "max_steps": 5})
+    shutil.copy(tmp_path / "out" / "checkpoint-5" / "trainer_state.json", tmp_path / "checkpoint-5")
+    with pytest.raises(ValueError, match="checkpoint-5'"):
+        resume(tmp_path, str(tmp_path / "checkpoint-5"))
+
+
+def test_callback_states_are_restored(run, tmp_path):
+    """With `restore_callback_states_from_checkpoint` the Trainer rebuilds our mark; the next checkpoint is ours."""
+    directory, steps, _ = run
+    checkpoint = str(directory / "out" / "checkpoint-5")
+    _, seen = resume(tmp_path, checkpoint, restore_callback_states_from_checkpoint=True)
+    assert seen.steps == steps[5:]
+    _, seen = resume(tmp_path, str(tmp_path / "out" / "checkpoint-10"))
+    assert seen.steps == steps[10:]
+
+
 @pytest.mark.parametrize("content", [b"", b'{"commonit_metric": "ta', b"{}", b"[]", b"\xff"])
 def test_damaged_run_file(run, tmp_path, content):
     """A damaged `run.json` is an error that names the file, not a guess."""

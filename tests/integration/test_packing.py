@@ -131,3 +131,14 @@ def test_unpacked_evaluation_of_packed_training(tmp_path):
 def test_packing_needs_max_length(tmp_path):
     with pytest.raises(ValueError, match="packing=True: max_length"):
         train_packed(tmp_path, packed_rows([20]), "bfd", max_length=None)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_packs_do_not_depend_on_the_number_of_processes(tmp_path, strategy):
+    """`dataset_num_proc` makes neither more packs nor emptier ones."""
+    packs = []
+    for processes in (None, 2):
+        options = {"packing": True, "packing_strategy": strategy, "max_length": MAX_LENGTH}
+        trainer = make_trainer(tmp_path / str(processes), packed_rows([60, 20]), dataset_num_proc=processes, **options)
+        packs.append(trainer.train_dataset["input_ids"][:])
+    assert packs[0] == packs[1]

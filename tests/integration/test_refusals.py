@@ -1,16 +1,16 @@
 """What does not go together is refused when the trainer is made, in one line that names the option, its value
 and the way out, and leaves nothing behind."""
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import pytest
 from datasets import IterableDataset
 from helpers import make_trainer
 from toys import id_rows
 from transformers import TrainingArguments
-from trl import SFTConfig
+from trl import GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig
 
-from commonit_trl import CommonITSFTTrainer
+from commonit_trl import CommonITArguments, CommonITMixin, CommonITSFTTrainer
 
 ROWS = id_rows([5, 4, 3])
 MISSING_MODEL = "no-such-owner/no-such-model"  # loading it would raise another error
@@ -112,3 +112,40 @@ def test_dataset_replaced_after_grouping(tmp_path):
     trainer.train_dataset = ROWS.select(range(6))
     with pytest.raises(ValueError, match=r"train_dataset \(6 rows\) is not the dataset that was grouped \(12 rows\)"):
         trainer.train()
+
+
+@dataclass(kw_only=True)
+class KTOArguments(CommonITArguments, KTOConfig):
+    pass
+
+
+@dataclass(kw_only=True)
+class GRPOArguments(CommonITArguments, GRPOConfig):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "arguments", "options", "parts"),
+    [
+        (KTOTrainer, KTOArguments, {}, ["loss_type='kto'", "apo_zero_unpaired", "train_sampling_strategy='random'"]),
+        (
+            KTOTrainer,
+            KTOArguments,
+            {"loss_type": "apo_zero_unpaired"},
+            ["train_sampling_strategy='sequential'", "'random'"],
+        ),
+        (GRPOTrainer, GRPOArguments, {}, ["GRPOTrainer._get_train_sampler", "commonit_metric='none'"]),
+    ],
+    ids=str,
+)
+def test_trainers_whose_batches_cannot_be_composed_anew(tmp_path, trainer_class, arguments, options, parts):
+    """Each is refused before the model is loaded, with a fix that goes through."""
+
+    class Mixed(CommonITMixin, trainer_class):
+        pass
+
+    args = arguments(output_dir=str(tmp_path / "out"), commonit_metric="task", bf16=False, use_cpu=True, **options)
+    with pytest.raises(ValueError) as error:
+        Mixed(model=MISSING_MODEL, args=args, train_dataset=ROWS)
+    assert all(part in str(error.value) for part in parts), error.value
+    assert "SFT" not in str(error.value)

@@ -2,6 +2,7 @@
 group and in each epoch every row once."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ from datasets import Dataset
 from helpers import QUIET, Seen, groups_of_steps, make_trainer, train, without_run_times
 from peft import LoraConfig
 from toys import id_rows, tiny_model, tiny_tokenizer
-from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTTrainer
 
 from commonit_trl import CommonITMixin, CommonITSFTTrainer
@@ -363,3 +364,106 @@ def test_i7_metric_none_is_the_parent(tmp_path, name):
         for name in ("CommonITSFTTrainer", "SFTTrainer")
     ]
     assert files[0] == files[1]
+
+
+def untrained_rows():
+    """Rows of `id_rows`, every third of which has no token to train on; and the numbers of the others."""
+    rows = id_rows([9, 6])
+    labels = [[-100] * len(row) if number % 3 == 0 else row for number, row in enumerate(rows["labels"])]
+    return rows.remove_columns("labels").add_column("labels", labels), {n for n in range(len(rows)) if n % 3}
+
+
+@pytest.mark.parametrize("metric", ["task", "length"])
+def test_rows_without_a_token_to_train_on_are_dropped_and_counted(tmp_path, caplog, metric):
+    """They are in no batch and no group; the warning, the epoch summary and `groups.json` count them."""
+    rows, trained = untrained_rows()
+    trainer, seen = train(tmp_path, rows, commonit_metric=metric)
+    assert {row.number for row in seen.rows} == trained
+    assert all(entry["loss"] > 0 for entry in trainer.state.log_history if "loss" in entry)
+    dropped = trainer.commonit.grouping.dropped
+    assert dropped.rows == 5 and dropped.by_reason == {"no token to train on": 5}
+    if metric == "task":
+        labels = rows["task"]
+        expected = Counter(labels[number] for number in range(len(rows)) if number not in trained)
+        assert dropped.by_group == expected
+    (warning,) = [record.getMessage() for record in caplog.records if "rows are not trained" in record.getMessage()]
+    assert "5 rows" in warning and "no token to train on" in warning
+    saved = json.loads((tmp_path / "out" / "commonit" / "groups.json").read_text(encoding="utf-8"))
+    assert saved["ledger"]["dropped"]["rows"] == 5
+
+
+def test_rows_that_preparation_drops_are_counted_by_group(tmp_path):
+    """TRL drops rows whose completion truncation removes; their group is that of their label, or of their length
+    before truncation."""
+    rows = Dataset.from_list(
+        [{"task": f"t{n % 2}", "prompt": "p" * (50 if n < 5 else 5), "completion": "c" * 10} for n in range(12)]
+    )
+    for metric, by_group in (("task", {"t0": 3, "t1": 2}), ("length", {"response of any length": 5})):
+        trainer = make_trainer(tmp_path / metric, rows, commonit_metric=metric, max_length=40)
+        dropped = trainer.commonit.grouping.dropped
+        assert len(trainer.train_dataset) == 7 and dropped.by_group == by_group
+        assert all("max_length=40" in reason for reason in dropped.by_reason)
+
+
+def test_dataset_replaced_by_one_of_equal_length(tmp_path):
+    trainer = make_trainer(tmp_path, id_rows([5, 4]))
+    trainer.train_dataset = id_rows([5, 4], seed=1)
+    with pytest.raises(ValueError, match=r"train_dataset .* is not the dataset that was grouped"):
+        trainer.train()
+
+
+def test_training_sampler_of_a_subclass_is_refused_by_name(tmp_path):
+    class Mine(CommonITSFTTrainer):
+        def _get_train_sampler(self, *args, **kwargs):
+            return None
+
+    with pytest.raises(ValueError, match=r"Mine\._get_train_sampler does not go with commonit_metric"):
+        make_trainer(tmp_path, id_rows([5, 4]), trainer_class=Mine)
+    make_trainer(tmp_path, id_rows([5, 4]), trainer_class=Mine, commonit_metric="none")
+
+
+def test_report_that_cannot_be_made_does_not_end_the_run(tmp_path, caplog, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError("a figure")
+
+    for name in ("inspect_groups", "ledger_table"):
+        monkeypatch.setattr(f"commonit_trl.trainer.reports.{name}", fail)
+    trainer, _ = train(tmp_path, id_rows([5, 4]), commonit_report=True)
+    assert trainer.state.global_step == 5
+    assert sum("(ZeroDivisionError: a figure)" in record.getMessage() for record in caplog.records) == 2
+
+
+def test_metrics_start_anew_with_each_training(tmp_path):
+    """What an interrupted `train` collected is not in the logs of the next one."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_log, control.should_training_stop = False, True
+
+    rows = id_rows([8])
+    logs = []
+    for interrupted in (False, True):
+        trainer = make_trainer(tmp_path / str(interrupted), rows, learning_rate=0.0, logging_steps=4)
+        if interrupted:
+            trainer.add_callback(Stop)
+            trainer.train()
+            trainer.remove_callback(Stop)
+        trainer.train()
+        logs.append([entry["loss_g000"] for entry in trainer.state.log_history if "loss_g000" in entry])
+    assert logs[0] == pytest.approx(logs[1]) and len(logs[0]) == 1
+
+
+def test_loader_that_a_callback_makes_does_not_change_the_metrics(tmp_path):
+    """The group of a step comes from the plan, not from the newest sampler."""
+
+    class MakeLoader(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            next(iter(trainer.get_train_dataloader()))
+
+    logs = []
+    for callbacks in ([], [MakeLoader()]):
+        extra = {"callbacks": callbacks}
+        trainer = make_trainer(tmp_path / str(len(callbacks)), id_rows([7, 5]), extra=extra, num_train_epochs=2)
+        trainer.train()
+        logs.append([entry["commonit_group"] for entry in trainer.state.log_history if "commonit_group" in entry])
+    assert logs[0] == logs[1] and set(logs[0]) == {0, 1}
