@@ -58,7 +58,6 @@ CASES = [
     case("sft", **PACKED),
     case("sft", packing_strategy="wrapped", cuts_rows=True, **PACKED),
     case("sft", padding_free=True, max_length=None),
-    case("sft", label_smoothing_factor=0.1),
     case("sft", dataloader_num_workers=2),
     case("sft", train_sampling_strategy="group_by_length", refuses="train_sampling_strategy"),
     case("sft", dataloader_drop_last=True, refuses="dataloader_drop_last"),
@@ -89,6 +88,7 @@ BASELINE_CASES = [
     case("sft", "text", num_train_epochs=3, max_steps=7, warmup_steps=2),
     case("kto", loss_type="kto", train_sampling_strategy="sequential"),
     case("sft", dataloader_num_workers=2, dataloader_persistent_workers=True),
+    case("sft", label_smoothing_factor=0.1),  # TRL 1.9 cannot
     # Refused by the parent.
     case("sft", "text", assistant_only_loss=True),
     case("sft", "text", completion_only_loss=True),
