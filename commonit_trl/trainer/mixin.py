@@ -109,6 +109,8 @@ class CommonITMixin(_Mixed):
                 micro_batch_size=self._train_batch_size,
                 world_size=world_size,
                 accumulation_steps=self.args.gradient_accumulation_steps,
+                # TRL's preference trainers gather values of each sample, which needs as many on every rank.
+                equal_sizes=world_size > 1 and not summed_over_tokens,
                 seed=data_seed(self.args),
             ),
             dataset=self.train_dataset,

@@ -64,13 +64,18 @@ def test_i7_without_a_metric_two_ranks_run_as_the_parents(kind, accumulation, la
 
 @geometries
 @pytest.mark.parametrize("method", ["balanced", "equal"])
-def test_i1_i2_steps_of_two_ranks_are_pure_and_hold_every_row_once(
-    kind, accumulation, method, launched, tmp_path
-) -> None:
+def test_i1_i2_steps_of_two_ranks_are_pure_and_hold_every_row(kind, accumulation, method, launched, tmp_path) -> None:
     runs = launched((kind,), "balanced", "equal")
     groups = row_groups(KINDS[kind], tmp_path)
     steps = steps_of_both(runs[f"{kind}-{accumulation}-{method}"])
-    assert Counter(row for step in steps for row in step) == dict.fromkeys(groups, 1)
+    seen = Counter(row for step in steps for row in step)
+    assert set(seen) == set(groups)
+    # Losses that are no sum over tokens have micro-batches of one size: under W x A repeats per group.
+    limit = 0 if kind == "sft" else 2 * accumulation - 1
+    repeats = Counter({group: -list(groups.values()).count(group) for group in groups.values()})
+    for row, times in seen.items():
+        repeats[groups[row]] += times
+    assert all(0 <= count <= limit for count in repeats.values())
     for step in steps:
         assert len({groups[row] for row in step}) == 1
 

@@ -434,7 +434,7 @@ WRONG_FLAGS = {
     "test split": ({"eval_strategy": "epoch"}, ["eval_strategy='epoch'", "'test'", "has: train"]),
     "streaming": ({"dataset_streaming": True}, ["dataset_streaming=True", "'none'"]),
     "too few rows": ({"gradient_accumulation_steps": 25}, ["24 samples", "25", "less gradient accumulation"]),
-    "cache": ({"commonit_cache_dir": "bad.jsonl"}, ["commonit_cache_dir='bad.jsonl'", "name a directory"]),
+    "cache": ({"commonit_cache_dir": "bad.jsonl"}, ["commonit_cache_dir='bad.jsonl'", "that this user may write"]),
     "order": ({"train_sampling_strategy": "group_by_length"}, ["train_sampling_strategy", "'random'"]),
     "encoder": (
         {"commonit_metric": "embedding", "commonit_embedding_model": "no/where"},

@@ -153,5 +153,5 @@ def test_tensor_and_context_parallel_ranks_share_batches(tensor, context, ranks)
         )
         assert data_parallel_rank(trainer) == (8 // (tensor * context), expected)
     trainer.get_sp_size = lambda: 2
-    with pytest.raises(ValueError, match=r"Sequence parallelism \(sp_size=2\) does not go with commonit_metric"):
+    with pytest.raises(ValueError, match=r"sp_size=2: sequence parallelism"):
         data_parallel_rank(trainer)
