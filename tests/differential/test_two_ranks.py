@@ -71,7 +71,8 @@ def test_i1_i2_steps_of_two_ranks_are_pure_and_hold_every_row(kind, accumulation
     seen = Counter(row for step in steps for row in step)
     assert set(seen) == set(groups)
     # Losses that are no sum over tokens have micro-batches of one size: under W x A repeats per group.
-    limit = 0 if kind == "sft" else 2 * accumulation - 1
+    sequences = 2 if kind in ("dpo", "reward") else 1  # per sample
+    limit = 0 if kind == "sft" else (2 * accumulation - 1) * sequences
     repeats = Counter({group: -list(groups.values()).count(group) for group in groups.values()})
     for row, times in seen.items():
         repeats[groups[row]] += times
