@@ -1,5 +1,6 @@
 """`evaluate_model.py` on local tasks and a tiny model: known scores, consent to generated code, wrong arguments."""
 
+import argparse
 import json
 import os
 import sys
@@ -72,8 +73,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def parse(folder, *arguments):
-    return evaluate_model.parse([str(folder / "model"), "--include_path", str(folder / "tasks"), *arguments])
+@pytest.fixture(scope="module")
+def parsed(folder):
+    """Options for the task that is marked as unsafe, the task, and the harness's `TaskManager`."""
+    arguments = "--areas toy_unsafe --limit 10 --run_generated_code --include_path"
+    return evaluate_model.parse([str(folder / "model"), *arguments.split(), str(folder / "tasks")])
 
 
 def test_the_script_reports_the_known_scores(folder):
@@ -93,18 +97,19 @@ def test_the_script_reports_the_known_scores(folder):
     ]
 
 
-def test_generated_code_runs_only_with_the_flag(folder, monkeypatch):
+def test_generated_code_runs_only_with_the_flag(parsed, monkeypatch):
+    options, *rest = parsed
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
     with pytest.raises(ValueError, match="marked as unsafe"):
-        evaluate_model.evaluate(*parse(folder, "--areas", "toy_unsafe"))
+        evaluate_model.evaluate(argparse.Namespace(**{**vars(options), "run_generated_code": False}), *rest)
     assert os.environ["HF_ALLOW_CODE_EVAL"] == "0"
-    areas = evaluate_model.evaluate(*parse(folder, "--areas", "toy_unsafe", "--run_generated_code", "--limit", "10"))
+    areas = evaluate_model.evaluate(options, *rest)
     assert areas["toy_unsafe"]["scores"]["toy_unsafe"]["acc,none"] == 9 / 10
     assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
 
 
-def test_the_harness_has_the_tasks_of_the_readme(folder):
-    _, _, manager = parse(folder, "--areas", "toy_easy")
+def test_the_harness_has_the_tasks_of_the_readme(parsed):
+    manager = parsed[-1]
     missing = {area for area, (task, _) in evaluate_model.AREAS.items() if task not in manager.all_tasks}
     assert missing <= {"tydiqa"}  # the lowest supported version does not have it
     names = " ".join(manager.all_tasks).lower()
