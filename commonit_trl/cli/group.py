@@ -32,7 +32,7 @@ from commonit_trl.files import replacing
 from commonit_trl.grouping import Grouper, build_grouper, fit_assign_cached, load_grouper
 from commonit_trl.grouping.dropped import DroppedRows
 from commonit_trl.report import print_sizes
-from commonit_trl.sanitize import shown
+from commonit_trl.sanitize import sanitize
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def run(recipe: Recipe, asked: argparse.Namespace) -> int:
             f"--output {directory} cannot be written ({error.strerror}): name a directory that this user may write."
         ) from error
     print_sizes(grouped.grouper, grouped.group_ids, grouped.dropped)
-    print(f"Saved in {shown(str(directory))}.")
+    print(f"Saved in {sanitize(str(directory))}.")
     return 0
 
 

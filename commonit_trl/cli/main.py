@@ -20,7 +20,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from commonit_trl import __version__
 from commonit_trl.config import OPTIONS, check_option_names, nearest
-from commonit_trl.sanitize import escaped, shown
+from commonit_trl.sanitize import escape, sanitize
 
 
 class UserError(Exception):
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         with _messages():
             return COMMANDS[given.command](given.options)
     except UserError as error:
-        print(f"commonit: error: {shown(str(error))}", file=sys.stderr)
+        print(f"commonit: error: {sanitize(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -86,7 +86,7 @@ def _sft(argv: list[str]) -> int:
     with user_errors(when=lambda: not begun.training):
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model saved to {shown(training_args.output_dir)}.")
+    trainer.accelerator.print(f"Model saved to {sanitize(training_args.output_dir)}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
@@ -163,7 +163,7 @@ class _Formatter(logging.Formatter):
     """The names of files and groups in a message do not act on the terminal; a message may have several lines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return escaped(super().format(record), but="\n")
+        return escape(super().format(record), keep="\n")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from commonit_trl.compare.strategies import BASELINE
 from commonit_trl.files import write_text
 from commonit_trl.report.charts import ABOVE, COLOURS, GREY, chart_text, figure, line_axis, number_axis, thinned
 from commonit_trl.report.html import render_page
-from commonit_trl.sanitize import shown
+from commonit_trl.sanitize import sanitize
 
 MOST_GROUPS = 20  # in a table or chart
 MORE_STEPS = 0.1  # of the baseline's: from here on it is said
@@ -51,7 +51,7 @@ def cost_cells(result: StrategyResult) -> tuple[str, ...]:
 
 def group_cells(group: GroupResult) -> tuple[str, ...]:
     """A group's line, under `GROUP_HEADINGS`."""
-    return (shown(group.name), f"{group.rows:,}", *_measured(group.loss, 4), *_measured(group.accuracy, 4))
+    return (sanitize(group.name), f"{group.rows:,}", *_measured(group.loss, 4), *_measured(group.accuracy, 4))
 
 
 def tables(comparison: Comparison) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
@@ -140,7 +140,7 @@ def print_comparison(comparison: Comparison, page: Path, console: Console | None
             if len(groups) < len(result.groups):
                 console.print(f"and {len(result.groups) - len(groups):,} smaller groups, which --json lists too.\n")
     for said in (*verdicts(comparison), "", *notes(comparison), "", f"Curves and charts: {page}"):
-        console.print(Text(shown(said)), soft_wrap=True)
+        console.print(Text(sanitize(said)), soft_wrap=True)
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -176,7 +176,7 @@ def render(comparison: Comparison) -> str:
         if not (groups := kept_groups(result)):
             continue
         chart = f"groups-{number}"
-        points = [(shown(group.name), group.loss.difference) for group in groups]
+        points = [(sanitize(group.name), group.loss.difference) for group in groups]
         charts[chart] = _intervals(points)
         sections.append(
             {
