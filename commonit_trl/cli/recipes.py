@@ -148,7 +148,7 @@ def read_foreign_recipe(front_end: str, path: str) -> Recipe:
     Raises:
         ValueError: when no installed package reads such recipes, or this one is invalid.
     """
-    missing = f"--{front_end} {path}: nothing installed reads such recipes: pip install 'commonit-trl[{front_end}]'."
+    missing = f"--{front_end} {path}: no package reads such recipes. Run pip install 'commonit-trl[{front_end}]'."
     readers = list(entry_points(group=ENTRY_POINTS, name=front_end))
     if not readers:
         raise ValueError(missing)
@@ -294,7 +294,7 @@ def _meta_model(tokenizer_name: str, model_args: Any, args: Any) -> tuple[Any, A
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{option}={tokenizer_name!r} is not found, or is none: give a hub name or a directory. {reason}"
+            f"{option}={tokenizer_name!r}: not found or not valid. Give a hub name or a directory. {reason}"
         ) from error
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, **trust), tokenizer
