@@ -1,9 +1,9 @@
 """`commonit demo`: fine-tune a tiny model with each metric, on data and models that the demo makes itself.
 
-Steps: (1) generate an instruction dataset of six task families by rule, train a byte-level BPE tokenizer on it, and make
-a tiny Llama and a toy sentence-transformers encoder (random token vectors); (2) train with the metrics `task`, `length`
-and `embedding`, from the same weights and rows; (3) print the purity and padding of the batches beside the baseline's,
-and each group's held-out loss before and after training; (4) load a saved model and print its answers.
+Steps: (1) generate an instruction dataset of six task families by rule, train a byte-level BPE tokenizer on it, and
+make a tiny Llama and a toy sentence-transformers encoder (random token vectors); (2) train with the metrics `task`,
+`length` and `embedding`, from the same weights and rows; (3) print the purity and padding of the batches beside the
+baseline's, and each group's held-out loss before and after training; (4) load a saved model and print its answers.
 
 Cost: about 40 s of one CPU core, 22 MB on disk; no GPU, no download.
 """
@@ -492,9 +492,7 @@ def _answer(directory: Path, questions: list[str]) -> list[str]:
     outputs = model.generate(**inputs, max_new_tokens=48, do_sample=False)
     answers = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     answers = [answer.strip() for answer in answers]
-    return [
-        answer if answer.isprintable() else repr(answer) for answer in answers
-    ]  # an untrained model generates any bytes
+    return [answer if answer.isprintable() else repr(answer) for answer in answers]
 
 
 def _answer_table(questions: list[Row], answers: list[str]) -> Any:
@@ -514,8 +512,8 @@ def _answer_table(questions: list[Row], answers: list[str]) -> Any:
 def _print_end(console: Any, output_dir: Path, max_steps: int, seconds: float) -> None:
     console.print(
         f"{max_steps} steps from random weights show the mechanism; they do not rank the metrics.\n"
-        f"The demo took {seconds:.0f} s. Models: {output_dir}/{{{','.join(METRICS)}}}, each with a report of its groups "
-        "and their losses, commonit/report.html.\n\n"
+        f"The demo took {seconds:.0f} s. Models: {output_dir}/{{{','.join(METRICS)}}}, each with a report of its "
+        "groups and their losses, commonit/report.html.\n\n"
         "Next, train on your own model and data, or on these (from the repository's root):",
         soft_wrap=True,
         markup=False,

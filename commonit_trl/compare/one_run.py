@@ -209,7 +209,8 @@ def exact_matches(trainer: Any, rows: Dataset, answers: str) -> NDArray[np.int64
         for batch in _batches(trainer, ordered, collate_prompts):
             tokens = model.generate(
                 **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-            )[:, batch["input_ids"].shape[1] :]
+            )
+            tokens = tokens[:, batch["input_ids"].shape[1] :]
             tokens = accelerator.pad_across_processes(tokens, dim=1, pad_index=tokenizer.pad_token_id)
             generated += tokenizer.batch_decode(accelerator.gather_for_metrics(tokens), skip_special_tokens=True)
     matches = np.empty(len(rows), dtype=np.int64)

@@ -1,8 +1,8 @@
 """The runs of a comparison as processes: start the missing ones, follow their progress, read their results.
 
 Each run is `commonit compare` with the user's own arguments and `--only RUN`, so it has its own memory and launcher
-(`--num_processes`), and a crash ends that run only. A finished run is not started again. A failed run keeps its log, and
-the other runs continue.
+(`--num_processes`), and a crash ends that run only. A finished run is not started again. A failed run keeps its log,
+and the other runs continue.
 """
 
 import contextlib
@@ -166,7 +166,7 @@ def claimed(directory: Path) -> Iterator[None]:
     """Lock the directory of a run for this process, and remove the files of an earlier attempt.
 
     Raises:
-        ValueError: if another process does the run: one whose `commonit compare` was killed, or another job of an array.
+        ValueError: if another process does the run, such as that of a killed `commonit compare`.
     """
     if os.environ.get("RANK", "0") != "0":
         yield

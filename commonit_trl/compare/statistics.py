@@ -1,9 +1,10 @@
 """The paired difference of two strategies on held-out rows, and its 95 % interval.
 
-A strategy is measured on every row with every seed. Its difference to the baseline is taken row by row and seed by seed,
-with the same weights, rows and seed on both sides, so effects that both sides share cancel: hard rows, lucky seeds. Two
-sources of chance remain: which rows were held out, and which seeds were drawn. `scipy.stats.bootstrap` resamples each
-of them, their variances add up, and Student's t with the degrees of freedom of Welch and Satterthwaite gives the interval.
+A strategy is measured on every row with every seed. Its difference to the baseline is taken row by row and seed by
+seed, with the same weights, rows and seed on both sides, so effects that both sides share cancel: hard rows, lucky
+seeds. Two sources of chance remain: which rows were held out, and which seeds were drawn. `scipy.stats.bootstrap`
+resamples each of them, their variances add up, and Student's t with the degrees of freedom of Welch and Satterthwaite
+gives the interval.
 
 The percentiles of one bootstrap over both sources are too narrow: for two equal strategies whose seeds differ, such an
 interval excludes zero in 27 of 100 repeats with 3 seeds and in 18 with 5 seeds; this one in 4 to 7

@@ -114,8 +114,8 @@ def notes(comparison: Comparison) -> list[str]:
     for result in comparison.strategies[1:]:
         if abs(result.steps - baseline) > MORE_STEPS * baseline:
             sentences.append(
-                f"{result.name}: {result.steps:,.0f} steps, {BASELINE}: {baseline:,.0f}. The number of steps is part of "
-                "the difference; a larger commonit_min_group_size reduces it."
+                f"{result.name}: {result.steps:,.0f} steps, {BASELINE}: {baseline:,.0f}. The number of steps is part "
+                "of the difference; a larger commonit_min_group_size reduces it."
             )
         if len(result.seeds) < seeds:
             sentences.append(f"{result.name}: seeds {', '.join(map(str, result.seeds))} only.")
