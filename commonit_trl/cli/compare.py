@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from datasets import Dataset
 from rich.console import Console
 
+from commonit_trl.cli import quiet
 from commonit_trl.cli.data import check_rows, load_all_splits, named_data, split_of
 from commonit_trl.cli.quiet import Screen
 from commonit_trl.cli.sft import check_model
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, metavar="N", default=1, help="runs at a time (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--only", metavar="RUN", help="do one run, such as length@0, in this process")
+    quiet.add_arguments(parser)
 
 
 def run(

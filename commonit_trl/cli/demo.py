@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from commonit_trl.cli import quiet
 from commonit_trl.cli.quiet import Screen
 from commonit_trl.plan import EpochPlan, PlanSummary, plan_epoch
 
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", default="out/demo", help="directory for data and models (default: %(default)s)")
     parser.add_argument("--max_steps", type=int, default=300, help="training steps per metric (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and batches (default: %(default)s)")
+    quiet.add_arguments(parser)
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -180,7 +180,7 @@ def group_rows(recipe: Recipe, metric: str, *, compared: bool = False, load: str
     unassigned = int(np.count_nonzero(group_ids < 0))
     if unassigned == len(group_ids):
         raise ValueError(
-            f"--load {load}: all {unassigned} rows are unassigned, none is in its {len(grouper.names)} groups. Fit groups "
+            f"--load {load}: all {unassigned} rows are unassigned, in none of {len(grouper.names)} groups. Fit groups "
             "to these rows instead."
         )
     if unassigned:

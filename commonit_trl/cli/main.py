@@ -133,7 +133,7 @@ def _inspect(argv: list[str]) -> int:
         with user_errors(TypeError):
             from commonit_trl.cli import inspect
 
-            asked, recipe = _read_recipe("inspect", inspect.add_arguments, argv, screen)
+            asked, recipe = read_recipe("inspect", inspect.add_arguments, argv, screen)
         with user_errors():
             return inspect.run(recipe, asked, screen.stdout)
 
@@ -144,7 +144,7 @@ def _group(argv: list[str]) -> int:
         with user_errors(TypeError):
             from commonit_trl.cli import group
 
-            asked, recipe = _read_recipe("group", group.add_arguments, argv, screen)
+            asked, recipe = read_recipe("group", group.add_arguments, argv, screen)
         with user_errors():
             return group.run(recipe, asked, screen)
 
@@ -157,7 +157,7 @@ def _compare(argv: list[str]) -> int:
         with user_errors(TypeError):
             from commonit_trl.cli import compare, launch
 
-            asked, arguments, launch_flags = _read_comparison(argv, screen)
+            asked, arguments, launch_flags = read_comparison(argv, screen)
             processes = launch.prepare(launch_flags, "compare", argv) if asked.only is not None else None
         with user_errors():
             if processes is not None:
@@ -175,7 +175,6 @@ def _demo(argv: list[str]) -> int:
         parser = _Parser(prog="commonit demo", description=_demo.__doc__, allow_abbrev=False)
         parser.screen = screen
         demo.add_arguments(parser)
-        quiet.add_arguments(parser)
         with user_errors():
             asked = parser.parse_args(argv)
             demo.check(asked)
@@ -223,8 +222,11 @@ def _quiet(argv: list[str], *, verbose: bool = False, bars: bool = True, level: 
         yield screen
 
 
-def _read_recipe(
-    command: str, add_arguments: Callable[[argparse.ArgumentParser], None], argv: list[str], screen: Screen
+def read_recipe(
+    command: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    argv: list[str],
+    screen: Screen | None = None,
 ) -> tuple[argparse.Namespace, "Recipe"]:
     """Return the options of `command` itself, and the recipe that the data and the other options describe."""
     from commonit_trl.cli import recipes
@@ -240,7 +242,6 @@ def _read_recipe(
     parser.screen = screen
     recipes.add_arguments(parser)
     add_arguments(parser)
-    quiet.add_arguments(parser)
     data = list(itertools.takewhile(lambda part: not part.startswith("-"), argv))
     asked, flags = parser.parse_known_args(argv[len(data) :])
     if asked.axolotl is not None:
@@ -260,7 +261,7 @@ def _read_recipe(
     return asked, recipe
 
 
-def _read_comparison(argv: list[str], screen: Screen) -> tuple[argparse.Namespace, Any, list[str]]:
+def read_comparison(argv: list[str], screen: Screen | None = None) -> tuple[argparse.Namespace, Any, list[str]]:
     """Return the options of `commonit compare` itself, and the result of `parse_sft` for the others."""
     from commonit_trl.cli import compare, recipes
 
@@ -273,7 +274,6 @@ def _read_comparison(argv: list[str], screen: Screen) -> tuple[argparse.Namespac
     )
     parser.screen = screen
     compare.add_arguments(parser)
-    quiet.add_arguments(parser)
     asked, flags = parser.parse_known_args(argv)
     return asked, *parse_sft([*flags, *compare.FLAGS], recipes.SFTRecipeConfig, "commonit compare")
 

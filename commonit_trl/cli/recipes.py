@@ -24,6 +24,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from trl import SFTConfig
 
+from commonit_trl.cli import quiet
 from commonit_trl.cli.data import check_rows, load_splits, named_data
 from commonit_trl.grouping import Grouper
 from commonit_trl.grouping.dropped import NONE_DROPPED, DroppedRows
@@ -118,6 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--axolotl", metavar="FILE", help="an Axolotl recipe instead of DATA and options")
     parser.add_argument("--tokenizer", metavar="NAME", help="hub name or directory; default: the model's tokenizer")
     parser.add_argument("--load", metavar="DIR", help="use saved groups instead of fitting new ones")
+    quiet.add_arguments(parser)
     parser.set_defaults(compare=None)
 
 

@@ -228,7 +228,7 @@ def _parse(argv: list[str]) -> None:
     try:
         with refusals(sanitize):  # which is what the command prints them through
             with contextlib.suppress(TypeError):  # in one line, too: TRL's dataclasses do not check
-                cli._parse_sft(argv)
+                cli.parse_sft(argv)
     finally:
         os.environ.clear()
         os.environ.update(environment)

@@ -20,7 +20,8 @@ from toys import tiny_model, tiny_tokenizer
 
 from commonit_trl.cli import launch
 from commonit_trl.cli import main as cli
-from commonit_trl.cli.data import load_splits, make_trainer
+from commonit_trl.cli.data import load_splits
+from commonit_trl.cli.sft import make_trainer
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "example_configs" / "paper"
@@ -37,7 +38,7 @@ WITHOUT_GPU = {"use_cpu": True, "bf16": False, "tf32": False, "deepspeed": ""}
 
 
 def parse(path, **options):
-    (script, training, model, mixture), launch_flags = cli._parse_sft(["--config", str(path), *as_argv(options)])
+    (script, training, model, mixture), launch_flags = cli.parse_sft(["--config", str(path), *as_argv(options)])
     return (script, training, model, mixture), launch_flags
 
 
