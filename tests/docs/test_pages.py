@@ -92,7 +92,7 @@ def test_the_comparison_has_its_options_and_its_output():
     options = {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help"}
     assert set(first_cells(page)) == options
     (output,) = re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert all(word in output for word in ("Held-out", "less none's", "Groups by task", "intervals of equal"))
+    assert all(word in output for word in ("Held-out", "vs none", "Groups by task", "intervals of equal"))
 
 
 def test_the_study_shows_its_result():

@@ -20,7 +20,8 @@ from toys import tiny_model, tiny_tokenizer
 
 from commonit_trl.cli import launch
 from commonit_trl.cli import main as cli
-from commonit_trl.cli.data import load_splits, make_trainer
+from commonit_trl.cli.data import load_splits
+from commonit_trl.cli.sft import make_trainer
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "example_configs" / "paper"
@@ -42,7 +43,7 @@ def write(path, front_end, *run):
 
 
 def parse(path, **options):
-    return cli._parse_sft(["--config", str(path), *as_argv(options)])
+    return cli.parse_sft(["--config", str(path), *as_argv(options)])
 
 
 # --- the script ---------------------------------------------------------------------------------------------
