@@ -153,6 +153,7 @@ def test_what_changed_between_runs_is_named(recipe, capfd):
     assert "is damaged" in capfd.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_and_a_failed_run_is_named(recipe, tmp_path):
     """The processes that users start: one run is missing, one cannot be done, the others have finished."""
     recipe = recipe | {"metrics": "none,length,embedding:embedding_model=nowhere", "seeds": 1}
@@ -188,6 +189,7 @@ def test_a_run_is_done_by_one_process_at_a_time(recipe, capfd):
     assert compare(recipe, "--only", "none@7") == 0
 
 
+@pytest.mark.slow
 def test_runs_end_with_the_comparison(recipe):
     command = [sys.executable, "-m", "commonit_trl", "compare", *as_argv(recipe | {"num_train_epochs": 10_000})]
     comparison = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -203,6 +205,7 @@ def test_runs_end_with_the_comparison(recipe):
             pass
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_every_row_in_its_place(recipe, tmp_path):
     assert compare(recipe, "--only", "task@7") == 0
     alone = written("task@7")

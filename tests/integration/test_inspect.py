@@ -326,6 +326,7 @@ def test_help_names_the_options(capsys):
 # --- real data ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_real_data_takes_seconds(real_data, tokenizer, capsys):
     """14,434 rows, in seconds of CPU; a byte tokenizer makes more tokens than a real one, and takes longer."""
@@ -340,6 +341,7 @@ def test_real_data_takes_seconds(real_data, tokenizer, capsys):
     assert time.process_time() - started < 60
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_real_rows_are_in_a_group_or_dropped(real_data, tokenizer, tmp_path, capsys):
     """I2 on the mixture and the reference set, of which two whole tasks do not fit in 700 tokens.

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from toys import id_rows, plan_of, recorded, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "example_configs"
 SIZES = [5, 6, 13]
 FLAGS = {
