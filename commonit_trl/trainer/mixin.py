@@ -86,6 +86,7 @@ class CommonITMixin(_Mixed):
         validate.check_settings(options)
         validate.check_class(type(self), CommonITMixin, known=())
         validate.check_dataset(dataset)
+        validate.check_images(options, dataset)
         build_grouper(options, dataset.column_names)  # a missing task column
 
     def commonit_start(self) -> None:
