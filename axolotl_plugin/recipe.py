@@ -83,7 +83,7 @@ def _read(path: str) -> Recipe:
     from transformers import TrainingArguments
 
     from axolotl_plugin.args import read_options
-    from axolotl_plugin.dropped import dropped_rows, trained_counts
+    from axolotl_plugin.dropped import dropped_rows
     from axolotl_plugin.labels import TaskLabels
     from axolotl_plugin.packing import bin_shape, pack_for_training
 
@@ -94,7 +94,7 @@ def _read(path: str) -> Recipe:
     if options.commonit_metric == "task":
         options.commonit_task_column = [TaskLabels(options, cfg).column]
     dropped = dropped_rows(dataset) or DroppedRows()
-    trained = trained_counts(dataset) > 0
+    trained = Rows(dataset).is_trained()
     if not trained.all():
         dropped += _untrained(Rows(dataset.select(np.flatnonzero(~trained))), options)
         dataset = dataset.select(np.flatnonzero(trained))

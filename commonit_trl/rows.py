@@ -1,32 +1,37 @@
-"""What a row says: its task label, the tokens of its prompt and response, and their text.
+"""Read prompts, responses, labels and token counts from the rows of a dataset.
 
-`Rows` reads a dataset in any of the forms that TRL trains on, raw or tokenised:
+`Rows` reads every form of data that TRL trains on, raw or tokenised:
 
 | columns | prompt | response |
 |---|---|---|
 | `prompt`, `completion` (text or messages) | the prompt | the completion |
 | `messages`, or ShareGPT's `conversations` | all other turns | the assistant's turns |
 | `instruction` (, `input`), `output` | instruction and input | the output |
+| `prompt`, `chosen` (text or messages) | the prompt | the chosen answer |
+| `chosen`, `rejected` (text or messages) | their common start | the rest of `chosen` |
 | `text` | the text | the text |
 | `input_ids`, `labels` | tokens whose label is -100 | the other tokens |
+| `input_ids`, `labels` of another length (seq2seq) | `input_ids` | labels other than -100 |
+| `prompt_ids`, `completion_ids` or `chosen_ids` | `prompt_ids` | the other column |
+| `chosen_ids`, `rejected_ids` | their common start | the rest of `chosen_ids` |
 
-Token counts are those of the tokenised columns, so they are the ones that training sees, after chat template
-and truncation. Everything is read through Arrow, whose order of rows may be a shuffled one: benchmarks/reading.py has
-the cost. Only rows of tokens without text, and conversations whose contents are lists of parts, are read one by one,
-and only conversations that are trained on every turn are rendered again, to find the assistant's tokens.
+Token counts come from the tokenised columns, so they include the chat template and truncation, and leave out padding.
+Reading goes through Arrow and keeps the order of shuffled datasets; benchmarks/reading.py measures its cost. Three
+forms are read row by row: tokens without text, messages whose contents are not plain text, and preference data without
+a prompt. Conversations that are trained on every turn are rendered again, to find the assistant's tokens.
 """
 
 import copy
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, LargeList, List
+from datasets import ClassLabel, Dataset
 from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
@@ -34,6 +39,9 @@ logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 10_000
 _ASSISTANT_ROLES = ("assistant", "gpt", "model")
 _ROLE_FIELDS, _CONTENT_FIELDS = ("role", "from"), ("content", "value")
+_MASKS = ("assistant_masks", "completion_mask")
+_MASKED = {"labels": -100, "attention_mask": 0, **dict.fromkeys(_MASKS, 0)}  # the value of tokens that do not count
+_MARK = "\ue000"  # a private-use character: no conversation contains it
 
 
 class Rows:
@@ -132,81 +140,162 @@ class Rows:
 
     @property
     def tokenized(self) -> bool:
-        return "input_ids" in self.columns
+        """Whether the rows have token ids."""
+        return "input_ids" in self.columns or self._answer_column is not None
 
     def token_counts(self, of: str = "total") -> NDArray[np.int64]:
-        """(rows,) tokens of each row's `response`, `prompt` or `total`, after truncation to `max_length`.
+        """Count the tokens of each row's `response`, `prompt` or `total`.
 
-        The response is what the labels (or TRL's completion and assistant masks) leave unmasked. Rows that
-        are trained on every token count the completion or the assistant's turns where they can be told apart,
-        else the whole row.
+        Counts are those after truncation to `max_length`; padding, where `attention_mask` is 0, does not count. The
+        response is the part that labels, or TRL's completion and assistant masks, leave unmasked. In rows that are
+        trained on every token it is the assistant's turns where they can be found, else the whole row.
+
+        Returns:
+            (rows,) tokens; `prompt` and `response` add up to `total`.
 
         Raises:
             ValueError: when the rows are not tokenised.
         """
+        self._check_tokenized()
+        if "input_ids" not in self.columns:
+            total, response = self._preference_counts()
+        else:
+            total, response = self._count(["input_ids", *self._padding]), None
+            if self._labels_are_separate:
+                response = self._count(["labels"])
+                total = total + response
+        if of == "total":
+            return total
+        if response is None:
+            response = self._response_counts(total)
+        return response if of == "response" else total - response
+
+    def trained_counts(self, shifted: bool = True) -> NDArray[np.int64]:
+        """Count the tokens of each row that the loss counts.
+
+        These are the labels other than -100; without labels, the tokens that TRL's completion and assistant masks
+        keep; without masks, all tokens. One label per row (classification, regression) masks nothing. Labels that are a
+        sequence of their own (seq2seq) and the tokens of chosen answers are never shifted.
+
+        Args:
+            shifted: the loss is that of a causal language model, which does not predict the first token of a row.
+
+        Returns:
+            (rows,) tokens after truncation to `max_length`; 0 for rows without tokens.
+
+        Raises:
+            ValueError: when the rows are not tokenised.
+        """
+        self._check_tokenized()
+        if "input_ids" not in self.columns:
+            return self._preference_counts()[1]
+        if self._labels_are_separate:
+            return self._count(["labels"])
+        if self._label_lists:
+            return self._count(["labels", "input_ids"], shifted)
+        if "labels" in self.columns:
+            return self._count(["input_ids"])
+        return self._count(["input_ids", *(mask for mask in _MASKS if mask in self.columns)], shifted)
+
+    def _check_tokenized(self) -> None:
         if not self.tokenized:
             raise ValueError(
                 "Token counts need tokenised rows (a column input_ids), and the dataset has only: "
                 f"{', '.join(self.columns)}."
             )
-        total = self._per_row(["input_ids"], self._lengths)
-        if of == "total":
-            return total
-        response = self._response_counts(total)
-        return response if of == "response" else total - response
-
-    def trained_counts(self, shifted: bool = True) -> NDArray[np.int64]:
-        """Count the (rows,) tokens that training trains on, after truncation to `max_length`.
-
-        Args:
-            shifted: the loss predicts the next token, so it never trains on the first one.
-
-        Raises:
-            ValueError: when the rows are not tokenised.
-        """
-        if "labels" in self.columns:
-            count = functools.partial(self._count_unmasked, mask=-100, skipped=int(shifted))
-            return self._per_row(["labels", "input_ids"], count)
-        return np.maximum(self.token_counts("total") - int(shifted), 0)
 
     def is_trained(self, shifted: bool = True) -> NDArray[np.bool_]:
         """Return for each of the (rows,) whether it has a token to train on; True for rows without labels per token."""
-        labels = self.dataset.features.get("labels") if self.tokenized else None
-        if not isinstance(labels, List | LargeList):
+        if not (self.tokenized and self._label_lists):
             return np.ones(len(self), dtype=bool)
         return self.trained_counts(shifted) > 0
 
     def _response_counts(self, total: NDArray[np.int64]) -> NDArray[np.int64]:
-        if "labels" in self.columns:
-            counts = self._per_row(["labels", "input_ids"], functools.partial(self._count_unmasked, mask=-100))
+        if self._label_lists:
+            counts = self._count(["labels", "input_ids", *self._padding])
             if np.any(counts < total):
                 return counts
-        for column in ("assistant_masks", "completion_mask"):
-            if column in self.columns:
-                return self._per_row([column, "input_ids"], functools.partial(self._count_unmasked, mask=0))
+        for mask in _MASKS:
+            if mask in self.columns:
+                return self._count([mask, "input_ids", *self._padding])
         conversation = self._conversation_column()
         if conversation is not None and self.chat_template is not None:
-            return self._count_assistant_tokens(conversation, total)
-        logger.info("Nothing tells prompt from response in these rows: the response length is that of the whole row.")
+            return self._count_assistant_tokens(conversation)
+        logger.info("Nothing separates prompt from response in these rows: the response is the whole row.")
         return total
 
-    def _lengths(self, lists: pa.Array) -> NDArray[np.int64]:
-        lengths = _list_lengths(lists)
-        return lengths if self.max_length is None else np.minimum(lengths, self.max_length)
+    def _preference_counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(rows,) tokens of prompt and answer together, and of the answer, after truncation."""
+        assert self._answer_column is not None
+        answer = self._per_row([self._answer_column], _list_lengths)
+        if "prompt_ids" in self.columns:
+            prompt = self._per_row(["prompt_ids"], _list_lengths)
+        elif "rejected_ids" in self.columns:
+            prompt = self._per_row([self._answer_column, "rejected_ids"], _common_starts)
+            answer = answer - prompt
+        else:
+            prompt = np.zeros_like(answer)
+        total = prompt + answer
+        if self.max_length is None:
+            return total, answer
+        total = np.minimum(total, self.max_length)
+        return total, np.minimum(answer, total) if self.keep_end else total - np.minimum(prompt, total)
 
-    def _count_unmasked(self, lists: pa.Array, input_ids: pa.Array, mask: int, skipped: int = 0) -> NDArray[np.int64]:
-        """Count the values other than `mask` of each list after truncation, without the first `skipped`."""
-        lengths = _list_lengths(lists)
-        left = np.minimum(lengths, self._lengths(input_ids))
-        ends = np.cumsum(lengths)
-        first = ends - left if self.keep_end else ends - lengths
-        unmasked = pc.list_flatten(lists).cast(pa.int64()).fill_null(mask).to_numpy() != mask
-        running = np.concatenate([[0], np.cumsum(unmasked)])
-        return running[first + left] - running[first + np.minimum(left, skipped)]
+    @property
+    def _answer_column(self) -> str | None:
+        """The column of response tokens that TRL's DPO, reward and KTO trainers make."""
+        return next((column for column in ("chosen_ids", "completion_ids") if column in self.columns), None)
 
-    def _count_assistant_tokens(self, conversation: str, total: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(rows,) tokens of the assistant's turns, each from where the generation prompt ends, within what
-        truncation leaves."""
+    @property
+    def _label_lists(self) -> list[str]:
+        """`labels`, unless they are one class or number per row, or numbers per class."""
+        return ["labels"] if "labels" in self.columns and _is_list_of_integers(self._type("labels")) else []
+
+    @property
+    def _padding(self) -> list[str]:
+        """`attention_mask`, where every row has one."""
+        given = "attention_mask" in self.columns and _is_list_of_integers(self._type("attention_mask"))
+        return ["attention_mask"] if given and not self.dataset.data.column("attention_mask").null_count else []
+
+    def _type(self, column: str) -> pa.DataType:
+        return self.dataset.data.column(column).type
+
+    @functools.cached_property
+    def _labels_are_separate(self) -> bool:
+        """Whether labels are a sequence of their own (seq2seq), not a mask over `input_ids`.
+
+        They are where their length differs, or where padding of the input has another label than its own token.
+        """
+        if not self._label_lists or "input_ids" not in self.columns:
+            return False
+        return bool(self._per_row(["labels", "input_ids", *self._padding], _have_own_labels).any())
+
+    def _count(self, columns: Sequence[str], shifted: bool = False) -> NDArray[np.int64]:
+        """(rows,) tokens that no column masks, after truncation; with `shifted`, without each row's first token.
+
+        Lists of a row are cut to the shortest of them: TRL truncates `input_ids` and `labels`, but not the masks.
+        """
+
+        def count(*lists: pa.Array) -> NDArray[np.int64]:
+            lengths = functools.reduce(np.minimum, map(_list_lengths, lists))
+            if self.max_length is not None:
+                lengths = np.minimum(lengths, self.max_length)
+            masks = [(_MASKED[name], values) for name, values in zip(columns, lists, strict=True) if name in _MASKED]
+            if not masks and not shifted:
+                return lengths
+            kept = np.ones(lengths.sum(), dtype=bool)
+            for masked, values in masks:
+                kept &= _cut(values, lengths, self.keep_end, fill=masked) != masked
+            ends = np.cumsum(lengths)
+            if shifted:
+                kept[(ends - lengths)[lengths > 0]] = False
+            running = np.concatenate([[0], np.cumsum(kept)])
+            return running[ends] - running[ends - lengths]
+
+        return self._per_row(columns, count)
+
+    def _count_assistant_tokens(self, conversation: str) -> NDArray[np.int64]:
+        """(rows,) tokens of the assistant's turns that remain after truncation."""
         columns = [conversation, *({"tools", "chat_template_kwargs"} & set(self.columns))]
         rows = self.dataset.select_columns(columns).with_format(None)
         counted = rows.map(
@@ -215,7 +304,7 @@ class Rows:
             batched=True,
             fn_kwargs={
                 "conversation": conversation,
-                "tokens_left": total,
+                "remaining": self._count(["input_ids"]),
                 "tokenizer": self.tokenizer,
                 "chat_template": self.chat_template,
                 "keep_end": self.keep_end,
@@ -253,6 +342,8 @@ class Rows:
     def _reader(self) -> tuple[list[str], Callable[..., tuple[pa.Array, pa.Array]]]:
         """The columns to read, and a function from arrays of them to the text of prompts and of responses."""
         present = set(self.columns)
+        if "chosen_ids" in present and "chosen" in present:
+            return self._preference_reader()  # these rows may also have the messages that `chosen` was made of
         if {"prompt", "completion"} <= present:
             return ["prompt", "completion"], lambda prompt, completion: (_text(prompt), _text(completion))
         conversation = self._conversation_column()
@@ -265,28 +356,54 @@ class Rows:
             )
         if {"instruction", "output"} <= present:
             return ["instruction", "output"], lambda instruction, output: (_text(instruction), _text(output))
+        if "chosen" in present:
+            return self._preference_reader()
         if self.text_field in present:
             return [self.text_field], lambda text: (_text(text),) * 2
         if self.tokenized:
             if self.tokenizer is None:
                 raise ValueError("The rows hold tokens and no text: a tokenizer is needed to read them.")
-            return ["input_ids", *({"labels"} & present)], self._decode
+            return self._token_reader()
         raise ValueError(
             "No text found in the rows: give one of prompt and completion, messages, conversations, "
-            f"instruction and output, {self.text_field}, or input_ids. The dataset has: "
+            f"instruction and output, prompt and chosen, {self.text_field}, or input_ids. The dataset has: "
             f"{', '.join(self.columns)}."
         )
 
-    def _decode(self, input_ids: pa.Array, labels: pa.Array | None = None) -> tuple[pa.Array, pa.Array]:
+    def _preference_reader(self) -> tuple[list[str], Callable[..., tuple[pa.Array, pa.Array]]]:
+        # TRL's reward trainer puts the prompt in front of both answers and keeps its column.
+        joined = "chosen_ids" in self.columns and "prompt_ids" not in self.columns
+        if "prompt" in self.columns and not joined:
+            return ["prompt", "chosen"], lambda prompt, chosen: (_text(prompt), _text(chosen))
+        if "rejected" in self.columns:
+            return ["chosen", "rejected"], _split_preferences
+        return ["chosen"], lambda chosen: (_text(chosen),) * 2
+
+    def _token_reader(self) -> tuple[list[str], Callable[..., tuple[pa.Array, pa.Array]]]:
+        """The columns of tokens, and a function that decodes them."""
+        if "input_ids" not in self.columns:
+            assert self._answer_column is not None
+            if "prompt_ids" in self.columns:
+                return ["prompt_ids", self._answer_column], self._decoded(lambda prompt, answer: (prompt, answer))
+            if "rejected_ids" in self.columns:
+                return [self._answer_column, "rejected_ids"], self._decoded(_split_at_difference)
+            return [self._answer_column], self._decoded(_split_at_labels)
+        if self._labels_are_separate:
+            return ["input_ids", "labels"], self._decoded(lambda tokens, labels: (tokens, labels[labels != -100]))
+        return ["input_ids", *self._label_lists], self._decoded(_split_at_labels)
+
+    def _decoded(self, split: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[pa.Array, pa.Array]]:
+        """A function from arrays of tokens to the text of the prompts and responses that `split` makes of each row."""
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True)
-        prompts, responses = [], []
-        for row, values in enumerate(input_ids):
-            tokens = np.asarray(values.as_py() or (), dtype=np.int64)
-            masked = np.asarray((labels[row].as_py() if labels is not None else None) or (), dtype=np.int64) == -100
-            split = masked.any()
-            prompts.append(decode(tokens[masked] if split else tokens))
-            responses.append(decode(tokens[~masked]) if split else prompts[-1])
-        return pa.array(prompts, pa.string()), pa.array(responses, pa.string())
+
+        def read(*columns: pa.Array) -> tuple[pa.Array, pa.Array]:
+            rows = zip(*(column.to_pylist() for column in columns), strict=True)
+            parts = (split(*(np.asarray(tokens or (), dtype=np.int64) for tokens in row)) for row in rows)
+            return _two_texts(
+                (text := decode(prompt), text if response is prompt else decode(response)) for prompt, response in parts
+            )
+
+        return read
 
     def _conversation_column(self) -> str | None:
         for column in ("messages", "conversations"):
@@ -315,7 +432,7 @@ class Rows:
             else:
                 yield _gathered(values, starts, order[low : low + _ROWS_AT_ONCE])
 
-    def _per_row(self, columns: Sequence[str], measure: Callable[..., NDArray[np.int64]]) -> NDArray[np.int64]:
+    def _per_row(self, columns: Sequence[str], measure: Callable[..., NDArray[Any]]) -> NDArray[Any]:
         """(rows,) what `measure` gives for arrays of these columns."""
         nothing = np.empty(0, dtype=np.int64)
         stored, orders = zip(*map(self._column, columns), strict=True)
@@ -355,23 +472,72 @@ def _list_lengths(lists: pa.Array) -> NDArray[np.int64]:
 
 def _text(values: pa.Array) -> pa.Array:
     """Text, or the contents of messages, of each row."""
-    if not pa.types.is_nested(values.type):
+    if not pa.types.is_nested(values.type) and not _has_json(values.type):
         return values.cast(pa.string()).fill_null("")
     if _messages_of_text(values.type):
         messages = pc.list_flatten(values)
         return _joined_per_row(values, _field(messages, _CONTENT_FIELDS), np.ones(len(messages), dtype=bool))
-    return pa.array([_plain_text(value) for value in values.to_pylist()], pa.string())
+    return pa.array([_plain_text(value) for value in _python_values(values)], pa.string())
 
 
 def _split_conversations(values: pa.Array) -> tuple[pa.Array, pa.Array]:
     """`split_conversation` of each row."""
     if not _messages_of_text(values.type):
-        prompts, responses = zip(*map(split_conversation, values.to_pylist()), strict=True)
-        return pa.array(prompts, pa.string()), pa.array(responses, pa.string())
+        return _two_texts(map(split_conversation, _python_values(values)))
     messages = pc.list_flatten(values)
     contents, roles = _field(messages, _CONTENT_FIELDS), _field(messages, _ROLE_FIELDS)
     assistants = pc.is_in(roles, pa.array(_ASSISTANT_ROLES)).to_numpy(zero_copy_only=False)
     return _joined_per_row(values, contents, ~assistants), _joined_per_row(values, contents, assistants)
+
+
+def _split_preferences(chosen: pa.Array, rejected: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """The text that both answers start with, and the rest of `chosen`, of each row."""
+    pairs = zip(_python_values(chosen), _python_values(rejected), strict=True)
+    parts = (_split_at_difference(one or (), other or ()) for one, other in pairs)
+    return _two_texts((_plain_text(prompt), _plain_text(response)) for prompt, response in parts)
+
+
+def _split_at_difference(one: Any, other: Any) -> tuple[Any, Any]:
+    """The start that two texts, lists or arrays share, and the rest of the first."""
+    shared = min(len(one), len(other))
+    at = next((place for place in range(shared) if one[place] != other[place]), shared)
+    return one[:at], one[at:]
+
+
+def _split_at_labels(tokens: NDArray[np.int64], labels: Sequence[int] | NDArray[np.int64] = ()) -> tuple[Any, Any]:
+    """The masked tokens and the trained ones; all tokens twice where none is masked."""
+    masked = np.asarray(labels) == -100
+    return (tokens[masked], tokens[~masked]) if masked.any() else (tokens, tokens)
+
+
+def _two_texts(pairs: Iterable[tuple[str, str]]) -> tuple[pa.Array, pa.Array]:
+    prompts, responses = zip(*pairs, strict=True)
+    return pa.array(prompts, pa.string()), pa.array(responses, pa.string())
+
+
+def _python_values(values: pa.Array) -> list[Any]:
+    """The values as Python objects, with JSON decoded.
+
+    The datasets library stores values that differ in type or keys from row to row as JSON source.
+    """
+    found = values.to_pylist()
+    return [_from_json(value, values.type) for value in found] if _has_json(values.type) else found
+
+
+def _has_json(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        return True
+    return any(_has_json(kind.field(number).type) for number in range(kind.num_fields))
+
+
+def _from_json(value: Any, kind: pa.DataType) -> Any:
+    if value is None or not _has_json(kind):
+        return value
+    if isinstance(kind, pa.BaseExtensionType):
+        return json.loads(value)
+    if pa.types.is_struct(kind):
+        return {field.name: _from_json(value[field.name], field.type) for field in kind}
+    return [_from_json(item, kind.value_type) for item in value]
 
 
 def _messages_of_text(kind: pa.DataType) -> bool:
@@ -434,18 +600,62 @@ def _content(message: dict[str, Any]) -> str:
     return content or ""
 
 
+# --- tokens in Arrow arrays -------------------------------------------------------------------------------------------
+
+
+def _is_list_of_integers(kind: pa.DataType) -> bool:
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return lists and (pa.types.is_integer(kind.value_type) or pa.types.is_boolean(kind.value_type))
+
+
+def _cut(lists: pa.Array, lengths: NDArray[np.int64], keep_end: bool = False, fill: int = -1) -> NDArray[Any]:
+    """The first, or with `keep_end` the last, `lengths` values of each list, row after row; `fill` for null."""
+    values = pc.list_flatten(lists)
+    if values.null_count:
+        values = values.cast(pa.int64()).fill_null(fill)
+    flat, stored = values.to_numpy(zero_copy_only=False), _list_lengths(lists)
+    if np.array_equal(stored, lengths):
+        return flat
+    firsts = np.cumsum(stored) - (lengths if keep_end else stored)
+    return flat[np.arange(lengths.sum()) + np.repeat(firsts - np.cumsum(lengths) + lengths, lengths)]
+
+
+def _common_starts(one: pa.Array, other: pa.Array) -> NDArray[np.int64]:
+    """(rows,) values with which both lists of a row start."""
+    lengths = np.minimum(_list_lengths(one), _list_lengths(other))
+    starts = np.cumsum(lengths) - lengths
+    differ = np.append(np.flatnonzero(_cut(one, lengths) != _cut(other, lengths)), lengths.sum())
+    return np.minimum(differ[np.searchsorted(differ, starts)] - starts, lengths)
+
+
+def _have_own_labels(labels: pa.Array, input_ids: pa.Array, attention: pa.Array | None = None) -> NDArray[np.bool_]:
+    """(rows,) whether a row's labels cannot be those of its `input_ids`."""
+    given = pc.and_(pc.is_valid(labels), pc.is_valid(input_ids)).to_numpy(zero_copy_only=False)
+    lengths = _list_lengths(labels)
+    own = given & (lengths != _list_lengths(input_ids))
+    if attention is None or own.any():
+        return own
+    lengths = np.minimum(lengths, _list_lengths(attention))
+    label, token, attended = (_cut(lists, lengths) for lists in (labels, input_ids, attention))
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    own[rows[(attended == 0) & (label != -100) & (label != token)]] = True
+    return own
+
+
+# --- the assistant's tokens in rendered conversations -----------------------------------------------------------------
+
+
 def _count_assistant_tokens(
     batch: dict[str, list[Any]],
-    places: list[int],
+    numbers: list[int],
     conversation: str,
-    tokens_left: NDArray[np.int64],
+    remaining: NDArray[np.int64],
     tokenizer: Any,
     chat_template: str,
     keep_end: bool,
 ) -> dict[str, list[int]]:
-    rows, starts, ends, wholes = [], [], [], []
+    wholes, spans = [], []
     for row, messages in enumerate(batch[conversation]):
-        turns = [_as_chatml(message) for message in messages]
         tools = batch["tools"][row] if "tools" in batch else None
         render = functools.partial(
             tokenizer.apply_chat_template,
@@ -454,21 +664,67 @@ def _count_assistant_tokens(
             tokenize=False,
             **((batch["chat_template_kwargs"][row] if "chat_template_kwargs" in batch else None) or {}),
         )
-        for place, turn in enumerate(turns):
-            if turn["role"] in _ASSISTANT_ROLES:
-                rows.append(row)
-                starts.append(render(turns[:place], add_generation_prompt=True) if place else "")
-                ends.append(render(turns[: place + 1]))
-        wholes.append(render(turns) if keep_end else "")
-    tokens = tokenizer([*starts, *ends, *wholes], add_special_tokens=False)["input_ids"]
-    lengths = map(len, tokens)
-    start, end, whole = ([next(lengths) for _ in texts] for texts in (starts, ends, wholes))
-    counts = [0] * len(wholes)
-    for row, low, high in zip(rows, start, end):
-        left = tokens_left[places[row]]
-        first = whole[row] - left if keep_end else 0
-        counts[row] += max(0, min(high, first + left) - max(low, first))
+        whole, turns = _assistant_spans([_as_chatml(message) for message in messages or ()], render)
+        wholes.append(whole)
+        spans += [(row, start, end) for start, end in turns]
+    edges = [wholes[row][:edge] for row, start, end in spans for edge in (start, end)]
+    tokens = tokenizer([*wholes, *edges], add_special_tokens=False)["input_ids"]
+    places = list(map(len, tokens[len(wholes) :]))
+    special, counts = set(tokenizer.all_special_ids), [0] * len(wholes)
+    for (row, _, _), start, end in zip(spans, places[::2], places[1::2], strict=True):
+        whole, left = tokens[row], remaining[numbers[row]]
+        end += end < len(whole) and whole[end] in special  # the token that ends the turn
+        first = len(whole) - left if keep_end else 0
+        counts[row] += max(0, min(end, first + left) - max(start, first))
     return {"assistant_tokens": counts}
+
+
+def _assistant_spans(
+    turns: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str]
+) -> tuple[str, list[tuple[int, int]]]:
+    """Render a conversation and find the assistant's turns in it.
+
+    A template may render a turn differently at the end of a conversation (Qwen3 drops earlier thoughts), so a
+    conversation is not the sum of its parts. Each turn is therefore found where the rendering of the whole changes when
+    the turn is put in: all assistant turns start as a mark and are put in one after the other. Some templates refuse
+    tool results without their calls; there, turns that call tools do not count.
+
+    Returns:
+        The text of the whole conversation, and the start and end, in characters, of each turn that it shows.
+    """
+    numbers = [number for number, turn in enumerate(turns) if turn["role"] in _ASSISTANT_ROLES]
+    try:
+        given = _marked(turns, numbers)
+        text = render(given)
+    except Exception:  # templates raise errors of any kind
+        numbers = [number for number in numbers if not turns[number].get("tool_calls")]
+        given = _marked(turns, numbers)
+        text = render(given)
+    spans = []
+    for number in numbers:
+        given[number] = turns[number]
+        before, text = text, render(given)
+        if text != before:
+            spans.append((_common_start(before, text), len(text) - _common_start(before[::-1], text[::-1])))
+    return text, spans
+
+
+def _marked(turns: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, Any]]:
+    """The turns, with a mark instead of those of these numbers."""
+    marked = list(turns)
+    for number in numbers:
+        in_parts = isinstance(turns[number].get("content"), list)
+        content = [{"type": "text", "text": _MARK}] if in_parts else _MARK
+        marked[number] = {"role": turns[number]["role"], "content": content}
+    return marked
+
+
+def _common_start(one: str, other: str) -> int:
+    """Characters with which both texts start."""
+    size = min(len(one), len(other))
+    codes = (np.frombuffer(text[:size].encode("utf-32-le", "surrogatepass"), np.uint32) for text in (one, other))
+    differ = np.flatnonzero(np.not_equal(*codes))
+    return int(differ[0]) if len(differ) else size
 
 
 def _as_chatml(message: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""The rows that `commonit sft` trains and evaluates on: what TRL's options name, or local files.
+"""Load the rows that `commonit sft` trains and evaluates on.
 
-`dataset_name`, and the `path` of a mixture's entry, may be a hub name, a directory, or a JSON Lines, JSON,
-Parquet or CSV file. In a mixture (TRL's `datasets:`) the entries are the tasks, when `commonit_metric` is
-`task` and no `commonit_task_column` is named: a column `dataset`, which replaces one that rows may have, tells
-them apart, and a column such as `task` that only some entries have does not matter. Unlike in TRL, a mixture's
-train-test split follows `seed`, so that all ranks, and a resumed run, make the same one.
+`dataset_name`, and the `path` of a mixture's entry, name a hub dataset, a directory, a folder of `save_to_disk`, or
+JSON Lines, JSON, Parquet or CSV files. In a mixture (TRL's `datasets:`) the entries are the tasks when
+`commonit_metric` is `task` and `commonit_task_column` is not set: a column `dataset`, which replaces one that rows may
+have, names the entry of each row. Columns such as `task` that only some entries have do not matter. Unlike TRL, a
+mixture's train-test split follows `seed`, so that all ranks, and a resumed run, make the same split.
 """
 
 import logging
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDatasetDict, concatenate_datasets
 
-from commonit_trl.loading import FILE_FORMATS, load_rows
+from commonit_trl.loading import file_stem, load_rows
 
 ENTRY_COLUMN = "dataset"
 _KINDS = {
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple[Any, Any]:
-    """The training rows, and the evaluation rows where `eval_strategy` asks for them, else None.
+    """Load the training rows, and the evaluation rows that `eval_strategy` needs.
 
     Sets `training_args.commonit_task_column` where the entries of a mixture are the tasks.
 
@@ -41,6 +41,9 @@ def load_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple[Any
         script_args: TRL's `ScriptArguments`.
         mixture: TRL's `DatasetMixtureConfig`.
         training_args: a `CommonITSFTConfig`.
+
+    Returns:
+        The training rows, and the evaluation rows or None.
 
     Raises:
         ValueError: on data that is missing or unreadable, naming the option.
@@ -54,8 +57,11 @@ def load_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple[Any
 
 
 def load_all_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple[Any, str, str, str]:
-    """All splits by name, the names of those to train and to evaluate on, and the option that the second comes from;
-    arguments and errors are those of `load_splits`."""
+    """Load all splits; arguments and errors are those of `load_splits`.
+
+    Returns:
+        The splits by name, the names of the training and the evaluation split, and the option that sets the second.
+    """
     name, metric = script_args.dataset_name, training_args.commonit_metric
     if bool(mixture.datasets) == bool(name):
         raise ValueError(
@@ -80,25 +86,31 @@ def load_all_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple
 
 
 def named_data(script_args: Any, mixture: Any) -> str:
-    """The option that names the data, and its value."""
+    """Describe the data by the option that names it, and its value."""
     if mixture.datasets:
         return f"datasets: {', '.join(map(repr, entry_labels(mixture.datasets)))}"
     return f"dataset_name={script_args.dataset_name!r}"
 
 
 def split_of(splits: Any, name: str, reader: str, way_out: str) -> Any:
-    """The split `name`; where it is missing, an error that says who reads it and what to set."""
+    """Return the split `name`.
+
+    Raises:
+        ValueError: where it is missing, naming `reader`, which needs it, and `way_out`, the options to set.
+    """
     if name not in splits:
         raise ValueError(f"{reader} needs the split {name!r}, and the data has: {', '.join(splits)}. Set {way_out}.")
     return splits[name]
 
 
 def check_rows(rows: Any, option: str, text_field: str) -> None:
-    """Refuse rows of which TRL's preparation would fail, by their columns, types, missing values and encoding.
+    """Refuse rows that TRL's preparation cannot read.
 
-    Cost: one pass over the columns that are read. Streams are not looked at.
+    Checks columns, types, missing values and encoding, in one pass over the columns that TRL reads. Streams are not
+    checked.
 
     Args:
+        rows: the rows of a split.
         option: that names the data, and its value.
         text_field: `dataset_text_field`, for rows of plain text.
 
@@ -150,21 +162,27 @@ def _kind_of(kind: pa.DataType) -> str:
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return "text"
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        if pa.types.is_struct(kind.value_type):
-            return "messages"
+        if pa.types.is_struct(kind.value_type) or isinstance(kind.value_type, pa.BaseExtensionType):
+            return "messages"  # JSON, where the messages of a column differ in keys
         if pa.types.is_integer(kind.value_type):
             return "token ids"
-    # The datasets library has a type of its own for values of several types.
+    # The datasets library stores values of several types as JSON.
     return "JSON" if isinstance(kind, pa.BaseExtensionType) else f"values of type {kind}"
 
 
 def load_mixture(mixture: Any, entry_column: str | None, seed: int) -> DatasetDict | IterableDatasetDict:
-    """The entries of a TRL `DatasetMixtureConfig`, joined as TRL's `get_dataset` joins them.
+    """Load the entries of a TRL `DatasetMixtureConfig` and join them as TRL's `get_dataset` does.
 
     Args:
         mixture: the `DatasetMixtureConfig`.
         entry_column: a column to add, with the name of each row's entry; None to add none.
         seed: of the train-test split.
+
+    Returns:
+        The splits: `train`, and `test` where `test_split_size` is set.
+
+    Raises:
+        ValueError: naming the option, where entries cannot be loaded or joined.
     """
     entries, streaming, test_size = mixture.datasets, mixture.streaming, mixture.test_split_size
     if streaming and test_size is not None:
@@ -221,7 +239,7 @@ def _take_fractions(parts: list[Dataset], fractions: list[float | None], streami
 
 
 def entry_labels(entries: Sequence[Any]) -> list[str]:
-    """A name for each entry of a mixture: a short one; where two share it, the path; then a number."""
+    """Name each entry of a mixture: a short name; where two share it, the path; then a number."""
     short = [_short_label(entry) for entry in entries]
     labels = [_source(entry) if short.count(label) > 1 else label for entry, label in zip(entries, short, strict=True)]
     seen: Counter[str] = Counter()
@@ -233,10 +251,12 @@ def entry_labels(entries: Sequence[Any]) -> list[str]:
 
 
 def _short_label(entry: Any) -> str:
-    source = Path(_source(entry))
-    if source.suffix in FILE_FORMATS:
-        return entry.name or source.stem
-    return f"{source.name}/{entry.name}" if entry.name else source.name
+    source = _source(entry)
+    stem = file_stem(source)
+    if stem is not None:
+        return entry.name or (source if "*" in stem else stem)
+    name = Path(source).name
+    return f"{name}/{entry.name}" if entry.name else name
 
 
 def _source(entry: Any) -> str:

@@ -32,6 +32,7 @@ from commonit_trl.grouping.fit import data_seed
 from commonit_trl.grouping.tracing import TracedRows
 from commonit_trl.rows import Rows
 from commonit_trl.trainer.loss import has_auxiliary_loss, is_causal_lm_loss
+from commonit_trl.trainer.run import row_costs
 from commonit_trl.trainer.sft import CommonITSFTConfig, CommonITSFTTrainer, pack_by_group, prepare_rows
 from commonit_trl.trainer.validate import check_settings
 
@@ -261,14 +262,12 @@ def _prepare(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: An
         packs, pack_groups = pack_by_group(prepared.dataset, group_ids, grouper.names, args)
         return pack_groups, Rows(packs).token_counts()
 
-    trainer.train_dataset = prepared.dataset
-    # The model has no weights, so the loss cannot be measured as in training.
-    balanced = trainer._commonit_lengths(is_causal_lm_loss(trainer) and not has_auxiliary_loss(trainer))
     return replace(
         recipe,
         rows=prepared.rows,
-        lengths=Rows(prepared.dataset).token_counts() if balanced is None else balanced,
-        arranged=balanced is not None,
+        lengths=row_costs(prepared.dataset, trainer.data_collator),
+        # The model has no weights, so the loss cannot be measured as in training.
+        arranged=args.commonit_balance_lengths and is_causal_lm_loss(trainer) and not has_auxiliary_loss(trainer),
         padding_free=trainer.padding_free or (args.packing and args.packing_strategy != "wrapped"),
         pack=pack if args.packing else None,
         source_rows=prepared.numbers,

@@ -74,6 +74,7 @@ class RowLosses:
     def _keep_hidden_states(self, model: Any, args: Any, outputs: Any) -> None:
         self._hidden_states = getattr(outputs, "last_hidden_state", None)
 
+    @torch.no_grad()
     def add(self, inputs: Mapping[str, Any], loss: Any) -> None:
         """Add a batch that the parent has evaluated with this loss."""
         rows = _flat(next(self._batches, []))

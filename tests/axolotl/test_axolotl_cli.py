@@ -118,7 +118,7 @@ def test_task_refuses_what_was_prepared_without_us_and_names_the_remedy(shop: Sh
     assert all(len(groups) == 1 for groups in shop.groups_of_steps("task", shop.tasks))
     on = [line for line in output.splitlines() if "CommonIT is on: " in line]
     assert len(on) == 1 and "commonit_metric=task (columns=['commonit_task[default]']" in on[0]
-    losses = {name for entry in shop.result("task")["log"] for name in entry if name.startswith("eval_loss_")}
+    losses = {name for entry in shop.result("task")["log"] for name in entry if re.fullmatch("eval_.+_loss", name)}
     assert losses and losses <= {f"eval_{task}_loss" for task in TASKS}
 
     line = shop.refused("level", commonit_metric="task", commonit_task_column="level")

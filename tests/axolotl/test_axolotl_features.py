@@ -2,6 +2,7 @@
 counts, `max_steps`; and what a run leaves in its output folder."""
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_packed_evaluation_has_the_loss_of_each_task(directory):
     (evaluated,) = [
         entry for entry in result(directory / "packed-eval")["log"] if entry.get("epoch") == 1 and "eval_loss" in entry
     ]
-    tasks = {name.removeprefix("eval_loss_") for name in evaluated if name.startswith("eval_loss_")}
+    tasks = {match[1] for name in evaluated if (match := re.fullmatch("eval_(.+)_loss", name))}
     assert tasks and tasks <= {"x", "y", "z"}
 
 

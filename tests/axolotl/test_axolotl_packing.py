@@ -55,10 +55,9 @@ def test_bins_hold_each_row_once_and_rows_of_one_group(rows, per_micro_batch, pe
     world_size=st.integers(1, 3),
     accumulation=st.integers(1, 3),
     per_micro_batch=st.integers(1, 3),
-    purity=st.sampled_from(["step", "micro"]),
 )
-def test_a_plan_over_bins_repeats_rows_of_small_groups_only(rows, world_size, accumulation, per_micro_batch, purity):
-    per_unit = world_size * (accumulation if purity == "step" else 1)
+def test_a_plan_over_bins_repeats_rows_of_small_groups_only(rows, world_size, accumulation, per_micro_batch):
+    per_unit = world_size * accumulation
     bins, group_ids, _ = pack(rows, bins_per_micro_batch=per_micro_batch, micro_batches_per_unit=per_unit)
     if len(bins.rows) < world_size * accumulation:
         return  # refused by the plan
@@ -68,7 +67,6 @@ def test_a_plan_over_bins_repeats_rows_of_small_groups_only(rows, world_size, ac
         micro_batch_size=per_micro_batch,
         world_size=world_size,
         accumulation_steps=accumulation,
-        purity=purity,
     )
     sampled = [list(PackedBatchSampler(bins, lambda epoch: plan, rank)) for rank in range(world_size)]
     seen = [row for batches in sampled for batch in batches for bin_rows in batch for row in bin_rows]

@@ -304,7 +304,7 @@ def test_a_recipe_trains_steps_of_one_group(name, trained):
 def test_recipes_that_evaluate_log_the_loss_of_each_task(trained):
     folder, _ = trained
     for name in TRAINED:
-        logged = {key for entry in result(folder / name)["log"] for key in entry if key.startswith("eval_loss_")}
+        logged = {key for entry in result(folder / name)["log"] for key in entry if re.fullmatch("eval_.+_loss", key)}
         evaluates = "val_set_size" in read(EXAMPLES / f"{name}.yml")
         assert logged == ({f"eval_{topic}_loss" for topic in TOPICS} if evaluates else set())
 

@@ -30,7 +30,7 @@ from commonit_trl.config import OPTIONS, CommonITArguments
 from commonit_trl.grouping import EmbeddingGrouper, LengthGrouper, TaskGrouper, cache, fit_assign_cached, load_grouper
 from commonit_trl.rows import Rows
 from commonit_trl.sanitize import sanitize
-from commonit_trl.trainer.checkpoint import last_checkpoint, load_rest, read_checkpoint
+from commonit_trl.trainer.checkpoint import last_checkpoint, load_remaining, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def run_json(folder: Path) -> Target:
             saved, _ = read_checkpoint(checkpoint)
             # The trainer makes one line of these, as of all that it misses in the file.
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                load_rest(checkpoint / "commonit", saved)
+                load_remaining(checkpoint / "commonit", saved)
 
     return Target([bytes([number]) + whole[name] for number, name in enumerate(names)], read)
 

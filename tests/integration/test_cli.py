@@ -1,6 +1,9 @@
 """`commonit sft` trains as its flags and YAML files configure it; user errors print one line and exit with code 2."""
 
+import bz2
+import gzip
 import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from helpers import as_argv
 from safetensors.torch import load_file
 
@@ -247,6 +250,51 @@ def test_local_files(suffix, tmp_path):
     assert train.to_list() == rows.to_list()
 
 
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "json.gz", "csv.gz", "jsonl.bz2", "jsonl.xz"])
+def test_compressed_files(suffix, tmp_path):
+    rows = Dataset.from_list(rows_of("add", 3))
+    kind, compression = suffix.split(".")
+    (rows.to_csv if kind == "csv" else rows.to_json)(tmp_path / "plain")
+    compress = {"gz": gzip, "bz2": bz2, "xz": lzma}[compression].compress
+    (tmp_path / f"rows.{suffix}").write_bytes(compress((tmp_path / "plain").read_bytes()))
+    train, _, _ = splits_of(dataset_name=f"rows.{suffix}", commonit_metric="length")
+    assert train.to_list() == rows.to_list()
+
+
+@pytest.mark.parametrize("pattern", ["data/*.jsonl", "**/part-?.jsonl"])
+def test_a_pattern_of_files_is_one_dataset(pattern, tmp_path):
+    parts = [rows_of(task, 3) for task in TASKS]
+    for number, rows in enumerate(parts):
+        write_jsonl(tmp_path / "data" / f"part-{number}.jsonl", rows)
+    (tmp_path / "data" / "part-9.json").write_text("not these", encoding="utf-8")
+    train, _, _ = splits_of(dataset_name=pattern, commonit_metric="length")
+    assert train.to_list() == [row for rows in parts for row in rows]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_of_save_to_disk(streaming, tmp_path):
+    train, test = (Dataset.from_list(rows_of("add", count)) for count in (4, 2))
+    train.save_to_disk("one split")
+    DatasetDict({"train": train, "test": test}).save_to_disk("two splits")
+    options = {"commonit_metric": "none" if streaming else "length", "dataset_streaming": streaming}
+    read, _, _ = splits_of(dataset_name="one split", **options)
+    assert list(read) == train.to_list()
+    read, evaluated, _ = splits_of(dataset_name="two splits", eval_strategy="epoch", **options)
+    assert (list(read), list(evaluated)) == (train.to_list(), test.to_list())
+
+
+def test_a_mixture_takes_compressed_files_patterns_and_saved_folders(tmp_path):
+    saved = Dataset.from_list(rows_of("add", 4))
+    saved.save_to_disk("saved")
+    Dataset.from_list(rows_of("sort", 3)).to_json("sort.jsonl.gz", compression="gzip")
+    write_jsonl(tmp_path / "data" / "a.jsonl", rows_of("spell", 1))
+    write_jsonl(tmp_path / "data" / "b.jsonl", rows_of("spell", 1))
+    entries = [{"path": "saved", "split": "train[:50%]"}, {"path": "sort.jsonl.gz"}, {"path": "data/*.jsonl"}]
+    train, _, _ = splits_of("--config", config_file(tmp_path / "c.yaml", datasets=entries), commonit_metric="task")
+    assert train["dataset"] == ["saved"] * 2 + ["sort"] * 3 + ["data/*.jsonl"] * 2
+    assert train.remove_columns("dataset").to_list()[:2] == saved.to_list()[:2]
+
+
 def test_a_local_directory_with_splits(tmp_path):
     write_jsonl(tmp_path / "data" / "train.jsonl", rows_of("add", 3))
     write_jsonl(tmp_path / "data" / "validation.jsonl", rows_of("add", 2))
@@ -369,6 +417,17 @@ WRONG_FLAGS = {
     "no dataset": ({"dataset_name": None}, ["dataset_name", "datasets"]),
     "dataset": ({"dataset_name": "no/where"}, ["dataset_name='no/where'", "give a hub name"]),
     "dataset file": ({"dataset_name": "gone.jsonl"}, ["dataset_name='gone.jsonl'", "no such file"]),
+    "no compressed file": ({"dataset_name": "gone.csv.gz"}, ["dataset_name='gone.csv.gz'", "no such file"]),
+    "not compressed": ({"dataset_name": "bad.jsonl.gz"}, ["dataset_name='bad.jsonl.gz'", "give a hub name"]),
+    "pattern": ({"dataset_name": "gone/*.jsonl"}, ["dataset_name='gone/*.jsonl'", "no such file"]),
+    "saved folder": (
+        {"dataset_name": "saved", "dataset_config": "en"},
+        ["dataset_name='saved'", "name='en'", "save_to_disk"],
+    ),
+    "split of a saved folder": (
+        {"dataset_name": None, "datasets": ["saved"], "dataset_train_split": "x"},
+        ["datasets", "'saved'", "give a hub name"],
+    ),
     "dataset not JSON": ({"dataset_name": "bad.jsonl"}, ["dataset_name='bad.jsonl'", "JSON parse error"]),
     "two datasets": ({"datasets": ["data/train.jsonl"]}, ["dataset_name=", "1 entries in datasets"]),
     "mixture": ({"dataset_name": None, "datasets": ["gone.csv"]}, ["datasets", "'gone.csv'", "no such file"]),
@@ -376,7 +435,7 @@ WRONG_FLAGS = {
     "test split": ({"eval_strategy": "epoch"}, ["eval_strategy='epoch'", "'test'", "has: train"]),
     "streaming": ({"dataset_streaming": True}, ["dataset_streaming=True", "'none'"]),
     "too few rows": ({"gradient_accumulation_steps": 25}, ["24 samples", "25", "less gradient accumulation"]),
-    "cache": ({"commonit_cache_dir": "bad.jsonl"}, ["commonit_cache_dir='bad.jsonl'", "name a directory"]),
+    "cache": ({"commonit_cache_dir": "bad.jsonl"}, ["commonit_cache_dir='bad.jsonl'", "that this user may write"]),
     "order": ({"train_sampling_strategy": "group_by_length"}, ["train_sampling_strategy", "'random'"]),
     "encoder": (
         {"commonit_metric": "embedding", "commonit_embedding_model": "no/where"},
@@ -420,7 +479,9 @@ def check_one_line(code, errors, fragments):
 @pytest.mark.parametrize("name", WRONG_FLAGS)
 def test_wrong_flags_print_one_line(name, flags, minilm, tmp_path, capfd):
     changes, fragments = WRONG_FLAGS[name]
-    (tmp_path / "bad.jsonl").write_text("not JSON", encoding="utf-8")
+    for bad in ("bad.jsonl", "bad.jsonl.gz"):
+        (tmp_path / bad).write_text("not JSON", encoding="utf-8")
+    DatasetDict({"test": Dataset.from_list(rows_of("add", 3))}).save_to_disk("saved")
     write_jsonl(tmp_path / "unlabelled.jsonl", rows_of("add", 3))
     if "commonit_reference_dataset" in changes:
         flags["commonit_embedding_model"] = minilm

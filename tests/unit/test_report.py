@@ -284,7 +284,7 @@ def test_warnings_say_what_can_be_done():
 def test_notices_of_the_grouper_are_warnings():
     data = Dataset.from_list([{"input_ids": [1] * 5, "labels": [1] * 5, "task": "a"}] * 16)
     inspection, _ = inspect(data, (4, 1, 1), grouper=LengthGrouper())
-    assert "collapse to 1 groups" in inspection.warnings[0]
+    assert "only 1 groups" in inspection.warnings[0]
     assert "All rows are in one group" in inspection.warnings[1]
 
 

@@ -1,18 +1,22 @@
-"""`Rows`: what a dataset says, in every form that TRL trains on.
+"""`Rows` reads every form of data that TRL trains on.
 
 1. Prompt and response come out of each form; missing ones are empty; no form is an error with the columns.
 2. Rows come in the dataset's order, through an indices mapping and in any format.
-3. Token counts are those of a count by hand, for any list type, mask and truncation.
-4. The assistant's tokens are those that the chat template itself marks.
-5. What TRL prepares is read as what the user gave.
+3. Token counts equal a count by hand, for any list type, mask and truncation, without padding.
+4. The assistant's tokens are those that the chat template itself marks, and rows that are identical after preparation
+   have identical counts.
+5. Rows that TRL prepared give the text that the user gave.
+6. Values that datasets stores as JSON read as the values that the user wrote.
 """
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets
+from datasets import Dataset, Features, Json, LargeList, List, Value, concatenate_datasets, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import tiny_model, tiny_tokenizer
@@ -97,6 +101,27 @@ FORMS: dict[str, tuple[list[dict[str, Any]], list[tuple[str, str]]]] = {
         [{"messages": TWO_TURNS, "prompt": "p", "completion": "c"}],
         [("p", "c")],
     ),
+    "prompt, chosen and rejected": (
+        [{"prompt": "p", "chosen": "c", "rejected": "r"}, {"prompt": None, "chosen": "c", "rejected": None}],
+        [("p", "c"), ("", "c")],
+    ),
+    "prompt, chosen and rejected of messages": (
+        [{"prompt": TWO_TURNS[:4], "chosen": TWO_TURNS[4:], "rejected": [turn("assistant", "no")]}],
+        [("S\nU\nA\nV", "B")],
+    ),
+    "chosen and rejected": (
+        [{"chosen": "Q: yes", "rejected": "Q: no"}, {"chosen": "same", "rejected": "same"}],
+        [("Q: ", "yes"), ("same", "")],
+    ),
+    "chosen and rejected of messages": (
+        [{"chosen": TWO_TURNS, "rejected": [*TWO_TURNS[:4], turn("assistant", "no")]}],
+        [("S\nU\nA\nV", "B")],
+    ),
+    "messages, which SFT trains, beside chosen and rejected": (
+        [{"messages": TWO_TURNS, "chosen": "c", "rejected": "r"}],
+        [("S\nU\nV", "A\nB")],
+    ),
+    "prompt, completion and label": ([{"prompt": "p", "completion": "c", "label": True}], [("p", "c")]),
     "text beside tokens": ([{"text": "t", "input_ids": [1, 2], "labels": [-100, 2]}], [("t", "t")]),
     "a column named messages that holds text": ([{"messages": "no list", "text": "t"}], [("t", "t")]),
 }
@@ -144,6 +169,36 @@ def test_tokens_alone_are_decoded_and_the_masked_ones_are_the_prompt() -> None:
     assert texts(dataset.remove_columns("labels"), tokenizer)[1:3] == [("Frage: ü?",) * 2] * 2
     with pytest.raises(ValueError, match="a tokenizer is needed"):
         texts(dataset)
+
+
+PREFERENCE_TOKENS = {
+    "DPO": {"prompt_ids": "Q: ", "chosen_ids": "yes", "rejected_ids": "no"},
+    "reward": {"chosen_ids": "Q: yes", "rejected_ids": "Q: no"},
+    "KTO": {"prompt_ids": "Q: ", "completion_ids": "yes", "label": True},
+}
+
+
+@pytest.mark.parametrize("kind", PREFERENCE_TOKENS)
+def test_the_response_of_tokenised_preferences_is_the_chosen_answer(kind: str) -> None:
+    tokenizer = tiny_tokenizer()
+    other = {name: value * 2 if isinstance(value, str) else value for name, value in PREFERENCE_TOKENS[kind].items()}
+    dataset = Dataset.from_list(
+        [
+            {name: tokenizer(value)["input_ids"] if isinstance(value, str) else value for name, value in row.items()}
+            for row in (PREFERENCE_TOKENS[kind], other, PREFERENCE_TOKENS[kind])
+        ]
+    ).select([1, 0])
+    rows = Rows(dataset, tokenizer)
+    first = ("Q: ", "yesQ: yes") if kind == "reward" else ("Q: Q: ", "yesyes")
+    assert rows.tokenized
+    assert texts(dataset, tokenizer) == [first, ("Q: ", "yes")]
+    assert rows.token_counts("prompt").tolist() == [len(first[0]), 3]
+    assert rows.token_counts("response").tolist() == rows.trained_counts().tolist() == [len(first[1]), 3]
+    assert rows.token_counts("total").tolist() == [len("".join(first)), 6]
+    for keep_end, response in ((False, [max(0, 4 - len(first[0])), 1]), (True, [4, 3])):
+        cut = Rows(dataset, tokenizer, max_length=4, keep_end=keep_end)
+        assert cut.token_counts("total").tolist() == [4, 4]
+        assert cut.token_counts("response").tolist() == response
 
 
 @pytest.mark.parametrize("columns", [["question", "answer"], ["prompt"], ["completion", "label"], ["instruction"]])
@@ -284,7 +339,7 @@ def test_rows_in_which_nothing_is_masked_count_whole(caplog: pytest.LogCaptureFi
     dataset = Dataset.from_dict({"input_ids": [[1, 2], [3], []], "messages": [[turn("assistant", "x")]] * 3})
     for rows in (Rows(dataset.remove_columns("messages")), Rows(dataset), Rows(dataset, object())):
         assert rows.token_counts("response").tolist() == [2, 1, 0]
-    assert "is that of the whole row" in caplog.text
+    assert "the response is the whole row" in caplog.text
 
 
 def test_token_counts_of_raw_rows_are_an_error_that_names_the_columns() -> None:
@@ -353,29 +408,101 @@ def test_many_conversations_each_have_their_own_truncation() -> None:
 def test_sharegpt_turns_count_like_messages() -> None:
     conversation = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
     dataset = Dataset.from_dict({"conversations": [conversation], "input_ids": [list(range(99))]})
-    # Rendered as <human>hi<gpt>hello, and this template has no generation prompt that would be the prompt's.
     template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     rows = Rows(dataset, tiny_tokenizer(), chat_template=template)
-    assert rows.token_counts("response").tolist() == [len("<gpt>hello")]
+    assert rows.token_counts("response").tolist() == [len("hello")]
 
 
 def test_tools_and_template_arguments_are_given_to_the_template() -> None:
     template = (
-        "{% if tools %}{{ tools[0]['name'] }}{% endif %}{% for m in messages %}<{{ m['role'] }}>"
-        "{{ m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% if thinking %}<think>{% endif %}{% endif %}"
+        "{% if tools %}{{ tools[0]['name'] }}{% endif %}{% if thinking %}<think>{% endif %}"
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     )
-    messages = [turn("user", "q"), turn("assistant", "<think>deep")]
+    messages = [turn("user", "q"), turn("assistant", "deep")]
     columns = {
         "messages": [messages] * 2,
-        "input_ids": [list(range(99)), list(range(len("tool<user>q<assistant><t")))],
+        "input_ids": [list(range(99)), list(range(len("tool<user>q<assistant>de")))],
     }
     columns["tools"] = [json.dumps([{"name": "tool"}])] * 2
     plain = Rows(Dataset.from_dict(columns), tiny_tokenizer(), chat_template=template)
-    assert plain.token_counts("response").tolist() == [len("<think>deep"), len("<t")]
+    assert plain.token_counts("response").tolist() == [len("deep"), len("de")]
     columns["chat_template_kwargs"] = [{"thinking": True}] * 2
     thinking = Rows(Dataset.from_dict(columns), tiny_tokenizer(), chat_template=template)
     assert thinking.token_counts("response").tolist() == [len("deep"), 0]
+
+
+def shipped_template(name: str) -> str:
+    """The chat template of a model family, as TRL ships it."""
+    import trl
+
+    return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def thought(text: str, answer: str) -> dict[str, Any]:
+    return turn("assistant", f"<think>\n{text}\n</think>\n\n{answer}")
+
+
+def rendered(conversations: list[list[dict[str, Any]]], template: str, limit: int | None, keep_end: bool) -> Rows:
+    """Conversations as TRL prepares them with this template, trained on every token."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    part = slice(None) if limit is None else slice(-limit, None) if keep_end else slice(limit)
+    ids = [
+        tokenizer.apply_chat_template(conversation, chat_template=template, return_dict=True)["input_ids"][part]
+        for conversation in conversations
+    ]
+    tokens = List(Value("int64"))
+    features = Features({"messages": List(Json()), "input_ids": tokens, "labels": tokens})
+    columns = {"messages": conversations, "input_ids": ids, "labels": ids}
+    return Rows(Dataset.from_dict(columns, features), tokenizer, keep_end=keep_end, chat_template=template)
+
+
+@pytest.mark.parametrize("limit", [None, 60, 30])
+@pytest.mark.parametrize("keep_end", [False, True])
+def test_thoughts_that_the_template_drops_do_not_count(limit: int | None, keep_end: bool) -> None:
+    last = [turn("user", "b?"), thought("hm", "second")]
+    with_thought = [turn("user", "a?"), thought("a long thought " * 9, "first"), *last]
+    without = [turn("user", "a?"), turn("assistant", "first"), *last]
+    rows = rendered([with_thought, without], shipped_template("qwen3"), limit, keep_end)
+    first, second = rows.dataset["input_ids"]
+    assert first == second, "training sees no difference"
+    counts = rows.token_counts("response").tolist()
+    assert counts[0] == counts[1]
+    if limit is None:  # an end of turn is one token
+        assert counts[0] == len("first") + 1 + len("hm\n</think>\n\nsecond") + 1
+    if limit == 60 and not keep_end:
+        assert counts[0] == len("first") + 1
+
+
+CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "get", "arguments": {"city": "x"}}}
+TOOLS = [
+    turn("user", "w?"),
+    turn("assistant", "") | {"tool_calls": [CALL]},
+    turn("tool", "3"),
+    turn("assistant", "hot"),
+]
+
+
+@pytest.mark.parametrize(("family", "counted"), [("qwen3", True), ("llama3_1", True), ("gptoss", False)])
+def test_tool_calls_count_as_the_assistants_where_the_template_allows_it(family: str, counted: bool) -> None:
+    rows = rendered([TOOLS], shipped_template(family), None, False)
+    response = rows.token_counts("response")[0]
+    call = len('{"name": "get", "arguments": {"city": "x"}}')
+    assert call < response < rows.token_counts()[0] if counted else len("hot") <= response < call
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_5", "glm4moe", "phi3", "llama3", "gemma3", "deepseekv3"])
+def test_the_assistants_tokens_are_those_that_trl_marks_less_a_fixed_number_per_turn(family: str) -> None:
+    marks = shipped_template(f"{family}_training")
+    unmarked = []
+    for text in ("first", "a longer text"):
+        conversation = [turn("user", "a?"), thought("hm", text), turn("user", "b?"), turn("assistant", text * 2)]
+        rows = rendered([conversation], marks, None, False)
+        marked = rows.tokenizer.apply_chat_template(
+            conversation, chat_template=marks, return_assistant_tokens_mask=True, return_dict=True
+        )["assistant_masks"]
+        unmarked.append(sum(marked) - rows.token_counts("response")[0])
+    assert unmarked[0] == unmarked[1] >= 0
 
 
 # --- prepared by TRL ----------------------------------------------------------------------------------------
@@ -430,6 +557,164 @@ def test_rows_that_trl_prepared_to_be_trained_on_the_response(prepare: Any) -> N
     rows = prepare([{"text": "plain"}], "keep_start", max_length=None)
     assert rows.texts("prompt") == rows.texts("response") == rows.texts("both") == ["plain"]
     assert rows.token_counts("response").tolist() == [len("plain") + 1]
+
+
+# --- labels of other forms, and padding ---------------------------------------------------------------------
+
+
+def test_the_labels_of_seq2seq_are_a_sequence_of_their_own() -> None:
+    tokenizer = tiny_tokenizer()
+    question, answer = tokenizer("q?")["input_ids"], tokenizer("a long answer")["input_ids"]
+    dataset = Dataset.from_dict(
+        {"input_ids": [question, answer, question], "labels": [answer, question, [*question[:1], -100]]}
+    )
+    rows = Rows(dataset.select([1, 0, 2]), tokenizer)
+    assert rows.token_counts("response").tolist() == rows.trained_counts().tolist() == [2, 13, 1]
+    assert rows.token_counts("prompt").tolist() == [13, 2, 2]
+    assert rows.token_counts("total").tolist() == [15, 15, 3]
+    assert list(zip(rows.texts("prompt"), rows.texts("response"), strict=True)) == [
+        ("a long answer", "q?"),
+        ("q?", "a long answer"),
+        ("q?", "q"),
+    ]
+
+
+def test_the_labels_of_seq2seq_padded_to_the_inputs_length_are_not_capped() -> None:
+    rows = {
+        "input_ids": [[5, 6, 0, 0], [5, 6, 7, 0]],
+        "attention_mask": [[1, 1, 0, 0], [1, 1, 1, 0]],
+        "labels": [[7, 8, 9, -100], [7, -100, -100, -100]],
+    }
+    rows = Rows(Dataset.from_dict(rows))
+    assert rows.token_counts("response").tolist() == [3, 1]
+    assert rows.token_counts("prompt").tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["padding is trained", "padding is masked"])
+@pytest.mark.parametrize("prompt", [0, 1])
+def test_padding_does_not_count(masked: bool, prompt: int) -> None:
+    sizes = [2, 3, 4]
+    ids = [[9] * size + [0] * (4 - size) for size in sizes]
+    attention = [[1] * size + [0] * (4 - size) for size in sizes]
+    labels = [[-100] * prompt + [9] * (size - prompt) + [-100 if masked else 0] * (4 - size) for size in sizes]
+    dataset = Dataset.from_dict({"input_ids": ids, "attention_mask": attention, "labels": labels}).select([2, 0, 1])
+    rows = Rows(dataset)
+    assert rows.token_counts("total").tolist() == [4, 2, 3]
+    assert rows.token_counts("response").tolist() == [4 - prompt, 2 - prompt, 3 - prompt]
+    cut = Rows(dataset, max_length=3)
+    assert cut.token_counts("total").tolist() == [3, 2, 3]
+    end = Rows(dataset, max_length=3, keep_end=True)
+    assert end.token_counts("total").tolist() == [3, 1, 2]
+
+
+ONE_LABEL = {
+    "class": [1, 0],
+    "name of a class": ["good", None],
+    "number": [0.5, -100.0],
+    "number of each class": [[0.5, 1.0, 0.0], [0.0, 0.0, 1.0]],
+}
+
+
+@pytest.mark.parametrize("kind", ONE_LABEL)
+def test_labels_of_rows_rather_than_tokens_mask_nothing(kind: str) -> None:
+    tokenizer = tiny_tokenizer()
+    ids = [tokenizer(text)["input_ids"] for text in ("one", "seven")]
+    dataset = Dataset.from_dict({"input_ids": ids, "labels": ONE_LABEL[kind]})
+    rows = Rows(dataset, tokenizer)
+    for counts in (rows.token_counts(), rows.token_counts("response"), rows.trained_counts()):
+        assert counts.tolist() == [3, 5]
+    assert texts(dataset, tokenizer) == [("one", "one"), ("seven", "seven")]
+
+
+# --- trained tokens -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({}, [2, 0, 0, 0]),
+        ({"labels": [[1, 2, 3], [4], [], None]}, [2, 0, 0, 0]),
+        ({"labels": [[1, -100, 3], [4], [], None]}, [1, 0, 0, 0]),
+        ({"labels": [[-100] * 3, [-100], [], None]}, [0, 0, 0, 0]),
+        ({"completion_mask": [[0, 1, 1, 1], [1], [], None]}, [2, 0, 0, 0]),
+        ({"assistant_masks": [[1, 1, 1], [1], [], None], "completion_mask": [[0, 0, 1], [1], [], None]}, [1, 0, 0, 0]),
+    ],
+)
+def test_trained_tokens_are_the_labels_after_the_first(columns: dict[str, Any], expected: list[int]) -> None:
+    dataset = Dataset.from_dict({"input_ids": [[1, 2, 3], [4], [], None], **columns})
+    order = [3, 0, 2, 1]
+    counts = Rows(dataset.select(order)).trained_counts()
+    assert counts.tolist() == [expected[row] for row in order]
+    assert counts.dtype == np.int64
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=masked_rows(), max_length=st.one_of(st.none(), st.integers(1, 7)), keep_end=st.booleans())
+def test_trained_tokens_are_those_that_the_loss_of_a_model_counts(
+    rows: Any, max_length: int | None, keep_end: bool
+) -> None:
+    ids, masks = rows
+    labels = [None if mask is None else [5 if bit else -100 for bit in mask] for mask in masks]
+    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int64"))})
+    dataset = Dataset.from_dict({"input_ids": ids, "labels": labels}, features=features)
+    cut = slice(None) if max_length is None else slice(-max_length, None) if keep_end else slice(max_length)
+    counted = Rows(dataset, max_length=max_length, keep_end=keep_end).trained_counts()
+    remaining = [(row or [])[cut] for row in labels]
+    assert counted.tolist() == [sum(label != -100 for label in row[1:]) for row in remaining]
+    unshifted = Rows(dataset, max_length=max_length, keep_end=keep_end).trained_counts(shifted=False)
+    assert unshifted.tolist() == [sum(label != -100 for label in row) for row in remaining]
+
+
+def test_trained_tokens_of_raw_rows_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"input_ids.*has only: text\."):
+        Rows(Dataset.from_dict({"text": ["x"]})).trained_counts()
+
+
+# --- values that datasets stores as JSON --------------------------------------------------------------------
+
+USER, ANSWER = turn("user", "U"), turn("assistant", "A")
+PARTS = [{"type": "image"}, {"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+JSON_FORMS: dict[str, tuple[list[dict[str, Any]], list[tuple[str, str]]]] = {
+    "tool calls": (
+        [
+            {"messages": [USER, ANSWER]},
+            {"messages": [USER, turn("assistant", None) | {"tool_calls": [CALL]}, turn("tool", "T"), ANSWER]},
+        ],
+        [("U", "A"), ("U\nT", "A")],
+    ),
+    "names": ([{"messages": [USER | {"name": "Ann"}, ANSWER]}, {"messages": [USER, ANSWER]}], [("U", "A")] * 2),
+    "text and parts": (
+        [{"messages": [USER, ANSWER]}, {"messages": [turn("user", PARTS), ANSWER]}],
+        [("U", "A"), ("one\ntwo", "A")],
+    ),
+    "ShareGPT": (
+        [{"conversations": [{"from": "human", "value": "U", "weight": 0}, {"from": "gpt", "value": "A"}]}],
+        [("U", "A")],
+    ),
+    "prompts and completions": (
+        [{"prompt": [USER | {"name": "Ann"}, turn("user", PARTS)], "completion": [ANSWER]}] * 2,
+        [("U\none\ntwo", "A")] * 2,
+    ),
+    "text or messages": (
+        [{"prompt": "P", "completion": "C"}, {"prompt": [USER], "completion": [ANSWER]}],
+        [("P", "C"), ("U", "A")],
+    ),
+    "preferences": (
+        [{"chosen": [USER | {"name": "Ann"}, ANSWER], "rejected": [USER | {"name": "Ann"}, turn("assistant", "B")]}],
+        [("U", "A")],
+    ),
+}
+
+
+@pytest.mark.parametrize("form", JSON_FORMS)
+def test_json_is_read_as_what_was_written(form: str, tmp_path: Path) -> None:
+    rows, expected = JSON_FORMS[form]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + os.linesep for row in rows), encoding="utf-8")
+    dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert "Json" in str(dataset.features), "datasets stores these values as JSON"
+    assert texts(dataset) == expected
+    assert texts(dataset.select([len(rows) - 1, 0])) == [expected[-1], expected[0]]
 
 
 def test_counts_are_numpy_integers() -> None:

@@ -37,7 +37,7 @@ from accelerate import PartialState  # noqa: E402
 from toys import QUIET, id_rows, read_ids, tiny_model, tiny_tokenizer  # noqa: E402
 from transformers import TrainerCallback, TrainerState  # noqa: E402
 
-import commonit_trl.trainer.mixin  # noqa: E402
+import commonit_trl.grouping.fit  # noqa: E402
 from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer  # noqa: E402
 from commonit_trl.grouping import Grouper  # noqa: E402
 from commonit_trl.trainer.checkpoint import last_checkpoint, read_checkpoint  # noqa: E402
@@ -93,7 +93,7 @@ class Killer(TrainerCallback):
         self._watch_writes(safetensors.torch, "save_file", 1)
         self._watch_writes(TrainerState, "save_to_json", 1)
         # Before and after a rank fits groups or receives those of rank 0.
-        for module, name in ((commonit_trl.trainer.mixin, "fit_assign_cached"), (Grouper, "fit_assign")):
+        for module, name in ((commonit_trl.grouping.fit, "fit_assign_cached"), (Grouper, "fit_assign")):
             setattr(module, name, self._watch_grouping(getattr(module, name)))
 
     def _watch_grouping(self, group: Callable[..., Any]) -> Callable[..., Any]:
