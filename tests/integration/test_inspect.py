@@ -249,7 +249,7 @@ def test_groups_that_were_saved_are_used(data, tokenizer, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["data.jsonl"], "commonit_metric is not set. Write --commonit_metric task, length, embedding, or --compare"),
+        (["data.jsonl"], "commonit_metric is not set. Write --commonit_metric task"),
         (
             ["data.jsonl", "--commonit_metric", "lenght"],
             "commonit_metric='lenght' is not one of task, length, embedding",
