@@ -112,7 +112,7 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
         return PackedBatchSampler(self._commonit_bins, self.commonit.plan, self.commonit.rank)
 
     def _commonit_fingerprint(self) -> str:
-        bins = "" if self._commonit_bins is None else f", bins {self._commonit_bins.digest()}"
+        bins = "" if self._commonit_bins is None else f", bins {self._commonit_bins.fingerprint()}"
         return f"{super()._commonit_fingerprint()}{bins}"
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

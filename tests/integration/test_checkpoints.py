@@ -77,7 +77,7 @@ def test_groups_and_run_are_saved(run, name):
     assert np.array_equal(grouper.assign(Rows(ROWS)), trainer.commonit_group_ids)
     description = json.loads((saved / "run.json").read_text())
     assert description["commonit_metric"] == "task" and description["rows"] == 20
-    assert description["order of samples"] == trainer.commonit_plan().digest()
+    assert description["order of samples"] == trainer.commonit_plan().fingerprint()
 
 
 def test_embedding_groups_are_saved_with_their_centroids(tmp_path, minilm):

@@ -307,7 +307,7 @@ def test_other_front_ends_come_from_installed_packages(tmp_path, monkeypatch, ca
         "    rows = Rows(id_rows([20, 10]))\n"
         "    options = CommonITArguments(commonit_metric='task')\n"
         "    return Recipe(options=options, rows=rows, seed=1, micro_batch_size=2, accumulation_steps=1,\n"
-        "        lengths=rows.token_counts(), arranged=True, pack=pack if 'pack' in path else None)\n"
+        "        lengths=rows.token_counts(), balanced=True, pack=pack if 'pack' in path else None)\n"
     )
     monkeypatch.delitem(sys.modules, "other_reader", raising=False)
     (shown,) = numbers(capfd, "--axolotl", "recipe.yml", "--compare", "task")
