@@ -125,8 +125,8 @@ def weights_by_id(weights: Any, names: Sequence[str], group_ids: NDArray[np.inte
     missing = [name for name in present if name not in weights]
     if unknown:
         raise ValueError(
-            f"commonit_weights names {unknown[0]!r}, which is no group; did you mean {nearest(unknown[0], present)!r}?"
+            f"commonit_weights: {unknown[0]!r} is not a group; did you mean {nearest(unknown[0], present)!r}?"
         )
     if missing:
-        raise ValueError(f"commonit_weights names no weight for {', '.join(map(repr, missing))}: give each group one.")
+        raise ValueError(f"commonit_weights: no weight for {', '.join(map(repr, missing))}; give each group one.")
     return {group: float(weights[names[group]]) for group in ids}

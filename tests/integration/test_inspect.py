@@ -106,9 +106,7 @@ def test_a_recipe_is_inspected_as_it_is_trained(metric, packing, model, data, tm
     ].tolist()
     assert shown["rows"] == 60
     counts = trainer.commonit.spec.lengths
-    padded = sum(
-        counts[plan.micro_batch(m, 0)].max() * len(plan.micro_batch(m, 0)) for m in range(plan.num_micro_steps)
-    )
+    padded = sum(counts[batch].max() * len(batch) for batch in plan.batches(0))
     real = counts[plan.indices].sum()
     assert shown["planned"]["padding_ratio"] == pytest.approx(1.0 if packing == "bfd" else padded / real)
 
