@@ -84,6 +84,8 @@ class EpochPlan:
     micro_batch_size: int
     world_size: int
     accumulation_steps: int
+    equal_sizes: bool = False
+    """Whether all micro-batches of a partition have the same number of samples."""
 
     @property
     def num_micro_steps(self) -> int:
@@ -266,6 +268,7 @@ def plan_epoch(
     purity: str = "step",
     remainder: str = "keep",
     weights: Mapping[int, float] | str = "proportional",
+    equal_sizes: bool = False,
     seed: int = 0,
     epoch: int = 0,
 ) -> EpochPlan:
@@ -286,6 +289,8 @@ def plan_epoch(
         weights: `proportional` (every sample once), `uniform` or `sqrt` over groups, or a mapping of group id to
             weight. The quotas add up to the number of samples in the dataset, so a group with a quota above its size
             repeats samples, and one with a quota below it leaves some out.
+        equal_sizes: give all micro-batches of a step the same number of samples, for losses that ranks gather per
+            sample; only without `lengths`. A group then repeats fewer samples than a step has micro-batches.
         seed: integer >= 0.
         epoch: integer >= 0. Epochs differ in order, not in length.
 
@@ -321,7 +326,9 @@ def plan_epoch(
     if remainder == "drop":
         quotas = partitions * capacity
 
-    partition_groups, partition_starts, partition_sizes = _cut_evenly(quotas, partitions, micro_batches_per_partition)
+    partition_groups, partition_starts, partition_sizes = _cut_evenly(
+        quotas, partitions, micro_batches_per_partition, equal_sizes
+    )
     order = rng.permutation(len(partition_groups))
     return EpochPlan(
         group_ids=ids,
@@ -336,6 +343,7 @@ def plan_epoch(
         micro_batch_size=micro_batch_size,
         world_size=world_size,
         accumulation_steps=accumulation_steps,
+        equal_sizes=equal_sizes,
     )
 
 
@@ -363,7 +371,9 @@ def plan_remaining(whole: EpochPlan, rows: ArrayLike, *, seed: int, epoch: int) 
     # All steps but the last have as many partitions: the remaining steps must end where the complete epoch does.
     partitions_per_step = whole.accumulation_steps * whole.world_size // whole.micro_batches_per_partition
     _add_partitions(partitions, sizes, int(len(whole.partition_sizes) - partitions.sum()) % partitions_per_step)
-    groups, starts, partition_sizes = _cut_evenly(sizes, partitions, whole.micro_batches_per_partition)
+    groups, starts, partition_sizes = _cut_evenly(
+        sizes, partitions, whole.micro_batches_per_partition, whole.equal_sizes
+    )
     done = len(whole.partition_sizes) - len(groups)
     if done < 0:
         raise ValueError(
@@ -443,21 +453,25 @@ def _shuffle_groups(rows: NDArray[np.integer[Any]], sizes: NDArray[np.int64], rn
 
 
 def _cut_evenly(
-    quotas: NDArray[np.int64], partitions: NDArray[np.int64], least: int
+    quotas: NDArray[np.int64], partitions: NDArray[np.int64], micro_batches: int, equal_sizes: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Cut each group's quota into partitions whose sizes differ by at most one and are at least `least`.
+    """Cut each group's quota into partitions whose sizes differ by at most one.
 
     Args:
         quotas, partitions: (groups,) samples and partitions of each group.
+        micro_batches: per partition; each gets a sample.
+        equal_sizes: make all sizes multiples of `micro_batches`; they differ by at most `micro_batches`.
 
     Returns:
         (partitions,) group, index of the first sample in the group, and size of each partition.
     """
     groups = np.repeat(np.arange(len(partitions)), partitions)
     number = np.arange(len(groups)) - np.repeat(np.cumsum(partitions) - partitions, partitions)
-    base, extra = np.divmod(quotas, np.maximum(partitions, 1))
+    multiple = micro_batches if equal_sizes else 1
+    base, extra = np.divmod(-(-quotas // multiple), np.maximum(partitions, 1))
     starts = number * base[groups] + np.minimum(number, extra[groups])
-    return groups, starts, np.maximum(base[groups] + (number < extra[groups]), least)
+    sizes = base[groups] + (number < extra[groups])
+    return groups, starts * multiple, np.maximum(sizes * multiple, micro_batches)
 
 
 def _quotas(sizes: NDArray[np.int64], weights: Mapping[int, float] | str) -> NDArray[np.int64]:

@@ -33,6 +33,7 @@ class PlanSpec:
     purity: str = "step"
     remainder: str = "keep"
     weights: Mapping[int, float] | str = "proportional"
+    equal_sizes: bool = False
     seed: int = 0
     resumed_epoch: int | None = None
     """Epoch that started with another spec; its plan holds only `remaining_rows`."""
@@ -79,6 +80,7 @@ class PlanSpec:
                 purity=self.purity,
                 remainder=self.remainder,
                 weights=self.weights,
+                equal_sizes=self.equal_sizes,
                 seed=self.seed,
                 epoch=epoch,
             )

@@ -60,8 +60,8 @@ def test_the_code_has_the_quoted_message(message, strings):
 
 
 def test_checkpoints_lists_what_is_compared():
-    tree = ast.parse((ROOT / "commonit_trl" / "trainer" / "mixin.py").read_text(encoding="utf-8"))
-    (run,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "_commonit_run")
+    tree = ast.parse((ROOT / "commonit_trl" / "trainer" / "checkpoint.py").read_text(encoding="utf-8"))
+    (run,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "describe")
     (compared,) = (node for node in ast.walk(run) if isinstance(node, ast.Dict))
     assert first_cells(read("checkpoints.md")) == [key.value for key in compared.keys]
 
@@ -92,7 +92,7 @@ def test_the_comparison_has_its_options_and_its_output():
     options = {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help"}
     assert set(first_cells(page)) == options
     (output,) = re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert all(word in output for word in ("Held-out", "less none's", "Groups by task", "intervals of equal"))
+    assert all(word in output for word in ("Held-out", "vs none", "Groups by task", "intervals of equal"))
 
 
 def test_the_study_shows_its_result():
