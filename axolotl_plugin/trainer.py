@@ -112,7 +112,7 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
         return PackedBatchSampler(self.commonit_bins, self.commonit.plan, self.commonit.rank)
 
     def commonit_fingerprint(self) -> str:
-        bins = "" if self.commonit_bins is None else f", bins {self.commonit_bins.digest()}"
+        bins = "" if self.commonit_bins is None else f", bins {self.commonit_bins.fingerprint()}"
         return f"{super().commonit_fingerprint()}{bins}"
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -30,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from commonit_trl.files import write_arrays, write_text
 from commonit_trl.grouping import load_grouper
 from commonit_trl.grouping.fit import fingerprint
-from commonit_trl.plan import EpochPlan, PlanSpec
+from commonit_trl.plan import PlanSpec
 from commonit_trl.plan.spec import weights_by_id
 from commonit_trl.report import ledger
 from commonit_trl.trainer.run import row_costs
@@ -214,13 +214,13 @@ def _replan(
     epoch += done > 0 and run.spec.resumed_epoch is None  # all rows of the epoch are trained
     run.replanned += 1
     plan = run.plan(epoch)
-    run.first_step = epoch * plan.num_steps + first_step(plan)
+    run.first_step = epoch * plan.num_steps + plan.first_step
     trainer.commonit_logger.info(
         "commonit_resume='replan': epoch %d has %d samples left, planned anew in %d steps that repeat %d; training "
         "resumes at step %d, with %d per epoch. Differences from the checkpoint: %s.",
         epoch,
         0 if run.spec.remaining_rows is None else len(run.spec.remaining_rows),
-        plan.num_steps - first_step(plan),
+        plan.num_steps - plan.first_step,
         plan.summary().repeated,
         run.first_step,
         plan.num_steps,
@@ -256,12 +256,6 @@ def load_remaining(directory: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     rows = load_file(directory / REMAINING_FILE)["rows"]
     return {"resumed_epoch": operator.index(described[0]), "remaining_rows": rows}
-
-
-def first_step(plan: EpochPlan) -> int:
-    """Return the first optimizer step of the epoch that holds samples."""
-    first_unit = int(np.argmax(plan.unit_sizes > 0))
-    return first_unit * plan.micro_batches_per_unit // (plan.world_size * plan.accumulation_steps)
 
 
 def move_schedule(scheduler: Any, step: int) -> None:

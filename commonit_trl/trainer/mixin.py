@@ -227,7 +227,7 @@ class CommonITMixin(_Mixed):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # A private name of transformers: the only place that decides at which step of which epoch the Trainer resumes.
-    # tests/unit/test_rest.py fails when it changes.
+    # tests/unit/test_platform.py fails when it changes.
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any
     ) -> tuple[int, int]:

@@ -106,9 +106,7 @@ def test_a_recipe_is_inspected_as_it_is_trained(metric, packing, model, data, tm
     ].tolist()
     assert shown["rows"] == 60
     counts = trainer.commonit.spec.lengths
-    padded = sum(
-        counts[plan.micro_batch(m, 0)].max() * len(plan.micro_batch(m, 0)) for m in range(plan.num_micro_steps)
-    )
+    padded = sum(counts[batch].max() * len(batch) for batch in plan.batches(0))
     real = counts[plan.indices].sum()
     assert shown["planned"]["padding_ratio"] == pytest.approx(1.0 if packing == "bfd" else padded / real)
 
@@ -307,7 +305,7 @@ def test_other_front_ends_come_from_installed_packages(tmp_path, monkeypatch, ca
         "    rows = Rows(id_rows([20, 10]))\n"
         "    options = CommonITArguments(commonit_metric='task')\n"
         "    return Recipe(options=options, rows=rows, seed=1, micro_batch_size=2, accumulation_steps=1,\n"
-        "        lengths=rows.token_counts(), arranged=True, pack=pack if 'pack' in path else None)\n"
+        "        lengths=rows.token_counts(), balanced=True, pack=pack if 'pack' in path else None)\n"
     )
     monkeypatch.delitem(sys.modules, "other_reader", raising=False)
     (shown,) = numbers(capfd, "--axolotl", "recipe.yml", "--compare", "task")
