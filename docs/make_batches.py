@@ -1,7 +1,7 @@
 """Draw docs/batches.svg: the steps of one epoch, mixed (baseline) and pure (CommonIT).
 
-Steps: (1) plan an epoch of three small groups with `plan_epoch`, and shuffle the same samples for the baseline; (2) draw
-each sample as a square in the colour of its group. Colours and the grey of the text are readable on white and on black.
+Steps: (1) plan an epoch of three small groups with `plan_epoch`, and shuffle the same samples for the baseline;
+(2) draw each sample as a square in the colour of its group. All colours are readable on white and on black.
 
     python -m docs.make_batches
 

@@ -7,6 +7,7 @@ import re
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from commonit_trl.cli import compare as comparing
@@ -126,7 +127,7 @@ def test_pictures_are_small_and_shown(picture):
 
 def test_the_picture_of_the_batches_is_the_plan():
     mixed, pure = make_batches.steps()
-    assert sorted(sum(mixed, [])) == sorted(sum(pure, []))  # the same samples
+    assert sorted(np.ravel(mixed)) == sorted(np.ravel(pure))  # the same samples
     assert all(len(set(groups)) == 1 for groups in pure) and all(len(set(groups)) > 1 for groups in mixed)
     assert make_batches.PICTURE.read_text(encoding="utf-8") == make_batches.draw(), "run python -m docs.make_batches"
     assert f"(docs/{make_batches.PICTURE.name})" in (ROOT / "README.md").read_text(encoding="utf-8")

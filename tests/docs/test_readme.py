@@ -1,8 +1,8 @@
 """The documentation is true: code runs, command lines parse, linked files exist, tables agree with the code.
 
-The Python blocks of a file run one after the other in one namespace, in a folder where the names that they
-use, `train.jsonl` and the model `Qwen/Qwen3-0.6B`, are a few rows and a tiny model. Both sides of a diff run. Command lines go through
-the real parsers of the launchers and of `commonit`; they are not run. YAML of Axolotl is a recipe's part:
+The Python blocks of a file run one after the other in one namespace, and both sides of a diff run, in a folder with the
+names that they use: `train.jsonl` is a few rows and `Qwen/Qwen3-0.6B` a tiny model. Command lines go through the real
+parsers of the launchers and of `commonit`; they are not run. YAML of Axolotl is part of a recipe:
 tests/axolotl/test_examples.py gives it to Axolotl.
 """
 
