@@ -26,7 +26,7 @@ from commonit_trl.plan.sampler import CommonITBatchSampler
 from commonit_trl.rows import Rows
 from commonit_trl.trainer import validate
 from commonit_trl.trainer.evaluation import baseline_loss
-from commonit_trl.trainer.loss import has_auxiliary_loss, is_causal_lm_loss
+from commonit_trl.trainer.loss import is_causal_lm_loss
 from commonit_trl.trainer.mixin import CommonITMixin
 
 LOG = get_logger(__name__)
@@ -62,7 +62,7 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
 
     def _commonit_summed_over_tokens(self) -> bool:
         # By class: Axolotl's loaders of other rows than the training set's need its evaluation settings.
-        return self.model_accepts_loss_kwargs and not has_auxiliary_loss(self) and is_causal_lm_loss(self)
+        return self.model_accepts_loss_kwargs and is_causal_lm_loss(self)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 

@@ -1,33 +1,38 @@
-"""Text of a dataset or a user, made safe to show: what it holds stands there, and nothing in it acts.
+"""Make untrusted text, from a dataset or a user, safe to print.
 
-Control characters and escape sequences would reach the terminal, and marks that turn the direction of writing would
-turn the text around them; each becomes the name of its code point. Right-to-left letters stay as they are. Markup is
-the business of who shows the text: `rich.text.Text`, which has none, and HTML that is escaped.
+Control characters, escape sequences and marks that change the direction of writing would act on the terminal or the
+browser; each becomes its code point, such as `\\u202e`. Right-to-left letters stay. Callers handle markup: in the
+terminal `rich.text.Text`, which has none; in HTML, escaping.
 """
 
 import re
 import unicodedata
 
 _SPACES = re.compile(r"\s+")
-_TURNS_DIRECTION = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-_ACTS = frozenset(("Cc", "Cs", "Zl", "Zp"))  # controls, halves of a pair, separators of lines and paragraphs
+_DIRECTION_MARKS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_CONTROLS = frozenset(("Cc", "Cs", "Zl", "Zp"))  # controls, halves of a pair, separators of lines and paragraphs
 
 
-def shown(text: str) -> str:
-    """`text` on one line, without a character that a terminal or a browser would act on."""
-    return escaped(_SPACES.sub(" ", text).strip())
+def sanitize(text: str) -> str:
+    """Return `text` on one line, without characters that act on a terminal or a browser."""
+    return escape(_SPACES.sub(" ", text).strip())
 
 
-def escaped(text: str, *, but: str = "") -> str:
-    """`text` with its spaces, without a character that a terminal or a browser would act on; those in `but` stay."""
+def escape(text: str, *, keep: str = "") -> str:
+    """Escape the characters of `text` that act on a terminal or a browser.
+
+    Args:
+        text: spaces in it stay as they are.
+        keep: characters not to escape.
+    """
     return "".join(
         f"\\u{ord(mark):04x}"
-        if mark in _TURNS_DIRECTION or (unicodedata.category(mark) in _ACTS and mark not in but)
+        if mark in _DIRECTION_MARKS or (unicodedata.category(mark) in _CONTROLS and mark not in keep)
         else mark
         for mark in text
     )
 
 
 def cut(text: str, characters: int) -> str:
-    """`text` in at most so many characters; an ellipsis stands for the rest."""
+    """Return at most `characters` of `text`; an ellipsis replaces the others."""
     return text if len(text) <= characters else text[: characters - 1] + "…"

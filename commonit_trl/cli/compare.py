@@ -1,7 +1,7 @@
-"""`commonit compare`: does it help this model on these data, and which metric?
+"""`commonit compare`: does CommonIT help this model on these data, and with which metric?
 
-Trains every strategy with every seed from the same weights, on the same rows, for the same number of epochs, measures
-each run on the same held-out rows, and says how far the strategies are from plain batches and how sure that is.
+Every strategy trains with every seed, from the same weights, on the same rows, for the same number of epochs. Each run
+is measured on the same held-out rows. The result is each strategy's difference to the baseline, with its interval.
 """
 
 import argparse
@@ -9,56 +9,67 @@ import contextlib
 import json
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from datasets import Dataset
+from rich.console import Console
 
-from commonit_trl.cli.data import check_model, check_rows, load_all_splits, named_data, split_of
+from commonit_trl.cli import quiet
+from commonit_trl.cli.data import check_rows, load_all_splits, named_data, split_of
+from commonit_trl.cli.quiet import Screen
+from commonit_trl.cli.sft import check_model
 from commonit_trl.compare.comparison import compare
 from commonit_trl.compare.runs import RunResult, claimed, directory_of, execute, read_result
 from commonit_trl.compare.strategies import Run, parse_strategies, runs_of
 from commonit_trl.compare.view import print_comparison, write_html
 from commonit_trl.config import OPTIONS
 from commonit_trl.files import write_text
+from commonit_trl.sanitize import sanitize
 
 COMPARE_DIR = "compare"
 PAGE_FILE, NUMBERS_FILE = "compare.html", "compare.json"
-# Given last, so they win: a comparison measures, it keeps no models. The rows are evaluated one by one.
+# They come last, so they win: a comparison keeps no models, and measures the held-out rows one by one.
 FLAGS = (
     *("--save_strategy", "no", "--load_best_model_at_end", "false", "--push_to_hub", "false", "--report_to", "none"),
     *("--disable_tqdm", "true", "--eval_packing", "false", "--commonit_report", "false"),
 )
-_OF_THE_PLACE = {"output_dir", "logging_dir", "run_name", "local_rank", "hub_token", *OPTIONS}
+_NOT_COMPARED = {"output_dir", "logging_dir", "run_name", "local_rank", "hub_token", *OPTIONS}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `commonit compare` alone."""
+    """Add the options that only `commonit compare` has."""
     parser.add_argument(
         "--metrics",
         metavar="METRIC[:OPTION=VALUE],...",
         default="none,task,length,embedding",
-        help="strategies, such as none,task,length:num_groups=16,task:purity=micro; default, %(default)s",
+        help="strategies, such as none,task,length:num_groups=16,task:purity=micro (default: %(default)s)",
     )
-    parser.add_argument("--seeds", type=int, metavar="N", default=3, help="runs of each, from the recipe's seed on")
-    parser.add_argument("--train_rows", type=int, metavar="N", help="train on N random rows; default, on all")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        metavar="N",
+        default=3,
+        help="runs per strategy (default: %(default)s)",
+    )
+    parser.add_argument("--train_rows", type=int, metavar="N", help="train on N random rows (default: all)")
     parser.add_argument(
         "--held_out_rows",
         type=int,
         metavar="N",
         default=1_000,
-        help="measure on at most N random rows of the test split; without one, N rows are taken out of the training "
-        "rows (default %(default)s)",
+        help="measure on at most N random rows of the test split; without that split, hold out N training rows "
+        "(default: %(default)s)",
     )
     parser.add_argument(
-        "--eval_generate", metavar="COLUMN", help="also let each model answer, and count the answers as in this column"
+        "--eval_generate", metavar="COLUMN", help="also generate answers, and count those that equal this column"
     )
-    parser.add_argument("--jobs", type=int, metavar="N", default=1, help="runs at a time (default %(default)s)")
+    parser.add_argument("--jobs", type=int, metavar="N", default=1, help="runs at a time (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    parser.add_argument("--only", metavar="RUN", help="do one run alone, such as length@0, as each process here does")
+    parser.add_argument("--only", metavar="RUN", help="do one run, such as length@0, in this process")
+    quiet.add_arguments(parser)
 
 
 def run(
@@ -70,21 +81,28 @@ def run(
     *,
     launch_flags: Sequence[str],
     argv: Sequence[str],
+    screen: Screen,
 ) -> int:
-    """Do the runs that have not finished, and show what all of them say; returns the exit code.
+    """Do the runs that have not finished, and print the comparison of all; return the exit code.
 
     Args:
-        asked: of `add_arguments`.
-        script_args, training_args, model_args, mixture: TRL's arguments, of which `training_args` is an
-            `SFTRecipeConfig`.
+        asked: the options of `add_arguments`.
+        script_args: TRL's `ScriptArguments`.
+        training_args: an `SFTRecipeConfig`.
+        model_args: TRL's `ModelConfig`.
+        mixture: TRL's `DatasetMixtureConfig`.
         launch_flags: for `accelerate launch`.
-        argv: those of `commonit compare`, for its processes.
+        argv: the arguments of `commonit compare`, for the processes of its runs.
+        screen: where to print.
+
+    Raises:
+        ValueError: on options, data or a model that cannot be used, and on results of other settings.
     """
     _check(asked, script_args, training_args, mixture)
     strategies = parse_strategies(asked.metrics)
     output_dir = Path(training_args.output_dir) / COMPARE_DIR
     runs = list(runs_of(strategies, training_args.seed, asked.seeds))
-    # With several metrics the entries of a mixture are the tasks for all of them, so that all have the same rows.
+    # If one strategy groups by task, a mixture has its column of entries in all runs, so that all have the same rows.
     training_args.commonit_metric = "task" if any(strategy.metric == "task" for strategy in strategies) else "none"
     check_model(model_args, training_args)
     train, held_out = _load(asked, script_args, training_args, mixture)
@@ -95,19 +113,20 @@ def run(
 
     results = {each.name: read_result(output_dir, each, asked_of[each.name]) for each in runs}
     waiting = [each for each in runs if results[each.name] is None]
-    failed = _follow(output_dir, waiting, len(runs), argv, asked.jobs)
+    failed = _follow(output_dir, waiting, len(runs), argv, asked.jobs, screen.stderr)
     for each in waiting:
         if each.name not in failed:
             results[each.name] = read_result(output_dir, each, asked_of[each.name])
     finished: list[RunResult] = [result for result in results.values() if result is not None]
     comparison = compare(finished, train_rows=len(train), failed=failed, at_a_time=asked.jobs)
     numbers = json.dumps(comparison.to_json(), indent=1)
+    screen.log_dir = output_dir
     write_text(output_dir / NUMBERS_FILE, numbers)
     write_html(output_dir / PAGE_FILE, comparison)
     if asked.json:
-        print(numbers)
+        print(numbers, file=screen.stdout)
     else:
-        print_comparison(comparison, output_dir / PAGE_FILE)
+        print_comparison(comparison, output_dir / PAGE_FILE, Console(file=screen.stdout, highlight=False))
     return 1 if failed else 0
 
 
@@ -118,21 +137,21 @@ def _check(asked: argparse.Namespace, script_args: Any, training_args: Any, mixt
             raise ValueError(f"--{name} {value} must be at least {least}.")
     if training_args.max_steps > 0:
         raise ValueError(
-            f"max_steps={training_args.max_steps}: steps hold other numbers of samples by other metrics, and the runs "
-            "must see the same: set num_train_epochs instead, and --train_rows N for a shorter comparison."
+            f"max_steps={training_args.max_steps}: the size of steps depends on the metric, so the runs would see "
+            "different numbers of samples. Set num_train_epochs, and --train_rows N for a shorter comparison."
         )
     if script_args.dataset_streaming or mixture.streaming:
         option = "streaming" if mixture.streaming else "dataset_streaming"
-        raise ValueError(f"{option}=True: a comparison needs every row beforehand: set it to False.")
+        raise ValueError(f"{option}=True: a comparison needs every row beforehand. Set it to False.")
     if "RANK" in os.environ and asked.only is None:
         raise ValueError(
-            "commonit compare starts its own processes, and a launcher has started this one: start it alone; "
-            "--num_processes N is for its runs."
+            "A launcher has started this process, and commonit compare starts its own. Run it without a launcher; "
+            "--num_processes N sets the ranks of each run."
         )
 
 
 def _load(asked: argparse.Namespace, script_args: Any, training_args: Any, mixture: Any) -> tuple[Dataset, Dataset]:
-    """The rows to train on, and those that are held out; the same for all runs of these arguments."""
+    """Return the training rows and the held-out rows, which are the same for all runs."""
     splits, train_split, test_split, _ = load_all_splits(script_args, mixture, training_args)
     data, seed = named_data(script_args, mixture), training_args.seed
     train = split_of(splits, train_split, "Training", "dataset_train_split")
@@ -142,15 +161,15 @@ def _load(asked: argparse.Namespace, script_args: Any, training_args: Any, mixtu
         held_out = _some(splits[test_split], asked.held_out_rows, seed)
     elif len(train) <= asked.held_out_rows:
         raise ValueError(
-            f"--held_out_rows {asked.held_out_rows}: {data} has no split {test_split!r} and {len(train)} rows, of "
-            "which none would be left: give less, or data with that split."
+            f"--held_out_rows {asked.held_out_rows}: no training row would remain, since {data} has {len(train)} rows "
+            f"and no split {test_split!r}. Hold out fewer rows, or give data with that split."
         )
     else:
         parts = train.train_test_split(test_size=asked.held_out_rows, seed=seed)
         train, held_out = parts["train"], parts["test"]
     if asked.eval_generate is not None and asked.eval_generate not in held_out.column_names:
         raise ValueError(
-            f"--eval_generate {asked.eval_generate} is no column of the held-out rows: name one of "
+            f"--eval_generate {asked.eval_generate}: the held-out rows have no such column. Name one of "
             f"{', '.join(held_out.column_names)}."
         )
     return _some(train, asked.train_rows, seed), held_out
@@ -168,9 +187,9 @@ def _given(
     mixture: Any,
     launch_flags: Sequence[str],
 ) -> dict[str, Any]:
-    """All that decides what the runs do and is the same in them; `seed` is that of the rows that are drawn."""
+    """Return the settings that all runs share and that affect their results; `seed` draws the rows."""
     return {
-        **{name: value for name, value in training_args.to_dict().items() if name not in _OF_THE_PLACE},
+        **{name: value for name, value in training_args.to_dict().items() if name not in _NOT_COMPARED},
         **vars(script_args),
         **vars(model_args),
         **vars(mixture),
@@ -181,7 +200,7 @@ def _given(
 
 
 def _asked_of(run: Run, training_args: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """All that decides what `run` does, as JSON values."""
+    """Return all settings that affect the result of `run`, as JSON values."""
     values = given | run.strategy.settings(training_args) | {"seed of the run": run.seed}
     return json.loads(json.dumps(values, default=str))
 
@@ -195,8 +214,9 @@ def _do(
     train: Dataset,
     held_out: Dataset,
 ) -> int:
+    """Do the run that `--only` names, in this process."""
     if asked.only not in runs:
-        raise ValueError(f"--only {asked.only} is none of the runs: {', '.join(runs)}.")
+        raise ValueError(f"--only {asked.only}: no such run. Name one of {', '.join(runs)}.")
     from commonit_trl.compare.one_run import train_and_measure
 
     run = runs[asked.only]
@@ -211,19 +231,20 @@ def _do(
     return 0
 
 
-def _follow(output_dir: Path, runs: Sequence[Run], of: int, argv: Sequence[str], jobs: int) -> dict[str, str]:
-    """Do the runs under progress bars; returns those that failed, and why."""
-    from rich.console import Console
+def _follow(
+    output_dir: Path, runs: Sequence[Run], total: int, argv: Sequence[str], jobs: int, stderr: TextIO
+) -> dict[str, str]:
+    """Do `runs` of `total` under progress bars; return the reasons of those that failed."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.text import Text
 
     failed: dict[str, str] = {}
     if not runs:
         return failed
-    console = Console(file=sys.stderr, highlight=False)
+    console = Console(file=stderr, highlight=False)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        overall = progress.add_task("runs", total=of, completed=of - len(runs))
+    with Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as progress:
+        overall = progress.add_task("runs", total=total, completed=total - len(runs))
         bars: dict[str, Any] = {}
 
         def follow(run: Run, step: int, steps: int) -> None:
@@ -231,17 +252,17 @@ def _follow(output_dir: Path, runs: Sequence[Run], of: int, argv: Sequence[str],
                 bars[run.name] = progress.add_task(run.name, total=steps)
             progress.update(bars[run.name], completed=step)
 
-        def ended(run: Run, why: str | None) -> None:
+        def ended(run: Run, reason: str | None) -> None:
             if run.name in bars:
                 progress.remove_task(bars[run.name])
             progress.advance(overall)
-            if why is not None:
-                failed[run.name] = why
-            said = f"{run.name}: {'done' if why is None else f'failed: {why}'}"
-            console.print(Text(said), soft_wrap=True)
+            if reason is not None:
+                failed[run.name] = reason
+            line = f"{run.name}: {'done' if reason is None else f'failed: {reason}'}"
+            console.print(Text(sanitize(line)), soft_wrap=True)
 
         with contextlib.suppress(KeyboardInterrupt):
             execute(output_dir, runs, argv, jobs, follow, ended)
             return failed
-    console.print("Interrupted: the same command goes on with the runs that have not finished.")
+    console.print("Interrupted. The same command resumes with the runs that have not finished.")
     raise SystemExit(128 + signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Load the rows that `commonit sft` trains and evaluates on, and make its trainer.
+"""Load the rows that `commonit sft` trains and evaluates on.
 
 `dataset_name`, and the `path` of a mixture's entry, name a hub dataset, a directory, a folder of `save_to_disk`, or
 JSON Lines, JSON, Parquet or CSV files. In a mixture (TRL's `datasets:`) the entries are the tasks when
@@ -90,60 +90,6 @@ def named_data(script_args: Any, mixture: Any) -> str:
     if mixture.datasets:
         return f"datasets: {', '.join(map(repr, entry_labels(mixture.datasets)))}"
     return f"dataset_name={script_args.dataset_name!r}"
-
-
-def check_model(model_args: Any, training_args: Any) -> None:
-    """Refuse a model that cannot be found, before the data are loaded.
-
-    The hub's own error may not name the model.
-
-    Raises:
-        ValueError: naming `model_name_or_path`.
-    """
-    from transformers import AutoConfig
-
-    model = model_args.model_name_or_path
-    if model is None:
-        raise ValueError("model_name_or_path is not set: give a hub name or a directory.")
-    try:
-        AutoConfig.from_pretrained(model, **_model_source(model_args, training_args))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model_name_or_path={model!r} is not found, or is no model: give a hub name or a directory. {error}"
-        ) from error
-
-
-def make_trainer(model_args: Any, training_args: Any, train: Any, evaluation: Any) -> Any:
-    """Make the trainer of `commonit sft`.
-
-    Args:
-        model_args: TRL's `ModelConfig`.
-        training_args: a `CommonITSFTConfig`; this sets its `model_init_kwargs`.
-        train: the training rows.
-        evaluation: the evaluation rows or None.
-    """
-    from trl import get_peft_config, get_quantization_config
-
-    from commonit_trl.trainer.sft import CommonITSFTTrainer
-
-    training_args.model_init_kwargs = {
-        **_model_source(model_args, training_args),
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
-    return CommonITSFTTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-
-
-def _model_source(model_args: Any, training_args: Any) -> dict[str, Any]:
-    return {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
 
 
 def split_of(splits: Any, name: str, reader: str, way_out: str) -> Any:

@@ -1,134 +1,108 @@
-"""`commonit demo`: fine-tune a tiny model by each metric, on data and models that the demo makes itself.
+"""`commonit demo`: fine-tune a tiny model with each metric, on data and models that the demo makes itself.
 
-Steps: (1) generate an instruction set of six task families by rule, train a byte-level BPE tokenizer on it,
-and make a tiny Llama and a toy sentence-transformers encoder (random token vectors); (2) from the same
-weights and rows, train with the metrics `task`, `length` and `embedding`; (3) print how pure and how padded
-the batches are beside plain random ones, and each group's held-out loss before and after; (4) load a saved
-model again and let it answer.
+Steps: (1) generate an instruction dataset of six task families by rule, train a byte-level BPE tokenizer on it, and
+make a tiny Llama and a toy sentence-transformers encoder (random token vectors); (2) train with the metrics `task`,
+`length` and `embedding`, from the same weights and rows; (3) print the purity and padding of the batches beside the
+baseline's, and each group's held-out loss before and after training; (4) load a saved model and print its answers.
 
 Cost: about 40 s of one CPU core, 22 MB on disk; no GPU, no download.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import random
 import shlex
 import string
-import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from commonit_trl.cli import quiet
+from commonit_trl.cli.quiet import Screen
 from commonit_trl.plan import EpochPlan, PlanSummary, plan_epoch
 
 METRICS = ("task", "length", "embedding")
-NUM_GROUPS = 6  # of the metrics length and embedding
-HELD_OUT_ROWS = 32  # of each family
+NUM_GROUPS = 6  # with the metrics length and embedding
+HELD_OUT_ROWS = 32  # per family
 MICRO_BATCH_SIZE = 16
 ACCUMULATION_STEPS = 2
 ANSWERED_METRIC = "task"
 ANSWERS_PER_FAMILY = 2
 INITIAL_DIR = "initial"
-LOG_FILE = "log.txt"
 
 Row = dict[str, str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options to `parser`."""
-    parser.add_argument("--output_dir", default="out/demo", help="for data, models and log (default: %(default)s)")
+    parser.add_argument("--output_dir", default="out/demo", help="directory for data and models (default: %(default)s)")
     parser.add_argument("--max_steps", type=int, default=300, help="training steps per metric (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of data, weights and batches (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and batches (default: %(default)s)")
+    quiet.add_arguments(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the demo with the options of `add_arguments`; returns the exit code."""
-    started = time.perf_counter()
-    output_dir = Path(arguments.output_dir)
-    try:
-        _check(arguments)
-        log = _open_log(output_dir)
-    except ValueError as error:
-        print(f"commonit: error: {error}", file=sys.stderr)
-        return 2
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse options out of range, and make the output directory.
 
-    from rich.console import Console
-
-    with _chatter_to(log) as screen:
-        console = Console(file=screen, highlight=False)
-        console.print("[bold]CommonIT demo[/]: a tiny model, trained by each way to group its data.")
-        _use_one_thread()
-        train_rows, held_out_rows = generate_rows(arguments.seed)
-        write_rows(output_dir / "data", train_rows, held_out_rows)
-        parameters = make_models(output_dir, train_rows, arguments.seed)
-        console.print(
-            f"Generated: {len(train_rows):,} training and {len(held_out_rows)} held-out rows of "
-            f"{len(FAMILIES)} task families, a Llama of {parameters / 1e6:.1f} million random weights, and a "
-            "toy encoder of random token vectors: it sees which words texts share, not what they mean.\n"
-        )
-        results = _train_all(output_dir, arguments, train_rows, held_out_rows, console)
-        questions = _sample(held_out_rows, ANSWERS_PER_FAMILY)
-        answers = _answer(output_dir / ANSWERED_METRIC, [row["prompt"] for row in questions])
-        console.print("", _batch_table(results), _loss_table(results), sep="\n")
-        console.print(_answer_table(questions, answers))
-        _print_end(console, output_dir, arguments.max_steps, time.perf_counter() - started)
-    return 0
-
-
-def _use_one_thread() -> None:
-    """Threads do not speed up so small a model, and on a busy machine they wait for each other."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def _check(arguments: argparse.Namespace) -> None:
+    Raises:
+        ValueError: naming the option.
+    """
     if arguments.max_steps < 1:
-        raise ValueError(f"--max_steps {arguments.max_steps} trains nothing: give 1 or more.")
+        raise ValueError(f"--max_steps {arguments.max_steps}: nothing to train. Give 1 or more.")
     if not 0 <= arguments.seed < 2**32:
-        raise ValueError(f"--seed {arguments.seed} is out of range: give 0 to {2**32 - 1}.")
-
-
-def _open_log(output_dir: Path) -> TextIO:
+        raise ValueError(f"--seed {arguments.seed}: out of range. Give 0 to {2**32 - 1}.")
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        return (output_dir / LOG_FILE).open("w", encoding="utf-8")
+        Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=arguments.output_dir).close()
     except OSError as error:
         raise ValueError(
-            f"--output_dir {output_dir} cannot be written ({error.strerror}): name a directory that this "
+            f"--output_dir {arguments.output_dir}: cannot be written ({error.strerror}). Name a directory that this "
             "user may write."
         ) from error
 
 
-@contextlib.contextmanager
-def _chatter_to(log: TextIO) -> Iterator[TextIO]:
-    """Send what the libraries print (a bar for every small pass, warnings) to `log`; yields the real stdout.
+def run(arguments: argparse.Namespace, screen: Screen) -> int:
+    """Run the demo and return the exit code.
 
-    File descriptors are turned round, not `sys.stdout` and `sys.stderr`, which log handlers keep from their
-    import on.
+    Args:
+        arguments: the options of `add_arguments`, checked.
+        screen: where to print.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    stdout, stderr = os.dup(1), os.dup(2)
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    try:
-        with log, os.fdopen(stdout, "w", encoding=sys.stdout.encoding, closefd=False) as screen:
-            yield screen
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(stdout, 1)
-        os.dup2(stderr, 2)
-        os.close(stdout)
-        os.close(stderr)
+    from rich.console import Console
+
+    started = time.perf_counter()
+    screen.log_dir = output_dir = Path(arguments.output_dir)
+    console = Console(file=screen.stdout, highlight=False)
+    console.print("[bold]CommonIT demo[/]: a tiny model, trained with each metric.")
+    _use_one_thread()
+    train_rows, held_out_rows = generate_rows(arguments.seed)
+    write_rows(output_dir / "data", train_rows, held_out_rows)
+    parameters = make_models(output_dir, train_rows, arguments.seed)
+    console.print(
+        f"Generated {len(train_rows):,} training and {len(held_out_rows)} held-out rows of {len(FAMILIES)} task "
+        f"families, a Llama of {parameters / 1e6:.1f} million random weights, and a toy encoder of random token "
+        "vectors, which measures shared words, not meaning.\n"
+    )
+    results = _train_all(output_dir, arguments, train_rows, held_out_rows, console)
+    questions = _sample(held_out_rows, ANSWERS_PER_FAMILY)
+    answers = _answer(output_dir / ANSWERED_METRIC, [row["prompt"] for row in questions])
+    console.print("", _batch_table(results), _loss_table(results), sep="\n")
+    console.print(_answer_table(questions, answers))
+    _print_end(console, output_dir, arguments.max_steps, time.perf_counter() - started)
+    return 0
+
+
+def _use_one_thread() -> None:
+    """Use one thread: more do not speed up so small a model, and wait for each other on a busy machine."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 # --- the data -----------------------------------------------------------------------------------------------
@@ -169,7 +143,7 @@ def _sort(rng: random.Random) -> tuple[str, str]:
     return f"Sort the digits {' '.join(digits)}.", " ".join(sorted(digits))
 
 
-# What makes a question and its answer, and how many training rows: as uneven as real mixtures are.
+# Makes a question and its answer, and the number of training rows: as uneven as in real mixtures.
 FAMILIES: dict[str, tuple[Callable[[random.Random], tuple[str, str]], int]] = {
     "compare": (_compare, 600),
     "countdown": (_countdown, 480),
@@ -181,7 +155,7 @@ FAMILIES: dict[str, tuple[Callable[[random.Random], tuple[str, str]], int]] = {
 
 
 def generate_rows(seed: int) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows with `task`, `prompt` and `completion`; no question occurs twice."""
+    """Return training and held-out rows with `task`, `prompt` and `completion`; every question is unique."""
     train, held_out = [], []
     for family, (make, count) in FAMILIES.items():
         rng = random.Random(f"{seed} {family}")
@@ -212,7 +186,7 @@ def _sample(rows: list[Row], per_family: int) -> list[Row]:
 
 
 def make_models(output_dir: Path, rows: list[Row], seed: int) -> int:
-    """Save a tokenizer, an untrained Llama and a sentence encoder; returns the Llama's number of weights."""
+    """Save a tokenizer, an untrained Llama and a sentence encoder; return the Llama's number of weights."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
@@ -226,7 +200,7 @@ def make_models(output_dir: Path, rows: list[Row], seed: int) -> int:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=128,
-        initializer_range=0.05,  # wider than the default, which is meant for large models
+        initializer_range=0.05,  # the default is for large models
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -247,7 +221,7 @@ def _make_tokenizer(texts: list[str]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    # Capital letters stand alone, so that a model can spell; numbers do not merge with what is around them.
+    # Capital letters are single tokens, so that a model can spell; numbers do not merge with other text.
     pieces = pre_tokenizers.Split(Regex(" ?[A-Z](?![a-z])| ?[0-9]+"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
@@ -272,17 +246,17 @@ def _make_tokenizer(texts: list[str]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchQuality:
-    """What the steps of an epoch are like."""
+    """Purity and padding of an epoch."""
 
     pure_steps: float
     """Share of optimizer steps that hold one group."""
     padding: float
-    """Share of the tokens computed that are padding."""
+    """Share of the computed tokens that are padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupResult:
-    """One group: its training rows, the family most of them are of, and its loss on the held-out rows."""
+    """One group: its training rows, their most frequent family, and its held-out loss."""
 
     name: str
     rows: int
@@ -293,18 +267,24 @@ class GroupResult:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricResult:
-    """What one metric's training came to."""
+    """The result of training with one metric."""
 
     metric: str
     summary: PlanSummary
     planned: BatchQuality
-    plain: BatchQuality
-    """The same rows and groups in plain random batches of the same geometry."""
+    baseline: BatchQuality
+    """Of the same rows and groups in baseline batches of the same sizes."""
     groups: list[GroupResult]
 
 
 def batch_quality(plan: EpochPlan, group_ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> BatchQuality:
-    """Measure `plan` on the rows' groups and token counts, both (rows,)."""
+    """Measure the purity and padding of `plan`.
+
+    Args:
+        plan: an epoch.
+        group_ids: (rows,) group of each row.
+        lengths: (rows,) tokens of each row.
+    """
     groups, tokens = group_ids[plan.indices], lengths[plan.indices]
     micro_batches = plan.offsets[:-1]
     steps = micro_batches[:: plan.world_size * plan.accumulation_steps]
@@ -329,7 +309,7 @@ def _train_all(
         TextColumn("loss {task.fields[loss]}"),
         TimeElapsedColumn(),
     )
-    # `_chatter_to` has the other streams; rich's redirection would bring what they say to the screen.
+    # By default rich prints what libraries write to stdout and stderr, which goes to the log here.
     progress = Progress(*columns, console=console, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False)
     with progress:
         bars = {
@@ -377,7 +357,7 @@ def _make_trainer(
         adam_beta2=0.98,
         warmup_steps=20,
         seed=arguments.seed,
-        use_cpu=True,  # the same result everywhere, and no need to spread a tiny model over GPUs
+        use_cpu=True,  # the same result everywhere; a tiny model needs no GPU
         bf16=False,
         gradient_checkpointing=False,
         logging_steps=10,
@@ -421,7 +401,7 @@ def _train(trainer: Any) -> MetricResult:
     group_ids, names = trainer.commonit_group_ids, trainer.commonit_grouper.names
     lengths = Rows(trainer.train_dataset).token_counts("total")
     plan = trainer.commonit_plan()
-    plain = plan_epoch(  # rows of one group, in micro-batches of equal size
+    baseline = plan_epoch(  # all rows in one group
         np.zeros_like(group_ids),
         micro_batch_size=plan.micro_batch_size,
         world_size=plan.world_size,
@@ -445,12 +425,12 @@ def _train(trainer: Any) -> MetricResult:
         metric=trainer.args.commonit_metric,
         summary=plan.summary(),
         planned=batch_quality(plan, group_ids, lengths),
-        plain=batch_quality(plain, group_ids, lengths),
+        baseline=batch_quality(baseline, group_ids, lengths),
         groups=groups,
     )
 
 
-# --- what is printed ----------------------------------------------------------------------------------------
+# --- the output ----------------------------------------------------------------------------------------
 
 
 def _table(title: str, *, texts: tuple[str, ...], numbers: tuple[str, ...] = ()) -> Any:
@@ -467,17 +447,17 @@ def _table(title: str, *, texts: tuple[str, ...], numbers: tuple[str, ...] = ())
 
 def _batch_table(results: list[MetricResult]) -> Any:
     table = _table(
-        f"An epoch of {ACCUMULATION_STEPS} x {MICRO_BATCH_SIZE} rows a step (in brackets: random batches)",
+        f"An epoch in steps of {ACCUMULATION_STEPS} x {MICRO_BATCH_SIZE} rows (in brackets: random batches)",
         texts=("Metric",),
-        numbers=("Groups", "Steps", "One-group\nsteps", "Padding", "Lost", "Repeated"),
+        numbers=("Groups", "Steps", "Pure\nsteps", "Padding", "Dropped", "Repeated"),
     )
     for result in results:
         table.add_row(
             result.metric,
             str(result.summary.num_groups),
             f"{result.summary.num_steps} ({result.summary.vanilla_steps})",
-            f"{result.planned.pure_steps:.0%} ({result.plain.pure_steps:.0%})",
-            f"{result.planned.padding:.0%} ({result.plain.padding:.0%})",
+            f"{result.planned.pure_steps:.0%} ({result.baseline.pure_steps:.0%})",
+            f"{result.planned.padding:.0%} ({result.baseline.padding:.0%})",
             str(result.summary.lost),
             str(result.summary.repeated),
         )
@@ -505,7 +485,7 @@ def _loss_table(results: list[MetricResult]) -> Any:
 
 
 def _answer(directory: Path, questions: list[str]) -> list[str]:
-    """What the saved model says to each question, word by most likely word."""
+    """Return the greedy answer of the saved model to each question."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
@@ -514,29 +494,29 @@ def _answer(directory: Path, questions: list[str]) -> list[str]:
     outputs = model.generate(**inputs, max_new_tokens=48, do_sample=False)
     answers = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     answers = [answer.strip() for answer in answers]
-    return [answer if answer.isprintable() else repr(answer) for answer in answers]  # early on, any bytes may come
+    return [answer if answer.isprintable() else repr(answer) for answer in answers]
 
 
 def _answer_table(questions: list[Row], answers: list[str]) -> Any:
     from rich.text import Text
 
     expected = [row["completion"].strip() for row in questions]
-    right = [answer == wanted for answer, wanted in zip(answers, expected, strict=True)]
+    correct = [answer == target for answer, target in zip(answers, expected, strict=True)]
     table = _table(
-        f"Held-out questions to the saved {ANSWERED_METRIC} model: {sum(right)} of {len(right)} right",
+        f"Held-out questions to the saved {ANSWERED_METRIC} model: {sum(correct)} of {len(correct)} correct",
         texts=("Question", "Answer", "Expected"),
     )
-    for row, answer, wanted, is_right in zip(questions, answers, expected, right, strict=True):
-        table.add_row(row["prompt"], Text(answer, style="green" if is_right else "red"), wanted)
+    for row, answer, target, is_correct in zip(questions, answers, expected, correct, strict=True):
+        table.add_row(row["prompt"], Text(answer, style="green" if is_correct else "red"), target)
     return table
 
 
 def _print_end(console: Any, output_dir: Path, max_steps: int, seconds: float) -> None:
     console.print(
         f"{max_steps} steps from random weights show the mechanism; they do not rank the metrics.\n"
-        f"Took {seconds:.0f} s. Models: {output_dir}/{{{','.join(METRICS)}}}; in each, commonit/report.html shows its "
-        f"groups and their losses. The libraries' messages: {output_dir / LOG_FILE}.\n\n"
-        "Next, train a model and data of your own, or these (from the repository's root):",
+        f"The demo took {seconds:.0f} s. Models: {output_dir}/{{{','.join(METRICS)}}}, each with a report of its "
+        "groups and their losses, commonit/report.html.\n\n"
+        "Next, train on your own model and data, or on these (from the repository's root):",
         soft_wrap=True,
         markup=False,
     )

@@ -6,7 +6,7 @@ It writes the groups (`groups.json` and its arrays, for `load_grouper`) and the 
 | column | type | value |
 |---|---|---|
 | `row` | int64 | row number in the source data; null if the front end does not trace rows |
-| `group` | int64 | group id; null for dropped rows and for rows that belong to none of the loaded groups |
+| `group` | int64 | group id; null for dropped and unassigned rows |
 | `name` | string | group name; null likewise |
 | `dropped` | string | reason why training drops the row; else null |
 
@@ -25,14 +25,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from rich.console import Console
 
+from commonit_trl.cli.quiet import Screen
 from commonit_trl.cli.recipes import Recipe
 from commonit_trl.config import METRICS, OPTIONS, READ_BY, CommonITArguments, check_choice
 from commonit_trl.files import replacing
 from commonit_trl.grouping import Grouper, build_grouper, fit_assign_cached, load_grouper
 from commonit_trl.grouping.dropped import DroppedRows
 from commonit_trl.report import print_sizes
-from commonit_trl.sanitize import shown
+from commonit_trl.sanitize import sanitize
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ class Grouped:
     options: CommonITArguments
     grouper: Grouper
     group_ids: NDArray[np.int64]
-    """(rows,) group ids; -1 for rows that belong to none of the loaded groups."""
+    """(rows,) group ids; -1 for unassigned rows: no loaded group takes them."""
     dropped: DroppedRows
     """Rows that training cannot use."""
 
@@ -69,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", required=True, help="directory for the groups and the assignment")
 
 
-def run(recipe: Recipe, asked: argparse.Namespace) -> int:
+def run(recipe: Recipe, asked: argparse.Namespace, screen: Screen) -> int:
     """Fit or load the groups, assign the rows, save both; return the exit code."""
     (metric,) = asked_metrics(recipe.options.commonit_metric, load=asked.load)
     grouped = group_rows(recipe, metric, load=asked.load)
@@ -82,10 +84,12 @@ def run(recipe: Recipe, asked: argparse.Namespace) -> int:
             pq.write_table(assignment(recipe, grouped), temporary)
     except OSError as error:
         raise ValueError(
-            f"--output {directory} cannot be written ({error.strerror}): name a directory that this user may write."
+            f"--output {directory}: cannot be written ({error.strerror}). Name a directory that this user may write."
         ) from error
-    print_sizes(grouped.grouper, grouped.group_ids, grouped.dropped)
-    print(f"Saved in {shown(str(directory))}.")
+    screen.log_dir = directory
+    console = Console(file=screen.stdout, highlight=False)
+    print_sizes(grouped.grouper, grouped.group_ids, grouped.dropped, console)
+    print(f"Saved in {sanitize(str(directory))}.", file=screen.stdout)
     return 0
 
 
@@ -128,7 +132,7 @@ def asked_metrics(given: str | None, compare: str | None = None, load: str | Non
         metric = load_grouper(load).metric
         for option, other in (("commonit_metric", given), ("compare", compare)):
             if other not in (None, metric):
-                raise ValueError(f"{option}={other} and --load {load}, which has groups of {metric!r}: remove one.")
+                raise ValueError(f"{option}={other}: --load {load} has groups of {metric!r}. Remove one of the two.")
         return [metric]
     if compare is not None:
         metrics = list(dict.fromkeys(name.strip() for name in compare.split(",")))
@@ -136,7 +140,7 @@ def asked_metrics(given: str | None, compare: str | None = None, load: str | Non
             check_choice("--compare", metric, known)
         return metrics
     if given is None:
-        raise ValueError(f"commonit_metric is not set: write --commonit_metric {', '.join(known)}, or --compare some.")
+        raise ValueError(f"commonit_metric is not set. Write --commonit_metric {', '.join(known)}.")
     check_choice("commonit_metric", given, known)
     return [given]
 
@@ -163,7 +167,7 @@ def group_rows(recipe: Recipe, metric: str, *, compared: bool = False, load: str
     options, rows = options_for(recipe.options, metric, compared=compared), recipe.rows
     if metric == "length" and not rows.tokenized:
         raise ValueError(
-            "commonit_metric='length' counts tokens and the rows have none: add --tokenizer, a hub name or directory."
+            "commonit_metric='length': the rows are not tokenised. Add --tokenizer with a hub name or a directory."
         )
     if load is None:
         asked = build_grouper(options, rows.columns, seed=recipe.seed)
@@ -176,11 +180,16 @@ def group_rows(recipe: Recipe, metric: str, *, compared: bool = False, load: str
     unassigned = int(np.count_nonzero(group_ids < 0))
     if unassigned == len(group_ids):
         raise ValueError(
-            f"--load {load}: none of the {unassigned} rows belongs to one of its {len(grouper.names)} groups. Fit "
-            "groups to these rows instead."
+            f"--load {load}: all {unassigned} rows are unassigned, in none of {len(grouper.names)} groups. Fit groups "
+            "to these rows instead."
         )
     if unassigned:
-        logger.warning("--load %s: %d of %d rows belong to none of its groups.", load, unassigned, len(group_ids))
+        logger.warning(
+            "--load %s: %d of %d rows are unassigned.",
+            load,
+            unassigned,
+            len(group_ids),
+        )
     return Grouped(options=options, grouper=grouper, group_ids=group_ids, dropped=recipe.count_dropped(grouper))
 
 
@@ -190,6 +199,6 @@ def _check_loaded(grouper: Grouper, load: str, options: CommonITArguments) -> No
         value = getattr(options, name)
         if value != OPTIONS[name].default and value != grouper.options[key]:
             raise ValueError(
-                f"{name}={value!r} and --load {load}, whose groups were fitted with {grouper.options[key]!r}: remove "
-                "one of the two."
+                f"{name}={value!r}: the groups of --load {load} were fitted with {grouper.options[key]!r}. Remove one "
+                "of the two."
             )

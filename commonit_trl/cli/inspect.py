@@ -1,13 +1,13 @@
 """Show the groups, steps and batches of a run before it trains, for one metric or several: `commonit inspect`."""
 
 import argparse
-import contextlib
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
+from rich.console import Console
 
 from commonit_trl.cli.group import asked_metrics, group_rows
 from commonit_trl.cli.recipes import Recipe
@@ -23,27 +23,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", help="write a report with charts, one self-contained file")
 
 
-def run(recipe: Recipe, asked: argparse.Namespace) -> int:
-    """Inspect `recipe` and print the numbers; return the exit code."""
+def run(recipe: Recipe, asked: argparse.Namespace, stdout: TextIO) -> int:
+    """Inspect `recipe`, print the numbers to `stdout` and return the exit code."""
     metrics = asked_metrics(recipe.options.commonit_metric, asked.compare, asked.load)
     if asked.world_size is not None:
         recipe = replace(recipe, world_size=asked.world_size)
     compared, embed = asked.compare is not None, asked.html is not None
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print there, and stdout may be JSON
-        inspections = [
-            inspect_recipe(recipe, metric, compared=compared, load=asked.load, embed=embed) for metric in metrics
-        ]
+    inspections = [
+        inspect_recipe(recipe, metric, compared=compared, load=asked.load, embed=embed) for metric in metrics
+    ]
     if asked.html is not None:
         try:
             write_html(Path(asked.html), inspections)
         except OSError as error:
             raise ValueError(
-                f"--html {asked.html} cannot be written ({error.strerror}): name a file that this user may write."
+                f"--html {asked.html}: cannot be written ({error.strerror}). Name a file that this user may write."
             ) from error
     if asked.json:
-        print(json.dumps({"inspections": [inspection.to_json() for inspection in inspections]}, indent=2))
+        print(json.dumps({"inspections": [inspection.to_json() for inspection in inspections]}, indent=2), file=stdout)
     else:
-        print_inspections(inspections)
+        print_inspections(inspections, Console(file=stdout, highlight=False))
     return 0
 
 
@@ -56,18 +55,18 @@ def inspect_recipe(
     """
     grouped = group_rows(recipe, metric, compared=compared, load=load)
     options, grouper = grouped.options, grouped.grouper
-    found = np.flatnonzero(grouped.group_ids >= 0)
+    assigned = np.flatnonzero(grouped.group_ids >= 0)
     rows, lengths = recipe.rows, recipe.lengths
-    unassigned = len(rows) - len(found)
+    unassigned = len(rows) - len(assigned)
     if unassigned:
-        rows = rows.select(found)
-        lengths = None if lengths is None else lengths[found]
-    group_ids = sample_groups = grouped.group_ids[found]
+        rows = rows.select(assigned)
+        lengths = None if lengths is None else lengths[assigned]
+    group_ids = sample_groups = grouped.group_ids[assigned]
     if recipe.pack is not None:
         if unassigned:
             raise ValueError(
-                f"--load {load}: packing needs every row in a group, and {unassigned} are in none. Fit groups to these "
-                "rows, or set packing=False."
+                f"--load {load}: {unassigned} rows are unassigned, and packing needs a group for every row. Fit groups "
+                "to these rows, or set packing=False."
             )
         sample_groups, lengths = recipe.pack(grouper, group_ids, recipe.world_size)
     spec = PlanSpec.from_options(
@@ -95,5 +94,5 @@ def inspect_recipe(
     )
     if not unassigned:
         return inspection
-    note = f"{unassigned} of {len(recipe.rows)} rows belong to none of the loaded groups and are left out here."
+    note = f"{unassigned} of {len(recipe.rows)} rows are unassigned (in no loaded group) and not counted here."
     return replace(inspection, warnings=(note, *inspection.warnings))

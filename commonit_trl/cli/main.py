@@ -1,8 +1,7 @@
-"""The command line: `commonit sft` trains as `trl sft` does, in group-pure batches; `inspect` and `group` show and fix
-the groups beforehand; `compare` tells whether it helps; `demo` shows it all on generated data.
+"""The `commonit` command: train, inspect, group, compare and demo.
 
-Parses and calls, no logic. What a user can put right (options, files, settings that do not go together) ends
-as one line on stderr and exit code 2. Other exceptions, and any once training has begun, keep their traceback.
+This module parses and calls. User errors (options, files, settings that contradict each other) print one line to stderr
+and exit with code 2. Other exceptions, and all exceptions during training, keep their traceback.
 """
 
 import argparse
@@ -16,20 +15,47 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, get_args, get_type_hints
 
 from commonit_trl import __version__
+from commonit_trl.cli import quiet
+from commonit_trl.cli.quiet import Screen, hide_unused_deepspeed
 from commonit_trl.config import OPTIONS, check_option_names, nearest
-from commonit_trl.sanitize import escaped, shown
+from commonit_trl.sanitize import escape, sanitize
+
+if TYPE_CHECKING:
+    from commonit_trl.cli.recipes import Recipe
 
 
 class UserError(Exception):
-    """What the user can put right; `main` shows it as one line."""
+    """An error that the user can fix; `main` prints it as one line."""
+
+
+def _fail(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are exceptions, without the usage: with TRL's options that is pages long."""
+
+    screen: Screen | None = None
+    """The terminal of a quiet command, where help is printed."""
+
+    def error(self, message: str) -> NoReturn:
+        _fail(message)
+
+    def print_help(self, file: Any = None) -> None:
+        super().print_help(self.screen.stdout if file is None and self.screen is not None else file)
 
 
 @contextlib.contextmanager
 def user_errors(*also: type[Exception], when: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """In here, ValueError, OSError (a file or hub out of reach) and `also` are user errors, while `when`."""
+    """Turn errors of this block into user errors.
+
+    Args:
+        also: exceptions to turn besides ValueError and OSError (a missing file, or a hub that cannot be reached).
+        when: called on an error; the error passes unchanged if it returns False.
+    """
     kinds: tuple[type[Exception], ...] = (ValueError, OSError, *also)
     try:
         yield
@@ -40,8 +66,12 @@ def user_errors(*also: type[Exception], when: Callable[[], bool] = lambda: True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command that `argv` (default: the arguments of the process) names; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    """Run a command and return the exit code.
+
+    Args:
+        argv: the command and its options; by default, the arguments of the process.
+    """
+    parser = _Parser(
         prog="commonit",
         usage="commonit [--help] [--version] COMMAND [OPTIONS]",
         description="Instruction tuning in which every optimizer step holds samples of one group.",
@@ -50,93 +80,105 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"commonit-trl {__version__}")
-    # The deepspeed launcher gives this before the command; the environment says the same.
+    # The deepspeed launcher passes this before the command; the environment has the same value.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=" or ".join(COMMANDS))
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTIONS", help="see commonit COMMAND --help")
+    hide_unused_deepspeed()
     try:
-        given = _parse(parser, argv)
-        with _messages():
-            return COMMANDS[given.command](given.options)
+        with user_errors():
+            given = parser.parse_args(argv)
+        return COMMANDS[given.command](given.options)
     except UserError as error:
-        print(f"commonit: error: {shown(str(error))}", file=sys.stderr)
+        print(f"commonit: error: {sanitize(str(error))}", file=sys.stderr)
         return 2
 
 
 def _sft(argv: list[str]) -> int:
     """train as `trl sft` does, with its flags and YAML files, and commonit_* options"""
-    with user_errors(TypeError):  # a YAML value of the wrong type, which TRL's dataclasses do not check
-        (script_args, training_args, model_args, mixture), launch_flags = _parse_sft(argv)
-        from commonit_trl.cli import launch
-        from commonit_trl.cli.data import check_model, check_rows, load_splits, make_trainer, named_data
+    with _messages(sys.stderr):
+        with user_errors(TypeError):  # a YAML value of the wrong type, which TRL's dataclasses do not check
+            (script_args, training_args, model_args, mixture), launch_flags = parse_sft(argv)
+            from commonit_trl.cli import launch
+            from commonit_trl.cli.data import check_rows, load_splits, named_data
+            from commonit_trl.cli.sft import TrainingStarted, check_model, make_trainer
 
-        processes = launch.prepare(launch_flags, "sft", argv)
-    with user_errors():
-        if processes is not None:
-            launch.start(processes)
-            return 0
-        _check_places(training_args)
-        check_model(model_args, training_args)
-        train, evaluation = load_splits(script_args, mixture, training_args)
-        for rows in (train, evaluation):
-            check_rows(rows, named_data(script_args, mixture), training_args.dataset_text_field)
-        trainer = make_trainer(model_args, training_args, train, evaluation)
-    begun = _begun_callback()
-    trainer.add_callback(begun)
-    with user_errors(when=lambda: not begun.training):
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model saved to {shown(training_args.output_dir)}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
-    trainer.accelerator.end_training()
+            processes = launch.prepare(launch_flags, "sft", argv)
+        with user_errors():
+            if processes is not None:
+                launch.start(processes)
+                return 0
+            _check_paths(training_args)
+            check_model(model_args, training_args)
+            train, evaluation = load_splits(script_args, mixture, training_args)
+            for rows in (train, evaluation):
+                check_rows(rows, named_data(script_args, mixture), training_args.dataset_text_field)
+            trainer = make_trainer(model_args, training_args, train, evaluation)
+        started = TrainingStarted()
+        trainer.add_callback(started)
+        with user_errors(when=lambda: not started.value):
+            trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        trainer.save_model(training_args.output_dir)
+        trainer.accelerator.print(f"Model saved to {sanitize(training_args.output_dir)}.")
+        if training_args.push_to_hub:
+            trainer.push_to_hub(dataset_name=script_args.dataset_name)
+            trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
+        trainer.accelerator.end_training()
     return 0
 
 
 def _inspect(argv: list[str]) -> int:
-    """show what metrics do to the data: groups, steps, batches"""
-    with user_errors(TypeError):
-        from commonit_trl.cli import inspect as inspecting
+    """show the groups, steps and batches of metrics, before training"""
+    with _quiet(argv) as screen:
+        with user_errors(TypeError):
+            from commonit_trl.cli import inspect
 
-        asked, recipe = _read_recipe("inspect", inspecting.add_arguments, argv)
-    with user_errors():
-        return inspecting.run(recipe, asked)
+            asked, recipe = read_recipe("inspect", inspect.add_arguments, argv, screen)
+        with user_errors():
+            return inspect.run(recipe, asked, screen.stdout)
 
 
 def _group(argv: list[str]) -> int:
-    """fit the groups ahead of training, or give new rows to fitted ones"""
-    with user_errors(TypeError):
-        from commonit_trl.cli import group
+    """fit groups ahead of training, or assign new rows to saved groups"""
+    with _quiet(argv) as screen:
+        with user_errors(TypeError):
+            from commonit_trl.cli import group
 
-        asked, recipe = _read_recipe("group", group.add_arguments, argv)
-    with user_errors():
-        return group.run(recipe, asked)
+            asked, recipe = read_recipe("group", group.add_arguments, argv, screen)
+        with user_errors():
+            return group.run(recipe, asked, screen)
 
 
 def _compare(argv: list[str]) -> int:
-    """train by several metrics with several seeds, and tell whether they help"""
-    with user_errors(TypeError):
-        from commonit_trl.cli import compare as comparing
-        from commonit_trl.cli import launch
+    """train with several metrics and seeds, and compare held-out losses"""
+    # A single run trains, so it prints the messages of libraries, as `commonit sft` does.
+    is_run = any(part.split("=")[0] == "--only" for part in argv)
+    with _quiet(argv, verbose=is_run) as screen:
+        with user_errors(TypeError):
+            from commonit_trl.cli import compare, launch
 
-        asked, arguments, launch_flags = _read_comparison(argv)
-        processes = launch.prepare(launch_flags, "compare", argv) if asked.only is not None else None
-    with user_errors():
-        if processes is not None:
-            launch.start(processes)
-            return 0
-        _check_places(arguments[1])
-        return comparing.run(asked, *arguments, launch_flags=launch_flags, argv=argv)
+            asked, arguments, launch_flags = read_comparison(argv, screen)
+            processes = launch.prepare(launch_flags, "compare", argv) if asked.only is not None else None
+        with user_errors():
+            if processes is not None:
+                launch.start(processes)
+                return 0
+            _check_paths(arguments[1])
+            return compare.run(asked, *arguments, launch_flags=launch_flags, argv=argv, screen=screen)
 
 
 def _demo(argv: list[str]) -> int:
     """show the method on generated data: no GPU, no download"""
-    from commonit_trl.cli import demo
+    with _quiet(argv, bars=False, level=logging.WARNING) as screen:
+        from commonit_trl.cli import demo
 
-    parser = argparse.ArgumentParser(prog="commonit demo", description=_demo.__doc__, allow_abbrev=False)
-    demo.add_arguments(parser)
-    return demo.run(_parse(parser, argv))
+        parser = _Parser(prog="commonit demo", description=_demo.__doc__, allow_abbrev=False)
+        parser.screen = screen
+        demo.add_arguments(parser)
+        with user_errors():
+            asked = parser.parse_args(argv)
+            demo.check(asked)
+        return demo.run(asked, screen)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -148,103 +190,110 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    parser.error = _raise_value_error  # type: ignore[method-assign]
-    with user_errors():
-        return parser.parse_args(argv)
-
-
-def _raise_value_error(message: str) -> NoReturn:
-    """In the place of `ArgumentParser.error`, which prints the usage too: pages, with TRL's options."""
-    raise ValueError(message)
-
-
 class _Formatter(logging.Formatter):
-    """The names of files and groups in a message do not act on the terminal; a message may have several lines."""
+    """Escapes names of files and groups, which must not act on the terminal; messages may have several lines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return escaped(super().format(record), but="\n")
+        return escape(super().format(record), keep="\n")
 
 
 @contextlib.contextmanager
-def _messages() -> Iterator[None]:
-    """Show this package's messages on stderr: on rank 0 from INFO up, on the others warnings."""
-    logger, handler = logging.getLogger("commonit_trl"), logging.StreamHandler()
+def _messages(stderr: TextIO, level: int = logging.INFO) -> Iterator[None]:
+    """Print this package's messages to `stderr`: on rank 0 from `level` up, on other ranks warnings."""
+    logger, handler = logging.getLogger("commonit_trl"), logging.StreamHandler(stderr)
     handler.setFormatter(_Formatter("%(levelname)s commonit: %(message)s"))
     logger.addHandler(handler)
-    level = logger.level
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    before = logger.level
+    logger.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
+        logger.setLevel(before)
 
 
-def _read_recipe(
-    command: str, add_arguments: Callable[[argparse.ArgumentParser], None], argv: list[str]
-) -> tuple[argparse.Namespace, Any]:
-    """The options of `command` itself, and the `Recipe` that the data and the other options describe."""
+@contextlib.contextmanager
+def _quiet(argv: list[str], *, verbose: bool = False, bars: bool = True, level: int = logging.INFO) -> Iterator[Screen]:
+    """Log the messages of libraries, unless `verbose` or the option `--verbose` is set; print this package's."""
+    with (
+        quiet.quiet_libraries(verbose=verbose or "--verbose" in argv, bars=bars) as screen,
+        _messages(screen.stderr, level),
+    ):
+        yield screen
+
+
+def read_recipe(
+    command: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    argv: list[str],
+    screen: Screen | None = None,
+) -> tuple[argparse.Namespace, "Recipe"]:
+    """Return the options of `command` itself, and the recipe that the data and the other options describe."""
     from commonit_trl.cli import recipes
     from commonit_trl.cli.group import asked_metrics
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"commonit {command}",
         usage=f"commonit {command} [DATA ...] [--config FILE.yaml | --axolotl FILE.yml] [OPTIONS]",
         description=COMMANDS[command].__doc__,
-        epilog="DATA: hub names, directories or files. All options of commonit sft may be given too: see its --help.",
+        epilog="DATA: hub names, directories or files. Takes all options of commonit sft too: see its --help.",
         allow_abbrev=False,
     )
+    parser.screen = screen
     recipes.add_arguments(parser)
     add_arguments(parser)
-    parser.error = _raise_value_error  # type: ignore[method-assign]
     data = list(itertools.takewhile(lambda part: not part.startswith("-"), argv))
     asked, flags = parser.parse_known_args(argv[len(data) :])
     if asked.axolotl is not None:
         if data or flags:
             raise ValueError(
-                f"--axolotl {asked.axolotl} and {(data or flags)[0]}: options and data stand in the recipe."
+                f"--axolotl {asked.axolotl} and {(data or flags)[0]}: the recipe sets data and options. Remove one."
             )
-        with contextlib.redirect_stdout(sys.stderr):
-            return asked, recipes.read_foreign_recipe("axolotl", asked.axolotl)
+        return asked, recipes.read_foreign_recipe("axolotl", asked.axolotl)
     before, after = recipes.sft_flags(data)
-    with contextlib.redirect_stdout(sys.stderr):  # for the libraries' messages: stdout may be JSON
-        arguments, launch_flags = _parse_sft(
-            [*before, *flags, *after], recipes.PreparationConfig, f"commonit {command}"
-        )
-        recipe = recipes.sft_recipe(
-            *arguments,
-            metrics=asked_metrics(arguments[1].commonit_metric, asked.compare, asked.load),
-            tokenizer=asked.tokenizer,
-            world_size=recipes.num_processes(launch_flags),
-        )
+    arguments, launch_flags = parse_sft([*before, *flags, *after], recipes.PreparationConfig, f"commonit {command}")
+    recipe = recipes.sft_recipe(
+        *arguments,
+        metrics=asked_metrics(arguments[1].commonit_metric, asked.compare, asked.load),
+        tokenizer=asked.tokenizer,
+        world_size=recipes.num_processes(launch_flags),
+    )
     return asked, recipe
 
 
-def _read_comparison(argv: list[str]) -> tuple[argparse.Namespace, Any, list[str]]:
-    """The options of `commonit compare` itself, and what `_parse_sft` gives of the others."""
-    from commonit_trl.cli import compare as comparing
-    from commonit_trl.cli import recipes
+def read_comparison(argv: list[str], screen: Screen | None = None) -> tuple[argparse.Namespace, Any, list[str]]:
+    """Return the options of `commonit compare` itself, and the result of `parse_sft` for the others."""
+    from commonit_trl.cli import compare, recipes
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="commonit compare",
         usage="commonit compare [--config FILE.yaml] [OPTIONS]",
         description=_compare.__doc__,
-        epilog="All options of commonit sft may be given too: see its --help.",
+        epilog="Takes all options of commonit sft too: see its --help.",
         allow_abbrev=False,
     )
-    comparing.add_arguments(parser)
-    parser.error = _raise_value_error  # type: ignore[method-assign]
+    parser.screen = screen
+    compare.add_arguments(parser)
     asked, flags = parser.parse_known_args(argv)
-    with contextlib.redirect_stdout(sys.stderr):  # for the libraries' messages: stdout may be JSON
-        return asked, *_parse_sft([*flags, *comparing.FLAGS], recipes.SFTRecipeConfig, "commonit compare")
+    return asked, *parse_sft([*flags, *compare.FLAGS], recipes.SFTRecipeConfig, "commonit compare")
 
 
-def _parse_sft(
+def parse_sft(
     argv: list[str], training_config: type | None = None, prog: str = "commonit sft"
 ) -> tuple[Any, list[str]]:
-    """TRL's script, training, model and mixture arguments, and the flags for `accelerate launch`; unlike in `trl sft`,
-    an option that is none of these is an error."""
+    """Parse the options of `commonit sft` from flags and the file of `--config`.
+
+    Args:
+        argv: the flags.
+        training_config: class of the training arguments; by default `CommonITSFTConfig`.
+        prog: name of the command, for its help.
+
+    Returns:
+        TRL's script, training, model and mixture arguments, and the flags for `accelerate launch`.
+
+    Raises:
+        ValueError: on an option that neither TRL, CommonIT nor `accelerate launch` has (`trl sft` ignores these).
+    """
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
     from trl.scripts.utils import DatasetConfig
 
@@ -252,26 +301,26 @@ def _parse_sft(
     from commonit_trl.trainer.sft import CommonITSFTConfig
 
     kinds: Any = (ScriptArguments, training_config or CommonITSFTConfig, ModelConfig, DatasetMixtureConfig)
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser = _Parser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     parser = TrlParser(
         kinds,
         prog=prog,
         usage=f"{prog} [--config FILE.yaml] [--OPTION VALUE ...]",
-        description="Options may stand in the YAML file too; the command line overrides it.",
+        description="The YAML file takes the same options; the command line overrides it.",
         allow_abbrev=False,
     )
-    config_parser.error = parser.error = _raise_value_error  # type: ignore[method-assign]
+    parser.error = _fail  # type: ignore[method-assign]
     known = [option.name for kind in kinds for option in fields(kind) if option.init]
 
     given, flags = config_parser.parse_known_args(argv)
     _, launch_flags = parser.parse_known_args(flags)
     from_launch = launch.option_names()
-    for place, flag in enumerate(launch_flags):
+    for before, flag in itertools.pairwise(["", *launch_flags]):
         if flag.startswith("--"):
             _check_names([_name(flag)], known, from_launch)
-        elif not place or not launch_flags[place - 1].startswith("--"):
-            raise ValueError(f"{flag!r} is neither an option nor the value of one.")
+        elif not before.startswith("--"):
+            raise ValueError(f"{flag!r} is neither an option nor the value of one. Remove it.")
     if given.config is None:
         *options, _ = parser.parse_args_and_config(flags, return_remaining_strings=True)
         _check_numbers(options[1])
@@ -282,10 +331,10 @@ def _parse_sft(
         _check_types(config, _scalars(kind))
     entries = config.get("datasets") or []
     if not isinstance(entries, list):
-        raise ValueError(f"datasets={entries!r} is no list: write '- path: NAME_OR_FILE' for each entry.")
+        raise ValueError(f"datasets={entries!r}: not a list. Write '- path: NAME_OR_FILE' for each entry.")
     for entry in entries:
         if not isinstance(entry, dict) or "path" not in entry:
-            raise ValueError(f"datasets: the entry {entry!r} has no path: write '- path: NAME_OR_FILE'.")
+            raise ValueError(f"datasets: the entry {entry!r} has no path. Write '- path: NAME_OR_FILE'.")
         _check_names(entry, [option.name for option in fields(DatasetConfig)])
         _check_types(entry, {**get_type_hints(DatasetConfig), "split": str | None}, "datasets: ")
     overridden = {_name(flag) for flag in launch_flags}
@@ -305,16 +354,16 @@ def _read_yaml(path: str) -> dict[str, Any]:
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--config {path} cannot be read ({error.strerror}): name a YAML file of options.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the second: not UTF-8
-        raise ValueError(f"--config {path} is not YAML: {error}") from error
+        raise ValueError(f"--config {path}: cannot be read ({error.strerror}). Name a YAML file of options.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
+        raise ValueError(f"--config {path}: not YAML. {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"--config {path} holds no options: write lines such as 'commonit_metric: length'.")
+        raise ValueError(f"--config {path}: no options. Write lines such as 'commonit_metric: length'.")
     return config
 
 
-def _check_types(config: dict[str, Any], hints: dict[str, Any], place: str = "") -> None:
-    """Check the values of a YAML file, which neither argparse nor TRL's dataclasses do."""
+def _check_types(config: dict[str, Any], hints: dict[str, Any], prefix: str = "") -> None:
+    """Check the types of values in a YAML file, which neither argparse nor TRL's dataclasses do."""
     from pydantic import TypeAdapter, ValidationError
 
     for name, value in config.items():
@@ -322,12 +371,14 @@ def _check_types(config: dict[str, Any], hints: dict[str, Any], place: str = "")
             TypeAdapter(hints.get(name, Any)).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
-            raise ValueError(f"{place}{name}={value!r} in the YAML file: {reason}. Change or remove it.") from None
+            raise ValueError(f"{prefix}{name}={value!r} in the YAML file: {reason}. Change or remove it.") from None
 
 
 def _scalars(kind: Any) -> dict[str, Any]:
-    """The types of the fields of a dataclass of TRL's that are a text or a number; others it reads in its own ways, and
-    our own are checked with the other options."""
+    """Return the types of a TRL dataclass's text and number fields, by name.
+
+    TRL parses its other fields itself; `commonit_*` options are checked elsewhere.
+    """
     scalar = {str, int, float, bool, type(None)}
     hints = get_type_hints(kind).items()
     return {name: hint for name, hint in hints if name not in OPTIONS and {*(get_args(hint) or [hint])} <= scalar}
@@ -336,7 +387,7 @@ def _scalars(kind: Any) -> dict[str, Any]:
 def _check_names(names: Iterable[str], known: list[str], also_known: Iterable[str] = ()) -> None:
     for name in names:
         if not isinstance(name, str):
-            raise ValueError(f"Unknown option {name!r}: options are names, such as commonit_metric.")
+            raise ValueError(f"Unknown option {name!r}: not a name. Write a name such as commonit_metric.")
     check_option_names(names)
     for name in names:
         if name not in known and name not in also_known:
@@ -344,7 +395,7 @@ def _check_names(names: Iterable[str], known: list[str], also_known: Iterable[st
 
 
 def _check_numbers(args: Any) -> None:
-    """Refuse what would fail when the model is loaded, or train something else: TRL cuts at a negative length too."""
+    """Refuse numbers that TRL accepts but that fail later, or, as a negative `max_length`, truncate wrongly."""
     limits = {name: (1, math.inf) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
     limits |= {"max_length": (1, math.inf), "seed": (0, 2**32 - 1), "data_seed": (0, 2**32 - 1)}
     for name, (least, most) in limits.items():
@@ -354,33 +405,20 @@ def _check_numbers(args: Any) -> None:
             raise ValueError(f"{name}={value} must be at least {least}{up_to}.")
 
 
-def _check_places(args: Any) -> None:
-    """Refuse an output directory that cannot be made, and a checkpoint that is not there, before anything is loaded."""
+def _check_paths(args: Any) -> None:
+    """Refuse an output directory that cannot be written and a missing checkpoint, before anything is loaded."""
     path = Path(args.output_dir)
     try:
-        there = next(place for place in (path, *path.parents) if place.exists())
-        tempfile.TemporaryFile(dir=there).close()
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise ValueError(
-            f"output_dir={args.output_dir!r} cannot be written ({error.strerror}): name a directory that this user may "
-            "write."
+            f"output_dir={args.output_dir!r}: cannot be written ({error.strerror}). Name a directory that this user "
+            "may write."
         ) from error
     checkpoint = args.resume_from_checkpoint
     if checkpoint is not None and not Path(checkpoint).is_dir():
         raise ValueError(
-            f"resume_from_checkpoint={checkpoint!r} is no directory: name a checkpoint, such as "
+            f"resume_from_checkpoint={checkpoint!r}: not a directory. Name a checkpoint, such as "
             f"{path / 'checkpoint-500'}."
         )
-
-
-def _begun_callback() -> Any:
-    """A callback whose `training` says whether training has begun."""
-    from transformers import TrainerCallback
-
-    class Begun(TrainerCallback):
-        training = False
-
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.training = True
-
-    return Begun()

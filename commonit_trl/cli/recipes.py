@@ -24,6 +24,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from trl import SFTConfig
 
+from commonit_trl.cli import quiet
 from commonit_trl.cli.data import check_rows, load_splits, named_data
 from commonit_trl.grouping import Grouper
 from commonit_trl.grouping.dropped import NONE_DROPPED, DroppedRows
@@ -119,6 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--axolotl", metavar="FILE", help="an Axolotl recipe instead of DATA and options")
     parser.add_argument("--tokenizer", metavar="NAME", help="hub name or directory; default: the model's tokenizer")
     parser.add_argument("--load", metavar="DIR", help="use saved groups instead of fitting new ones")
+    quiet.add_arguments(parser)
     parser.set_defaults(compare=None)
 
 
@@ -149,7 +151,7 @@ def read_foreign_recipe(front_end: str, path: str) -> Recipe:
     Raises:
         ValueError: when no installed package reads such recipes, or this one is invalid.
     """
-    missing = f"--{front_end} {path}: nothing installed reads such recipes: pip install 'commonit-trl[{front_end}]'."
+    missing = f"--{front_end} {path}: no package reads such recipes. Run pip install 'commonit-trl[{front_end}]'."
     readers = list(entry_points(group=ENTRY_POINTS, name=front_end))
     if not readers:
         raise ValueError(missing)
@@ -293,7 +295,7 @@ def _meta_model(tokenizer_name: str, model_args: Any, args: Any) -> tuple[Any, A
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{option}={tokenizer_name!r} is not found, or is none: give a hub name or a directory. {reason}"
+            f"{option}={tokenizer_name!r}: not found or not valid. Give a hub name or a directory. {reason}"
         ) from error
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, **trust), tokenizer

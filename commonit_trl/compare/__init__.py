@@ -1,1 +1,1 @@
-"""Paired runs of several strategies: what they are, how they are done and measured, and what they say together."""
+"""Paired runs of several strategies: run them, measure held-out rows, compare the results."""

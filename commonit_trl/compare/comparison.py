@@ -1,4 +1,4 @@
-"""What the runs of a comparison say together: each strategy beside plain batches, overall and group by group."""
+"""Compare each strategy to the baseline, overall and group by group."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,16 +11,16 @@ from commonit_trl.compare.runs import RunResult
 from commonit_trl.compare.statistics import Interval, paired_difference
 from commonit_trl.compare.strategies import BASELINE
 
-UNSEEN = "(in no group)"
+UNASSIGNED = "(unassigned)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """A mean over seeds of what was measured on some held-out rows, and its paired difference to the baseline."""
+    """A measured value of some held-out rows, mean over seeds, and its paired difference to the baseline."""
 
     value: float
     difference: Interval | None
-    """None for the baseline, and where there are too few rows."""
+    """None for the baseline, and with too few rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,38 +30,38 @@ class GroupResult:
     name: str
     rows: int
     loss: Measure
-    """Mean loss of a token."""
+    """Mean loss per token."""
     accuracy: Measure
-    """Share of the tokens that were the likeliest."""
+    """Share of the tokens that the model ranks first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyResult:
-    """One strategy over all seeds that it and the baseline have finished with."""
+    """One strategy over the seeds that both it and the baseline have finished."""
 
     name: str
     seeds: list[int]
     loss: Measure
-    """Mean loss of a token, of all held-out rows."""
+    """Mean loss per token of all held-out rows."""
     accuracy: Measure
-    """Share of the tokens that were the likeliest."""
+    """Share of the tokens that the model ranks first."""
     exact: Measure | None
-    """Share of the rows in which greedy decoding gave the expected answer, where that was asked for."""
+    """Share of the rows for which greedy decoding gives the expected answer; None without `--eval_generate`."""
     steps: float
     tokens: float
-    """Of the data that the model saw, without padding."""
+    """Tokens that the model saw in training, without padding."""
     padding: float
-    """Share of the computed tokens that were padding."""
+    """Share of the computed tokens that are padding."""
     tokens_per_second: float
-    """Of the data, while it trained."""
+    """Training speed, without padding."""
     lost: int
-    """Rows of an epoch that were left out."""
+    """Rows that an epoch leaves out."""
     repeated: int
-    """Rows of an epoch that came once more."""
+    """Rows that an epoch repeats."""
     groups: list[GroupResult]
-    """The held-out rows in the strategy's groups, as its first seed fitted them."""
+    """The held-out rows by the groups that the strategy's first seed fitted."""
     curves: dict[str, list[tuple[float, float]]]
-    """`loss` and `eval_loss` as training logged them: (epoch, mean over seeds)."""
+    """The logged `loss` and `eval_loss`: points of (epoch, mean over seeds)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,39 +71,40 @@ class Comparison:
     strategies: list[StrategyResult]
     train_rows: int
     held_out_rows: int
-    """Those that preparing them has left."""
+    """Rows that remain after TRL's preparation."""
     epochs: float
     failed: dict[str, str]
-    """Run -> why it has no result."""
+    """Run -> reason of its failure."""
     at_a_time: int
-    """Runs that shared the machine."""
+    """Runs that shared the machine at a time."""
 
     def to_json(self) -> dict[str, Any]:
+        """Return the comparison as JSON values."""
         return asdict(self)
 
 
 def compare(
     results: Sequence[RunResult], *, train_rows: int, failed: Mapping[str, str], at_a_time: int = 1
 ) -> Comparison:
-    """Put the results of the runs together.
+    """Compare the results of the runs.
 
     Args:
-        results: of the runs that have finished; those of a seed without its baseline are left out.
-        train_rows: that the runs were given.
-        failed: the others, and why.
-        at_a_time: runs that shared the machine.
+        results: of the finished runs; a seed whose baseline is missing does not count.
+        train_rows: number of training rows that the runs were given.
+        failed: failed run -> reason.
+        at_a_time: runs that shared the machine at a time.
 
     Raises:
-        ValueError: where there is no finished run of the baseline, and where runs were not trained on the same rows
-            from the same weights: their differences would mean nothing.
+        ValueError: without a finished run of the baseline, and for runs of different rows or initial weights, whose
+            differences mean nothing.
     """
     _check_paired(results)
     by_strategy: dict[str, dict[int, RunResult]] = {}
     for result in results:
         by_strategy.setdefault(result.run.strategy.name, {})[result.run.seed] = result
     if BASELINE not in by_strategy:
-        said = "; ".join(f"{run}: {why}" for run, why in failed.items())
-        raise ValueError(f"No run of {BASELINE!r}, which the others are compared to, has finished. {said}")
+        reasons = "; ".join(f"{run}: {reason}" for run, reason in failed.items())
+        raise ValueError(f"No run of the baseline {BASELINE!r} has finished. {reasons}")
     baseline = by_strategy.pop(BASELINE)
     strategies = [_strategy(baseline, None)]
     for runs in by_strategy.values():
@@ -122,16 +123,16 @@ def compare(
 def _check_paired(results: Sequence[RunResult]) -> None:
     first: dict[Any, RunResult] = {}
     for result in results:
-        for key, what, same_for in (
-            ("weights", "weights at the start", result.run.seed),
+        for key, name, same_for in (
+            ("weights", "initial weights", result.run.seed),
             ("train_rows", "training rows", None),
             ("held_out_rows", "held-out rows", None),
         ):
             other = first.setdefault((key, same_for), result)
             if result.written[key] != other.written[key]:
                 raise ValueError(
-                    f"The runs {other.run.name} and {result.run.name} had other {what}, so they cannot be compared: "
-                    "the model or the data have changed in between. Name another output_dir."
+                    f"The runs {other.run.name} and {result.run.name} have different {name}: the model or the data "
+                    "changed between them. Name another output_dir."
                 )
 
 
@@ -141,7 +142,7 @@ def _strategy(runs: Mapping[int, RunResult], baseline: Mapping[int, RunResult] |
     beside = None if baseline is None else [baseline[seed] for seed in runs]
     everything = np.arange(len(first.tokens))
     entry = first.written["ledger"] or {"lost": 0, "repeated": 0}
-    names = [*first.written["groups"], UNSEEN]
+    names = [*first.written["groups"], UNASSIGNED]
     groups = []
     for group in np.unique(first.group_ids) if first.written["groups"] else ():
         members = np.flatnonzero(first.group_ids == group)
@@ -177,18 +178,18 @@ def _by_token(
 def _measure(
     ours: Sequence[RunResult],
     baseline: Sequence[RunResult] | None,
-    what: str,
+    name: str,
     rows: NDArray[np.int64],
     weights: NDArray[np.float64],
 ) -> Measure:
-    values = np.stack([getattr(result, what)[rows] for result in ours]).astype(float)
+    values = np.stack([getattr(result, name)[rows] for result in ours]).astype(float)
     value = float(values.sum() / weights.sum() / len(ours)) if weights.sum() else float("nan")
     if baseline is None:
         return Measure(value=value, difference=None)
-    others = np.stack([getattr(result, what)[rows] for result in baseline]).astype(float)
+    others = np.stack([getattr(result, name)[rows] for result in baseline]).astype(float)
     return Measure(value=value, difference=paired_difference(values, others, weights))
 
 
 def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """The mean of curves that were logged at the same steps."""
+    """Return the mean of curves that were logged at the same steps."""
     return [tuple(np.mean(points, axis=0).tolist()) for points in zip(*curves)]

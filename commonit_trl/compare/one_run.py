@@ -1,10 +1,10 @@
-"""One run of a comparison, in a process (or the ranks) of its own: train, measure each held-out row, write it down.
+"""One run of a comparison, in its own process or ranks: train, measure each held-out row, write the results.
 
-`rows.safetensors` has, for each held-out row, the sum of its tokens' losses, how many tokens were the likeliest, how
-many there are, and its group; `result.json` the rest. It is written last: a run that has it has finished.
+`rows.safetensors` has for each held-out row the sum of its tokens' losses, the number of tokens that the model ranks
+first, the number of tokens, and the group. `result.json` has the rest; it is written last, so it marks a finished run.
 
-The rows are measured by the model's own forward without labels, in float32, not by the Trainer's evaluation: that gives
-means over batches, and newer TRL trains with heads that make no logits.
+Rows are measured by the model's forward without labels, in float32. The Trainer's evaluation gives means over batches
+only, and newer versions of TRL train with heads that compute no logits.
 
 Cost: the training, and one forward pass over the held-out rows.
 """
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, set_seed
 from xxhash import xxh3_128
 
-from commonit_trl.cli.data import make_trainer
+from commonit_trl.cli.sft import make_trainer
 from commonit_trl.compare.runs import PROGRESS_FILE, RESULT_FILE, ROWS_FILE
 from commonit_trl.files import write_arrays, write_text
 from commonit_trl.report import ledger
@@ -36,7 +36,7 @@ from commonit_trl.trainer.metrics import IGNORED_LABEL, TokenCounts, count_token
 logger = logging.getLogger(__name__)
 
 _SPARE_TOKENS = 8
-"""By which a generated answer may be longer than the longest expected one: it may be cut into other tokens."""
+"""Tokens that a generated answer may have beyond the longest expected one, since the same text can take more tokens."""
 
 
 def train_and_measure(
@@ -52,17 +52,19 @@ def train_and_measure(
 
     Args:
         model_args: TRL's `ModelConfig`.
-        training_args: the options of the run, whose `commonit_*` are checked.
-        train, held_out: raw rows, the same in all runs.
-        asked: what the run is, to be written with its results.
-        answers: column of `held_out` with the text that greedy decoding should give.
+        training_args: the options of the run, with checked `commonit_*` options.
+        train: raw training rows, the same in all runs.
+        held_out: raw held-out rows, the same in all runs.
+        directory: of the run.
+        asked: the settings of the run, written with its results.
+        answers: column of `held_out` with the expected answers of greedy decoding; None generates none.
 
     Raises:
-        ValueError: as the trainer does; and on rows without a prompt, where `answers` is given.
+        ValueError: from the trainer; and for rows without a prompt if `answers` is set.
     """
-    set_seed(training_args.seed)  # new adapters too start the same; TRL 1.9 makes them before the Trainer seeds
+    set_seed(training_args.seed)  # for new adapters: TRL 1.9 makes them before the Trainer seeds
     trainer = make_trainer(model_args, training_args, train, held_out)
-    weights = _digest_weights(trainer.model) if trainer.is_world_process_zero() else None  # which alone writes it
+    weights = _hash_weights(trainer.model) if trainer.is_world_process_zero() else None
     trainer.add_callback(_Progress(directory / PROGRESS_FILE))
     counted = _CountedTokens(trainer.model)
     trained = trainer.train()
@@ -84,8 +86,8 @@ def train_and_measure(
     result = {
         "asked": dict(asked),
         "weights": weights,
-        "train_rows": digest_rows(train),
-        "held_out_rows": digest_rows(held_out),
+        "train_rows": hash_rows(train),
+        "held_out_rows": hash_rows(held_out),
         "groups": names,
         "ledger": ledger(trainer.commonit_plan(), names) if names else None,
         "steps": state.global_step,
@@ -100,10 +102,10 @@ def train_and_measure(
 
 
 def _groups(trainer: Any, evaluation: Dataset) -> tuple[NDArray[np.int64], list[str]]:
-    """(held-out rows,) groups, -1 for none, and the groups' names."""
+    """Return the (held-out rows,) group ids, -1 for unassigned rows, and the names of the groups."""
     if trainer.commonit is None:
         return np.full(len(evaluation), -1), []
-    # What the trainer itself groups its evaluation rows by, for the losses of each group.
+    # The same groups as for the trainer's own evaluation losses by group.
     group_ids = trainer._commonit_assign_eval(evaluation)
     return np.full(len(evaluation), -1) if group_ids is None else group_ids, trainer.commonit_grouper.names
 
@@ -112,14 +114,17 @@ def _groups(trainer: Any, evaluation: Dataset) -> tuple[NDArray[np.int64], list[
 
 
 def measure_rows(trainer: Any, rows: Dataset) -> dict[str, NDArray[Any]]:
-    """Each row's `loss`, summed over its trained tokens, how many of them were the likeliest (`correct`), and `tokens`,
-    how many there are; each (rows,), on every rank.
+    """Measure each row; call on every rank.
 
     Args:
-        trainer: whose model, collator and accelerator are used; after training.
+        trainer: a trained trainer; its model, collator and accelerator are used.
         rows: tokenised, as the trainer prepares its evaluation set.
+
+    Returns:
+        Three (rows,) arrays: `loss`, summed over the trained tokens, `correct`, the number of them that the model ranks
+        first, and `tokens`, the number of them.
     """
-    order = np.argsort(Rows(rows).token_counts("total"), kind="stable")[::-1]  # rows of one length share a batch
+    order = np.argsort(Rows(rows).token_counts("total"), kind="stable")[::-1]  # rows of similar length share a batch
     parts = []
     for batch in _batches(trainer, rows.select(order), padded_collator(trainer)):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
@@ -133,7 +138,7 @@ def measure_rows(trainer: Any, rows: Dataset) -> dict[str, NDArray[Any]]:
 
 
 def _of_rows(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(rows, 3) sum of losses, correct tokens and tokens, in float32, which counts exactly up to 2**24."""
+    """Return (rows, 3): sum of losses, correct tokens, tokens; float32 counts exactly up to 2**24."""
     logits, labels = logits[:, :-1].float(), labels[:, 1:]
     losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED_LABEL)
     trained = labels != IGNORED_LABEL
@@ -142,13 +147,13 @@ def _of_rows(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def padded_collator(trainer: Any) -> Any:
-    """The trainer's collator, which pads also where training is free of padding: rows must stay apart."""
+    """Return the trainer's collator with padding, even if training is padding-free, so that rows stay separate."""
     collator = trainer.data_collator
     return dataclasses.replace(collator, padding_free=False) if getattr(collator, "padding_free", False) else collator
 
 
 def _batches(trainer: Any, rows: Dataset, collate: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's share of the rows, in evaluation batches; the model is in evaluation mode meanwhile."""
+    """Yield evaluation batches of this rank's rows, with the model in evaluation mode."""
     loader = DataLoader(
         rows.with_format(None), batch_size=trainer.args.per_device_eval_batch_size, collate_fn=collate, shuffle=False
     )
@@ -162,24 +167,31 @@ def _batches(trainer: Any, rows: Dataset, collate: Any) -> Iterator[dict[str, to
 
 
 def exact_matches(trainer: Any, rows: Dataset, answers: str) -> NDArray[np.int64]:
-    """(rows,) 1 where greedy decoding after the row's prompt gives the text of the column `answers`, but for white
-    space around it, else 0.
+    """Compare greedy answers with the expected ones, without surrounding white space.
+
+    Args:
+        trainer: a trained trainer.
+        rows: tokenised, as the trainer prepares its evaluation set.
+        answers: column of `rows` with the expected answers.
+
+    Returns:
+        (rows,) 1 for an equal answer, else 0.
 
     Raises:
-        ValueError: where a row has no prompt: every token is trained on.
+        ValueError: for a row without a prompt, in which every token is trained on.
     """
     from trl.models import unwrap_model_for_generation
 
     collate, tokenizer, accelerator = padded_collator(trainer), trainer.processing_class, trainer.accelerator
     expected = [str(answer).strip() for answer in rows[answers]]
-    room = max(map(len, tokenizer(expected, add_special_tokens=False)["input_ids"])) + _SPARE_TOKENS
+    max_new_tokens = max(map(len, tokenizer(expected, add_special_tokens=False)["input_ids"])) + _SPARE_TOKENS
     prompts = []
     for row in rows:
         labels = collate([row])["labels"][0]
         end = int((labels != IGNORED_LABEL).nonzero()[0])
         if end == 0:
             raise ValueError(
-                f"--eval_generate {answers}: the rows have no prompt, every token is trained on: give prompt and "
+                f"--eval_generate {answers}: the rows have no prompt, since every token is trained on. Give prompt and "
                 "completion, or set assistant_only_loss."
             )
         prompts.append(row["input_ids"][:end])
@@ -191,32 +203,33 @@ def exact_matches(trainer: Any, rows: Dataset, answers: str) -> NDArray[np.int64
         )
         return {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
 
-    said: list[str] = []
+    generated: list[str] = []
     ordered = Dataset.from_dict({"prompt": [prompts[row] for row in order]})
     with unwrap_model_for_generation(trainer.model_wrapped, accelerator) as model:
         for batch in _batches(trainer, ordered, collate_prompts):
-            tokens = model.generate(**batch, max_new_tokens=room, do_sample=False, pad_token_id=tokenizer.pad_token_id)[
-                :, batch["input_ids"].shape[1] :
-            ]
+            tokens = model.generate(
+                **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
+            tokens = tokens[:, batch["input_ids"].shape[1] :]
             tokens = accelerator.pad_across_processes(tokens, dim=1, pad_index=tokenizer.pad_token_id)
-            said += tokenizer.batch_decode(accelerator.gather_for_metrics(tokens), skip_special_tokens=True)
+            generated += tokenizer.batch_decode(accelerator.gather_for_metrics(tokens), skip_special_tokens=True)
     matches = np.empty(len(rows), dtype=np.int64)
-    matches[order] = [text.strip() == expected[row] for text, row in zip(said, order, strict=True)]
+    matches[order] = [text.strip() == expected[row] for text, row in zip(generated, order, strict=True)]
     return matches
 
 
-# --- what is written down of the training -----------------------------------------------------------------------------
+# --- records of the training -----------------------------------------------------------------------------
 
 
 class _CountedTokens:
-    """Counts the tokens of every micro-batch that reaches the model while it trains."""
+    """Counts the tokens of every training micro-batch that reaches the model."""
 
     def __init__(self, model: Any) -> None:
         self._counts: list[TokenCounts] = []
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, model: Any, args: Any, inputs: dict[str, Any]) -> None:
-        # TRL repeats some forwards without gradient, for its metrics.
+        # TRL repeats some forwards without gradients, for its metrics.
         if model.training and torch.is_grad_enabled() and (counts := count_tokens(inputs)) is not None:
             self._counts.append(counts)
 
@@ -232,7 +245,7 @@ class _CountedTokens:
 
 
 class _Progress(TrainerCallback):
-    """Says in a file which step of how many is done."""
+    """Writes the current step and the number of steps to a file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -242,16 +255,16 @@ class _Progress(TrainerCallback):
             write_text(self.file, json.dumps([state.global_step, state.max_steps]))
 
 
-def _digest_weights(model: Any) -> str:
-    """A hash of all weights; of those of this rank where they are spread over ranks."""
+def _hash_weights(model: Any) -> str:
+    """Return a hash of all weights; with sharded weights, of those on this rank."""
     digest = xxh3_128()
     for _, weight in sorted(model.named_parameters()):
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def digest_rows(rows: Dataset) -> str:
-    """A hash of all rows and columns, in their order."""
+def hash_rows(rows: Dataset) -> str:
+    """Return a hash of all rows and columns, in order."""
     digest = xxh3_128()
     for table in rows.with_format("arrow").iter(10_000):
         sink = pa.BufferOutputStream()

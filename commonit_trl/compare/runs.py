@@ -1,8 +1,8 @@
-"""The runs of a comparison as processes: which are done, start the others, follow them, read what they wrote.
+"""The runs of a comparison as processes: start the missing ones, follow their progress, read their results.
 
-Each run is `commonit compare` with the user's own arguments and `--only RUN`, so that its memory, its crash and its
-launcher (`--num_processes`) are its own. A run that has finished is not started again; one that fails leaves its log,
-and the rest go on.
+Each run is `commonit compare` with the user's own arguments and `--only RUN`, so it has its own memory and launcher
+(`--num_processes`), and a crash ends that run only. A finished run is not started again. A failed run keeps its log,
+and the other runs continue.
 """
 
 import contextlib
@@ -28,45 +28,54 @@ from commonit_trl.compare.strategies import Run
 RUNS_DIR = "runs"
 RESULT_FILE, ROWS_FILE, PROGRESS_FILE, LOG_FILE = "result.json", "rows.safetensors", "progress.json", "log.txt"
 LOCK_FILE = "lock"
-_LOOK_EVERY = 0.3  # seconds
-_LAST_WORDS = 4_000  # bytes of a log in which the reason of a failure is looked for
+_POLL_INTERVAL = 0.3  # seconds
+_LOG_TAIL = 4_000  # bytes at the end of a log that may hold the reason of a failure
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a finished run wrote down; see `one_run`."""
+    """The results of a finished run; see `one_run`."""
 
     run: Run
     written: dict[str, Any]
-    """Of `result.json`."""
+    """The content of `result.json`."""
     loss: NDArray[np.float64]
-    """(held-out rows,) sum of the losses of a row's tokens."""
+    """(held-out rows,) sum of the losses of each row's tokens."""
     correct: NDArray[np.int64]
-    """(held-out rows,) tokens that were the likeliest."""
+    """(held-out rows,) tokens that the model ranks first."""
     tokens: NDArray[np.int64]
-    """(held-out rows,) tokens that the two count."""
+    """(held-out rows,) trained tokens of each row."""
     group_ids: NDArray[np.int64]
-    """(held-out rows,) groups, of `written["groups"]`; -1 for none."""
+    """(held-out rows,) index into `written["groups"]`; -1 for unassigned rows."""
     exact: NDArray[np.int64] | None
-    """(held-out rows,) 1 where greedy decoding gave the expected answer."""
+    """(held-out rows,) 1 if greedy decoding gives the expected answer; None if no answers were generated."""
 
 
 def directory_of(output_dir: Path, run: Run) -> Path:
-    return output_dir / RUNS_DIR / run.name.replace(":", ",")  # which some file systems do not take
+    """Return the directory of a run."""
+    return output_dir / RUNS_DIR / run.name.replace(":", ",")  # some file systems do not allow colons
 
 
 def read_result(output_dir: Path, run: Run, asked: dict[str, Any]) -> RunResult | None:
-    """What `run` wrote; None where it has not finished.
+    """Read the results of `run`.
+
+    Args:
+        output_dir: of the comparison.
+        run: the run.
+        asked: the settings that the run should have.
+
+    Returns:
+        The results; None if the run has not finished.
 
     Raises:
-        ValueError: where it was another run than is `asked` for, naming what differs, or its files are damaged.
+        ValueError: if its files are damaged, or if it had other settings than `asked`, naming those.
     """
     directory = directory_of(output_dir, run)
     try:
         written = json.loads((directory / RESULT_FILE).read_text(encoding="utf-8"))
         arrays = load_file(directory / ROWS_FILE)
-        then = written["asked"]
-        differ = [name for name in {**asked, **then} if then.get(name) != asked.get(name)]
+        previous = written["asked"]
+        different = [name for name in {**asked, **previous} if previous.get(name) != asked.get(name)]
         result = RunResult(
             run=run,
             written=written,
@@ -77,13 +86,13 @@ def read_result(output_dir: Path, run: Run, asked: dict[str, Any]) -> RunResult 
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(
-            f"{directory / RESULT_FILE} is damaged ({type(error).__name__}): remove {directory} to do the run again."
+            f"{directory / RESULT_FILE}: damaged ({type(error).__name__}). Remove {directory} to do the run again."
         ) from error
-    if differ:
-        said = "; ".join(f"{name} ({then.get(name)!r} there, {asked.get(name)!r} now)" for name in differ)
+    if different:
+        settings = "; ".join(f"{name} ({previous.get(name)!r} before, {asked.get(name)!r} now)" for name in different)
         raise ValueError(
-            f"{output_dir} has a run {run.name} with other settings: {said}. Name another output_dir, "
-            f"or remove {directory}."
+            f"{output_dir}: the finished run {run.name} has other settings: {settings}. Name another output_dir, or "
+            f"remove {directory}."
         )
     return result
 
@@ -100,16 +109,16 @@ def execute(
 
     Args:
         output_dir: of the comparison.
-        runs: those to do.
+        runs: the runs to do.
         argv: the arguments of `commonit compare`.
-        jobs: processes (or groups of ranks) at a time.
-        follow: is told, now and then, the step of a run, and how many it has.
-        ended: is told that a run has finished, or in one line why it failed.
+        jobs: runs at a time.
+        follow: called with a run, its current step and its number of steps.
+        ended: called with a run and the reason of its failure, None if it finished.
     """
     waiting = list(runs)
     running: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
     environment = {**os.environ, "TQDM_DISABLE": "1"}
-    if jobs > 1:  # else they wait for each other's threads
+    if jobs > 1:  # runs would otherwise compete with as many threads each as there are cores
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     before = signal.signal(signal.SIGTERM, _end)
     try:
@@ -117,7 +126,7 @@ def execute(
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
                 running[run.name] = run, _start(directory_of(output_dir, run), run, argv, environment)
-            time.sleep(_LOOK_EVERY)
+            time.sleep(_POLL_INTERVAL)
             for name, (run, process) in list(running.items()):
                 directory = directory_of(output_dir, run)
                 with contextlib.suppress(OSError):
@@ -134,7 +143,7 @@ def execute(
 
 
 def _end(number: int, frame: Any) -> NoReturn:
-    """Ends the process by way of its `finally`, which ends the runs."""
+    """End the process through its `finally` blocks, which stop the runs."""
     raise SystemExit(128 + number)
 
 
@@ -148,16 +157,16 @@ def _start(directory: Path, run: Run, argv: Sequence[str], environment: dict[str
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # so that it ends with its ranks, and Ctrl-C is for us to pass on
+            start_new_session=True,  # a group of its own: stopped with its ranks, and not by Ctrl-C in the terminal
         )
 
 
 @contextlib.contextmanager
 def claimed(directory: Path) -> Iterator[None]:
-    """In here this process alone does the run of `directory`, in which nothing of an earlier try is left.
+    """Lock the directory of a run for this process, and remove the files of an earlier attempt.
 
     Raises:
-        ValueError: where another process does it: one whose `commonit compare` was killed, or another job of an array.
+        ValueError: if another process does the run, such as that of a killed `commonit compare`.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -170,9 +179,7 @@ def claimed(directory: Path) -> Iterator[None]:
                 (directory / name).unlink(missing_ok=True)
             yield
     except Timeout:
-        raise ValueError(
-            f"{directory} is being written by another process, which does this run: wait for it, or end it."
-        ) from None
+        raise ValueError(f"{directory}: another process is doing this run. Wait for it, or stop it.") from None
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -187,9 +194,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _reason(directory: Path, code: int) -> str:
-    """The last line of the run's log that says something."""
+    """Return the last line of the run's log, or the signal that ended the run."""
     if code < 0:
-        return f"ended by {signal.Signals(-code).name}; {directory / LOG_FILE} has what it said"
-    log = (directory / LOG_FILE).read_bytes()[-_LAST_WORDS:].decode("utf-8", errors="replace")
+        return f"ended by {signal.Signals(-code).name} ({directory / LOG_FILE})"
+    log = (directory / LOG_FILE).read_bytes()[-_LOG_TAIL:].decode("utf-8", errors="replace")
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return f"{lines[-1] if lines else 'it said nothing'} ({directory / LOG_FILE})"
+    return f"{lines[-1] if lines else 'it printed nothing'} ({directory / LOG_FILE})"

@@ -1,12 +1,14 @@
-"""How far two strategies are apart on held-out rows, and how sure that is: the paired difference and its 95 % interval.
+"""The paired difference of two strategies on held-out rows, and its 95 % interval.
 
-A strategy is measured on every row with every seed. Its difference to the baseline is taken row by row and seed by seed
-(the same weights, rows and seed on both sides), so what a hard row or a lucky seed gives to both falls out. Two things
-stay chance: which rows were held out, and which seeds were drawn. `scipy.stats.bootstrap` resamples each of them, the
-two variances add up, and Student's t with Welch and Satterthwaite's degrees of freedom makes an interval of them.
+A strategy is measured on every row with every seed. Its difference to the baseline is taken row by row and seed by
+seed, with the same weights, rows and seed on both sides, so effects that both sides share cancel: hard rows, lucky
+seeds. Two sources of chance remain: which rows were held out, and which seeds were drawn. `scipy.stats.bootstrap`
+resamples each of them, their variances add up, and Student's t with the degrees of freedom of Welch and Satterthwaite
+gives the interval.
 
-Why not the percentiles of one bootstrap over both: with 3 seeds that differ, such an interval of two equal strategies
-leaves zero out in 27 of 100 repeats, with 5 seeds in 18; this one in 4 to 7 (tests/unit/test_compare_statistics.py).
+The percentiles of one bootstrap over both sources are too narrow: for two equal strategies whose seeds differ, such an
+interval excludes zero in 27 of 100 repeats with 3 seeds and in 18 with 5 seeds; this one in 4 to 7
+(tests/unit/test_compare_statistics.py).
 
 Cost: 2 x `RESAMPLES` sums over the rows and over the seeds, 20 ms for 5 seeds and 1,000 rows.
 """
@@ -23,7 +25,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A difference and its interval, in the unit of what was measured."""
+    """A difference and its interval, in the unit of the measured value."""
 
     value: float
     low: float
@@ -31,21 +33,23 @@ class Interval:
 
     @property
     def has_zero(self) -> bool:
+        """Whether the interval contains zero: no difference is visible at this size."""
         return self.low <= 0 <= self.high
 
 
 def paired_difference(
     ours: NDArray[np.floating], baseline: NDArray[np.floating], weights: NDArray[np.floating]
 ) -> Interval | None:
-    """The mean over seeds of (sum over rows of `ours` - `baseline`) / (sum of `weights`), with its interval.
-
-    With one seed the interval knows the chance of the rows alone. None where there is nothing to resample: fewer than
-    two rows that weigh something.
+    """Return the mean over seeds of sum(`ours` - `baseline`) / sum(`weights`), with its interval.
 
     Args:
-        ours: (seeds, rows) sums over a row, such as of its tokens' losses.
-        baseline: (seeds, rows), of the same seeds and rows.
-        weights: (rows,) what a row counts, such as its tokens.
+        ours: (seeds, rows) sums of each row, such as the losses of its tokens.
+        baseline: (seeds, rows) of the same seeds and rows.
+        weights: (rows,) weight of each row, such as its number of tokens.
+
+    Returns:
+        The difference; with one seed, its interval covers the chance of rows only. None with fewer than two rows of
+        positive weight.
     """
     counted = weights > 0
     difference, weights = (ours - baseline)[:, counted], weights[counted]
@@ -65,14 +69,14 @@ def paired_difference(
 
 
 def _variance(values: NDArray[np.floating], weights: NDArray[np.floating]) -> float:
-    """The variance of sum(values) / sum(weights) under resampling of the pairs, corrected for the count."""
+    """Return the variance of sum(values) / sum(weights) when pairs are resampled, corrected for their number."""
     drawn = stats.bootstrap(
         (values, weights),
         lambda values, weights, axis: values.sum(axis=axis) / weights.sum(axis=axis),
         paired=True,
         vectorized=True,
         n_resamples=RESAMPLES,
-        method="basic",  # of which only the standard error is used
-        rng=np.random.default_rng(0),  # so that the same runs give the same report
+        method="basic",  # only the standard error is used
+        rng=np.random.default_rng(0),  # the same runs give the same report
     )
     return float(drawn.standard_error) ** 2 * len(values) / (len(values) - 1)

@@ -1,4 +1,4 @@
-"""A comparison as tables in the terminal, in words, and as an HTML page in the style of the report."""
+"""Print a comparison as tables and sentences, and write it as an HTML page in the style of the report."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,20 +16,20 @@ from commonit_trl.compare.strategies import BASELINE
 from commonit_trl.files import write_text
 from commonit_trl.report.charts import ABOVE, COLOURS, GREY, chart_text, figure, line_axis, number_axis, thinned
 from commonit_trl.report.html import render_page
-from commonit_trl.sanitize import shown
+from commonit_trl.sanitize import sanitize
 
 MOST_GROUPS = 20  # in a table or chart
-MORE_STEPS = 0.1  # of the baseline's: from here on it is said
-BESIDE = f"less {BASELINE}'s\n(95 %)"
-HEADINGS = ("Strategy", "Held-out\nloss", BESIDE, "Token\naccuracy", BESIDE)
-EXACT_HEADINGS = ("Right\nanswers", BESIDE)
-COST_HEADINGS = ("Strategy", "Steps", "Rows lost /\nrepeated", "Padding", "Tokens\na second")
+MORE_STEPS = 0.1  # share of the baseline's steps from which a difference is noted
+VERSUS = f"vs {BASELINE}\n(95 %)"
+HEADINGS = ("Strategy", "Held-out\nloss", VERSUS, "Token\naccuracy", VERSUS)
+EXACT_HEADINGS = ("Correct\nanswers", VERSUS)
+COST_HEADINGS = ("Strategy", "Steps", "Dropped /\nrepeated", "Padding", "Tokens\nper second")
 GROUP_HEADINGS = ("Group", "Rows", *HEADINGS[1:])
-CURVES = {"loss": "Training loss", "eval_loss": "Loss on the evaluation rows while training"}
+CURVES = {"loss": "Training loss", "eval_loss": "Evaluation loss during training"}
 
 
 def cells(result: StrategyResult) -> tuple[str, ...]:
-    """A strategy's line, under `HEADINGS` and, where answers were generated, `EXACT_HEADINGS`."""
+    """Return a strategy's row for `HEADINGS` and, if answers were generated, `EXACT_HEADINGS`."""
     return (
         result.name,
         *_measured(result.loss, 4),
@@ -39,7 +39,7 @@ def cells(result: StrategyResult) -> tuple[str, ...]:
 
 
 def cost_cells(result: StrategyResult) -> tuple[str, ...]:
-    """A strategy's line, under `COST_HEADINGS`."""
+    """Return a strategy's row for `COST_HEADINGS`."""
     return (
         result.name,
         f"{result.steps:,.0f}",
@@ -50,12 +50,12 @@ def cost_cells(result: StrategyResult) -> tuple[str, ...]:
 
 
 def group_cells(group: GroupResult) -> tuple[str, ...]:
-    """A group's line, under `GROUP_HEADINGS`."""
-    return (shown(group.name), f"{group.rows:,}", *_measured(group.loss, 4), *_measured(group.accuracy, 4))
+    """Return a group's row for `GROUP_HEADINGS`."""
+    return (sanitize(group.name), f"{group.rows:,}", *_measured(group.loss, 4), *_measured(group.accuracy, 4))
 
 
 def tables(comparison: Comparison) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
-    """Headings and lines of the two tables of strategies: what was measured, and what it cost."""
+    """Return headings and rows of the two tables of strategies: results and costs."""
     measured = HEADINGS if comparison.strategies[0].exact is None else HEADINGS + EXACT_HEADINGS
     return [
         (measured, [cells(result) for result in comparison.strategies]),
@@ -74,62 +74,63 @@ def _interval(interval: Interval | None, digits: int) -> str:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """What the intervals say, one sentence for each strategy and measure."""
-    said = []
+    """Return one sentence for each strategy and measure."""
+    sentences = []
     for result in comparison.strategies[1:]:
-        said.append(_verdict(result.name, "held-out loss", result.loss.difference, 4, lower_is_better=True))
+        sentences.append(_verdict(result.name, "held-out loss", result.loss.difference, 4, lower_is_better=True))
         if result.exact is not None:
-            said.append(_verdict(result.name, "right answers", result.exact.difference, 3, lower_is_better=False))
-    return said
+            sentences.append(
+                _verdict(result.name, "correct answers", result.exact.difference, 3, lower_is_better=False)
+            )
+    return sentences
 
 
-def _verdict(name: str, what: str, interval: Interval | None, digits: int, *, lower_is_better: bool) -> str:
+def _verdict(name: str, measure: str, interval: Interval | None, digits: int, *, lower_is_better: bool) -> str:
     if interval is None:
-        return f"{name}: too few held-out rows to say anything about the {what}."
+        return f"{name}: too few held-out rows to compare the {measure}."
     if interval.has_zero:
-        return f"{name}: no difference seen at this size in the {what}, {_interval(interval, digits)}."
+        return f"{name}: no difference in {measure} visible at this size, {_interval(interval, digits)}."
     is_lower = interval.value < 0
     better = "better" if is_lower == lower_is_better else "worse"
-    return (
-        f"{name}: {better}, {'lower' if is_lower else 'higher'} {what} than {BASELINE}, {_interval(interval, digits)}."
-    )
+    direction = "lower" if is_lower else "higher"
+    return f"{name}: {better}, {direction} {measure} than {BASELINE}, {_interval(interval, digits)}."
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What a reader must know of how the runs were made."""
+    """Return sentences on how the runs were made and how to read the numbers."""
     seeds = len(comparison.strategies[0].seeds)
     intervals = sum(1 + len(result.groups) for result in comparison.strategies[1:])
-    said = [
+    sentences = [
         f"Training rows: {comparison.train_rows:,}, epochs: {comparison.epochs:g}, seeds: {seeds}; the same weights, "
         f"rows and seed for each pair. Held-out rows: {comparison.held_out_rows:,}; loss: mean over their tokens.",
-        "An interval (95 %) covers the chance of seeds and held-out rows, for this model, these data and settings. "
-        f"Of 20 intervals of equal strategies one leaves zero out; here are {intervals}.",
+        "A 95 % interval covers the chance of seeds and held-out rows, for this model, data and settings. "
+        f"Of 20 intervals of equal strategies, one excludes zero by chance; there are {intervals} here.",
     ]
     if seeds == 1:
-        said.append("With one seed the intervals do not cover how much runs differ by chance: give --seeds 3 or more.")
+        sentences.append("--seeds 1: the intervals do not cover the chance of seeds. Use --seeds 3 or more.")
     if comparison.at_a_time > 1:
-        said.append(f"Tokens a second: {comparison.at_a_time} runs shared the machine.")
-    plain = comparison.strategies[0].steps
+        sentences.append(f"Tokens per second: {comparison.at_a_time} runs shared the machine at a time.")
+    baseline = comparison.strategies[0].steps
     for result in comparison.strategies[1:]:
-        if abs(result.steps - plain) > MORE_STEPS * plain:
-            said.append(
-                f"{result.name}: {result.steps:,.0f} steps, {BASELINE} {plain:,.0f}: how many there are is part of the "
-                "difference; commonit_min_group_size makes them fewer."
+        if abs(result.steps - baseline) > MORE_STEPS * baseline:
+            sentences.append(
+                f"{result.name}: {result.steps:,.0f} steps, {BASELINE}: {baseline:,.0f}. The number of steps is part "
+                "of the difference; a larger commonit_min_group_size reduces it."
             )
         if len(result.seeds) < seeds:
-            said.append(f"{result.name}: of seeds {', '.join(map(str, result.seeds))} alone.")
-    said += [f"Failed: {run}: {why}" for run, why in comparison.failed.items()]
-    return said
+            sentences.append(f"{result.name}: seeds {', '.join(map(str, result.seeds))} only.")
+    sentences += [f"Failed: {run}: {reason}" for run, reason in comparison.failed.items()]
+    return sentences
 
 
 def kept_groups(result: StrategyResult) -> list[GroupResult]:
-    """The groups with most held-out rows, in their order."""
+    """Return the groups with most held-out rows, in the order of the groups."""
     most = sorted(result.groups, key=lambda group: -group.rows)[:MOST_GROUPS]
     return [group for group in result.groups if group in most]
 
 
 def print_comparison(comparison: Comparison, page: Path, console: Console | None = None) -> None:
-    """Print the tables, what they say in words, and where the page is."""
+    """Print the tables, the sentences and the path of the page."""
     console = console or Console(highlight=False)
     for heads, rows in tables(comparison):
         console.print(_table("", heads, rows))
@@ -138,9 +139,9 @@ def print_comparison(comparison: Comparison, page: Path, console: Console | None
             lines = [group_cells(group) for group in groups]
             console.print(_table(f"Groups by {result.name}", GROUP_HEADINGS, lines))
             if len(groups) < len(result.groups):
-                console.print(f"and {len(result.groups) - len(groups):,} smaller groups, which --json lists too.\n")
-    for said in (*verdicts(comparison), "", *notes(comparison), "", f"Curves and charts: {page}"):
-        console.print(Text(shown(said)), soft_wrap=True)
+                console.print(f"and {len(result.groups) - len(groups):,} smaller groups, listed by --json.\n")
+    for line in (*verdicts(comparison), "", *notes(comparison), "", f"Curves and charts: {page}"):
+        console.print(Text(sanitize(line)), soft_wrap=True)
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -164,19 +165,19 @@ def write_html(path: Path, comparison: Comparison) -> None:
 
 
 def render(comparison: Comparison) -> str:
-    """The text of the file that `write_html` writes."""
-    drawn = {"Held-out loss, less that of plain batches": _intervals(_overall(comparison))}
+    """Return the HTML of the page."""
+    drawn = {"Held-out loss, difference to the baseline": _intervals(_overall(comparison))}
     for curve, title in CURVES.items():
         if any(result.curves.get(curve) for result in comparison.strategies):
             drawn[f"{title}, mean over seeds"] = _curves(comparison, curve)
-    titles = {f"chart-{place}": title for place, title in enumerate(drawn)}
+    titles = {f"chart-{number}": title for number, title in enumerate(drawn)}
     charts: dict[str, Any] = dict(zip(titles, drawn.values()))
     sections = []
     for number, result in enumerate(comparison.strategies):
         if not (groups := kept_groups(result)):
             continue
         chart = f"groups-{number}"
-        points = [(shown(group.name), group.loss.difference) for group in groups]
+        points = [(sanitize(group.name), group.loss.difference) for group in groups]
         charts[chart] = _intervals(points)
         sections.append(
             {
@@ -204,7 +205,7 @@ def _overall(comparison: Comparison) -> list[tuple[str, Interval | None]]:
 
 
 def _intervals(points: Sequence[tuple[str, Interval | None]]) -> go.Figure:
-    """A line for each name: the difference, its interval, and where zero is."""
+    """Draw a row for each name: the difference and its interval, with a line at zero."""
     known = [(name, interval) for name, interval in points if interval is not None]
     marks = go.Scatter(
         x=[interval.value for _, interval in known],
@@ -227,7 +228,7 @@ def _intervals(points: Sequence[tuple[str, Interval | None]]) -> go.Figure:
         [marks],
         90 + 28 * len(known),
         yaxis=line_axis(names),
-        xaxis=number_axis("less the loss of plain batches (left is better)"),
+        xaxis=number_axis("loss minus that of the baseline (left is better)"),
         shapes=[zero],
     )
 

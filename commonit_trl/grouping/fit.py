@@ -1,10 +1,8 @@
 """`Grouping`: training rows with a fitted grouper, the group of each row, and the rows that training cannot use."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,16 +42,6 @@ class Grouping:
     def assign(self, rows: Rows) -> NDArray[np.int64]:
         """(rows,) group ids of other rows, -1 for a task that the training rows do not have."""
         return self.grouper.assign(rows)
-
-    @cached_property
-    def fingerprints(self) -> dict[str, Any]:
-        """Values that are equal on ranks and checkpoints that have these rows in these groups."""
-        return {
-            "rows": len(self.group_ids),
-            "number of groups": len(self.names),
-            "names of groups": fingerprint(json.dumps(self.names).encode()),
-            "assignment of rows to groups": fingerprint(self.group_ids),
-        }
 
 
 def fit_grouping(options: CommonITArguments, rows: Rows, traced: Sequence[TracedRows] = ()) -> Grouping:

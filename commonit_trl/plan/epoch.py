@@ -86,6 +86,8 @@ class EpochPlan:
     micro_batch_size: int
     world_size: int
     accumulation_steps: int
+    equal_sizes: bool = False
+    """Whether all micro-batches of a step have the same number of samples."""
 
     @property
     def num_micro_steps(self) -> int:
@@ -266,6 +268,7 @@ def plan_epoch(
     purity: str = "step",
     remainder: str = "keep",
     weights: Mapping[int, float] | str = "proportional",
+    equal_sizes: bool = False,
     seed: int = 0,
     epoch: int = 0,
 ) -> EpochPlan:
@@ -286,6 +289,8 @@ def plan_epoch(
         weights: `proportional` (every sample once), `uniform` or `sqrt` over groups, or a mapping of group id to
             weight; the samples drawn in the epoch stay as many as the dataset has, so a group drawn beyond its size
             repeats samples and one drawn below it leaves some out.
+        equal_sizes: give all micro-batches of a step the same number of samples, for losses that ranks gather per
+            sample; a group then repeats fewer samples than a step has micro-batches.
         seed: integer >= 0.
         epoch: integer >= 0. Another epoch is another shuffle of equal length.
 
@@ -317,7 +322,8 @@ def plan_epoch(
 
     # A unit is a run of its group's draws: where it starts among them and how many it takes.
     if remainder == "keep":
-        unit_groups, unit_starts, unit_sizes = _cut_evenly(draws, units, micro_batches_per_unit)
+        multiple = micro_batches_per_unit if equal_sizes else 1
+        unit_groups, unit_starts, unit_sizes = _cut_evenly(draws, units, micro_batches_per_unit, multiple)
     else:
         unit_groups, number_in_group = _number_units(units)
         unit_starts = number_in_group * capacity
@@ -337,6 +343,7 @@ def plan_epoch(
         micro_batch_size=micro_batch_size,
         world_size=world_size,
         accumulation_steps=accumulation_steps,
+        equal_sizes=equal_sizes,
     )
 
 
@@ -364,7 +371,8 @@ def plan_rest(whole: EpochPlan, rows: ArrayLike, *, seed: int, epoch: int) -> Ep
     # All steps but the last hold as many units: the rest must end where the whole epoch does.
     units_per_step = whole.accumulation_steps * whole.world_size // whole.micro_batches_per_unit
     _add_units(units, draws, int(len(whole.unit_sizes) - units.sum()) % units_per_step)
-    unit_groups, unit_starts, unit_sizes = _cut_evenly(draws, units, whole.micro_batches_per_unit)
+    multiple = whole.micro_batches_per_unit if whole.equal_sizes else 1
+    unit_groups, unit_starts, unit_sizes = _cut_evenly(draws, units, whole.micro_batches_per_unit, multiple)
     done = len(whole.unit_sizes) - len(unit_sizes)
     if done < 0:
         raise ValueError(
@@ -449,14 +457,14 @@ def _number_units(units: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[
 
 
 def _cut_evenly(
-    draws: NDArray[np.int64], units: NDArray[np.int64], least: int
+    draws: NDArray[np.int64], units: NDArray[np.int64], least: int, multiple: int = 1
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Cut each group's draws into its units: (units,) group, first draw and size of each. Sizes in a group differ by at
-    most one, and none is under `least`."""
+    most one (by `multiple`, of which all are multiples), and none is under `least`."""
     groups, number = _number_units(units)
-    base, extra = np.divmod(draws, np.maximum(units, 1))
+    base, extra = np.divmod(-(-draws // multiple), np.maximum(units, 1))
     starts = number * base[groups] + np.minimum(number, extra[groups])
-    return groups, starts, np.maximum(base[groups] + (number < extra[groups]), least)
+    return groups, starts * multiple, np.maximum((base[groups] + (number < extra[groups])) * multiple, least)
 
 
 def _draws_per_group(sizes: NDArray[np.int64], weights: Mapping[int, float] | str) -> NDArray[np.int64]:

@@ -32,6 +32,7 @@ class PlanSpec:
     purity: str = "step"
     remainder: str = "keep"
     weights: Mapping[int, float] | str = "proportional"
+    equal_sizes: bool = False
     seed: int = 0
     resumed_epoch: int | None = None
     """An epoch that was started with another spec, of which only `remaining_rows` are planned."""
@@ -78,6 +79,7 @@ class PlanSpec:
                 purity=self.purity,
                 remainder=self.remainder,
                 weights=self.weights,
+                equal_sizes=self.equal_sizes,
                 seed=self.seed,
                 epoch=epoch,
             )

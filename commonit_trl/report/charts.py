@@ -20,7 +20,7 @@ import plotly.graph_objects as go
 
 from commonit_trl.report.analysis import CHART_GROUPS, GroupNumbers, Inspection, LossRecord, Spread
 from commonit_trl.report.optional import optional
-from commonit_trl.sanitize import cut, shown
+from commonit_trl.sanitize import cut, sanitize
 
 LOSS_POINTS = 300
 OTHERS = "other groups"
@@ -56,11 +56,11 @@ def figures(inspection: Inspection, losses: Iterable[LossRecord] = ()) -> dict[s
 
 def chart_text(text: str, characters: int = _NAME_CHARACTERS) -> str:
     """Escape text of the data for plotly, cut to one line."""
-    return html.escape(cut(shown(text), characters), quote=False)
+    return html.escape(cut(sanitize(text), characters), quote=False)
 
 
 def _hover(text: str) -> str:
-    lines = textwrap.wrap(shown(text), _HOVER_CHARACTERS)
+    lines = textwrap.wrap(sanitize(text), _HOVER_CHARACTERS)
     return "<br>".join(html.escape(line, quote=False) for line in lines)
 
 

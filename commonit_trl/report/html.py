@@ -18,7 +18,7 @@ from typing import Any
 from commonit_trl.files import write_text
 from commonit_trl.report import tables
 from commonit_trl.report.analysis import Inspection, LossRecord
-from commonit_trl.sanitize import shown
+from commonit_trl.sanitize import sanitize
 
 MOST_GROUPS = 100  # per table
 
@@ -91,7 +91,7 @@ def render_page(template: str, charts: Mapping[str, Any], **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["shown"] = shown
+    environment.filters["sanitize"] = sanitize
     scripts = (_plotly(), _DRAW)
     drawn = json.dumps({chart: json.loads(figure.to_json()) for chart, figure in charts.items()})
     return environment.get_template(template).render(

@@ -11,7 +11,7 @@ import numpy as np
 
 from commonit_trl.grouping.dropped import NONE_DROPPED, DroppedRows
 from commonit_trl.plan import EpochPlan
-from commonit_trl.sanitize import cut, shown
+from commonit_trl.sanitize import cut, sanitize
 
 MOST_GROUPS = 20  # per table
 NAME_CHARACTERS = 40
@@ -75,7 +75,7 @@ def _lines(groups: Sequence[Mapping[str, Any]], numbers: Sequence[str] = tuple(_
     kept = sorted(range(len(groups)), key=lambda number: (-groups[number]["samples"], -groups[number]["dropped"]))
     largest = set(kept[:MOST_GROUPS])
     lines = [
-        [cut(shown(group["name"]), NAME_CHARACTERS), *(f"{group[name]:,g}" for name in numbers)]
+        [cut(sanitize(group["name"]), NAME_CHARACTERS), *(f"{group[name]:,g}" for name in numbers)]
         for number, group in enumerate(groups)
         if number in largest
     ]
@@ -123,7 +123,7 @@ def model_card_section(entry: Mapping[str, Any], settings: Mapping[str, Any]) ->
 def _dropped(dropped: Mapping[str, Any]) -> str:
     """Return the number of dropped rows, and the reasons in brackets."""
     reasons = "; ".join(f"{reason}: {count:,}" for reason, count in dropped["by_reason"].items())
-    return f"{dropped['rows']:,}" + (f" ({shown(reasons)})" if reasons else "")
+    return f"{dropped['rows']:,}" + (f" ({sanitize(reasons)})" if reasons else "")
 
 
 def _markdown(text: str) -> str:

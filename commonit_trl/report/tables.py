@@ -15,7 +15,7 @@ from rich.text import Text
 from commonit_trl.grouping import Grouper
 from commonit_trl.grouping.dropped import NONE_DROPPED, DroppedRows
 from commonit_trl.report.analysis import BatchNumbers, Example, GroupNumbers, Inspection, Spread
-from commonit_trl.sanitize import cut, shown
+from commonit_trl.sanitize import cut, sanitize
 
 MOST_GROUPS = 30  # per table
 NAME_CHARACTERS = 120
@@ -64,7 +64,7 @@ GROUP_HEADINGS = (
 def group_cells(group: GroupNumbers) -> tuple[str, ...]:
     """Return the cells of one group below `GROUP_HEADINGS`."""
     return (
-        cut(shown(group.name), NAME_CHARACTERS),
+        cut(sanitize(group.name), NAME_CHARACTERS),
         f"{group.rows:,}",
         f"{group.share:.1%}",
         _median_and_p95(group.prompt_tokens),
@@ -82,7 +82,7 @@ def dropped_cells(inspection: Inspection, most: int) -> list[tuple[str, ...]]:
     counts = [(name, count) for name, count in inspection.dropped.by_group.items() if name not in present]
     counts.sort(key=lambda item: -item[1])
     return [
-        (cut(shown(name), NAME_CHARACTERS), "0", "0.0%", "-", "-", "0", f"{count:,}", "0", "0")
+        (cut(sanitize(name), NAME_CHARACTERS), "0", "0.0%", "-", "-", "0", f"{count:,}", "0", "0")
         for name, count in counts[:most]
     ]
 
@@ -140,17 +140,17 @@ def _print_groups(inspection: Inspection, console: Console) -> None:
     if any(group.examples for group in kept):
         console.print(Text(f"Examples of each group, by {inspection.metric}", style="bold"))
         for group in kept:
-            _line(console, Text(shown(group.name)))
+            _line(console, Text(sanitize(group.name)))
             for example in group.examples:
                 _line(console, _one_line(example, console.width))
         console.print()
     for warning in inspection.warnings:
-        console.print(Text.assemble((f"{inspection.metric}: ", "yellow"), shown(warning)))
+        console.print(Text.assemble((f"{inspection.metric}: ", "yellow"), sanitize(warning)))
 
 
 def _one_line(example: Example, width: int) -> Text:
     """Return prompt and response on one line, half of the width each if both are long."""
-    prompt, response = Text(shown(example.prompt)), Text(shown(example.response))
+    prompt, response = Text(sanitize(example.prompt)), Text(sanitize(example.response))
     for_prompt = width - 5 - min(response.cell_len, (width - 5) // 2)
     prompt.truncate(for_prompt if response else width - 2, overflow="ellipsis")
     return Text.assemble("  ", prompt, *((" → ", response) if response else ()))
@@ -179,7 +179,7 @@ def print_sizes(
     table.add_column("Rows", justify="right")
     order = np.sort(np.argsort(-sizes, kind="stable")[:MOST_GROUPS])
     for group in order:
-        table.add_row(Text(shown(grouper.names[group])), f"{sizes[group]:,}")
+        table.add_row(Text(sanitize(grouper.names[group])), f"{sizes[group]:,}")
     console.print(table)
     if len(sizes) > len(order):
         console.print(Text(f"and {len(sizes) - len(order):,} smaller groups."))
@@ -188,4 +188,4 @@ def print_sizes(
     for reason, count in dropped.by_reason.items():
         groups = [(name, rows) for (other, name), rows in dropped.counts.items() if other == reason]
         most = ", ".join(f"{rows:,} of {name}" for name, rows in sorted(groups, key=lambda item: -item[1])[:5])
-        console.print(Text(shown(f"{count:,} rows {reason} (most: {most}).")))
+        console.print(Text(sanitize(f"{count:,} rows {reason} (most: {most}).")))

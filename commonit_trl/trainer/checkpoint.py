@@ -58,7 +58,10 @@ def describe(trainer: Any) -> dict[str, Any]:
         "per-device batch size": spec.micro_batch_size,
         "world size": spec.world_size,
         "gradient accumulation steps": spec.accumulation_steps,
-        **run.grouping.fingerprints,
+        "rows": len(run.row_groups),
+        "number of groups": len(run.grouping.names),
+        "names of groups": fingerprint(json.dumps(run.grouping.names).encode()),
+        "assignment of rows to groups": fingerprint(np.ascontiguousarray(run.row_groups)),
         "tokens of rows": _fingerprint_rows(run.dataset),
         "token lengths": None if spec.lengths is None else fingerprint(np.ascontiguousarray(spec.lengths)),
         "order of samples": trainer._commonit_fingerprint(),
@@ -129,9 +132,7 @@ def resume(trainer: Any, checkpoint: Path) -> None:
         raise _not_ours(checkpoint)
     directory = checkpoint / COMMONIT_DIR
     try:
-        if saved["rest of an epoch"]:
-            rows = load_file(directory / REMAINING_FILE)["rows"]
-            run.spec = replace(run.spec, resumed_epoch=saved["rest of an epoch"][0], remaining_rows=rows)
+        run.spec = replace(run.spec, **load_remaining(directory, saved))
         run.replanned = saved["times replanned"]
         current = describe(trainer)
         # With auto_find_batch_size, the Trainer takes the batch size from the checkpoint.
@@ -223,6 +224,15 @@ def _saved_spec(trainer: Any, checkpoint: Path, saved: Mapping[str, Any], differ
         resumed_epoch=run.spec.resumed_epoch,
         remaining_rows=run.spec.remaining_rows,
     )
+
+
+def load_remaining(directory: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `PlanSpec` that describe the remaining rows of a replanned epoch, if a manifest has one."""
+    described = saved["rest of an epoch"]
+    if not described:
+        return {}
+    rows = load_file(directory / REMAINING_FILE)["rows"]
+    return {"resumed_epoch": operator.index(described[0]), "remaining_rows": rows}
 
 
 def first_step(plan: EpochPlan) -> int:

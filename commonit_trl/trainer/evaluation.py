@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from commonit_trl.grouping.fit import Grouping
-from commonit_trl.sanitize import shown
+from commonit_trl.sanitize import sanitize
 from commonit_trl.trainer.loss import predicts_next_token
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class RowLosses:
     def _keep_hidden_states(self, model: Any, args: Any, outputs: Any) -> None:
         self._hidden_states = getattr(outputs, "last_hidden_state", None)
 
+    @torch.no_grad()
     def add(self, inputs: Mapping[str, Any], loss: Any) -> None:
         """Add a batch that the parent has evaluated with this loss."""
         rows = _flat(next(self._batches, []))
@@ -149,7 +150,8 @@ class RowLosses:
         missed = np.bincount(numbers, ~seen, len(groups)).astype(int)
         if missed.any():
             named = ", ".join(
-                f"{missed[place]} of {shown(grouping.name_of(groups[place]))!r}" for place in np.flatnonzero(missed)[:5]
+                f"{missed[place]} of {sanitize(grouping.name_of(groups[place]))!r}"
+                for place in np.flatnonzero(missed)[:5]
             )
             logger.warning(
                 "%s: the evaluation left out %d of %d rows (%s), because its loader drops incomplete batches; the loss "

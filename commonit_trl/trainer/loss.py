@@ -29,14 +29,12 @@ _ROWS_LOOKED_AT = 256
 def is_summed_over_tokens(trainer: Any) -> bool:
     """Return whether the loss of a micro-batch is the sum of its rows' losses over the step's token count.
 
-    Measured with the trainer's own `compute_loss`. Where the model cannot run yet (DeepSpeed, FSDP), it is decided by
-    the model's class and `compute_loss`.
+    Measured with the trainer's own `compute_loss`. Where the model cannot run yet (DeepSpeed, FSDP), or adds an
+    auxiliary loss, it is decided by the model's class and `compute_loss`.
     """
     if not (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None):
         return False
-    if has_auxiliary_loss(trainer):
-        return False
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if has_auxiliary_loss(trainer) or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return is_causal_lm_loss(trainer)
     try:
         return _is_additive(trainer)

@@ -31,7 +31,7 @@ from commonit_trl.rows import Rows
 from commonit_trl.trainer import checkpoint, reports, validate
 from commonit_trl.trainer.callbacks import CommonITCallback, RunCallback
 from commonit_trl.trainer.evaluation import RowLosses
-from commonit_trl.trainer.loss import is_summed_over_tokens, predicts_next_token
+from commonit_trl.trainer.loss import has_auxiliary_loss, is_summed_over_tokens, predicts_next_token
 from commonit_trl.trainer.metrics import count_samples, count_tokens
 from commonit_trl.trainer.run import Run, row_costs
 
@@ -109,6 +109,8 @@ class CommonITMixin(_Mixed):
                 micro_batch_size=self._train_batch_size,
                 world_size=world_size,
                 accumulation_steps=self.args.gradient_accumulation_steps,
+                # TRL's preference trainers gather values of each sample, which needs as many on every rank.
+                equal_sizes=world_size > 1 and not summed_over_tokens,
                 seed=data_seed(self.args),
             ),
             dataset=self.train_dataset,
@@ -149,7 +151,7 @@ class CommonITMixin(_Mixed):
         """Return the (rows,) tokens by which to balance steps; None for micro-batches of equal size."""
         if not self.args.commonit_balance_lengths:
             return None
-        if not summed_over_tokens:
+        if not summed_over_tokens or has_auxiliary_loss(self):
             self._commonit_logger.warning(
                 "commonit_balance_lengths=True: the loss of %s is not a sum over the step's tokens, so micro-batches "
                 "of different sizes would change the gradient. They keep equal sizes; set "

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
+from transformers import Trainer
 
 from commonit_trl.grouping.fit import Grouping
 from commonit_trl.plan import EpochPlan, PlanSpec
@@ -121,7 +122,8 @@ def row_costs(dataset: Dataset, data_collator: Any) -> NDArray[np.int64] | None:
 
 def _divided_by(trainer: Any, items: Any) -> int:
     """What `Trainer.training_step` has divided a mean loss by."""
-    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # transformers from 5.23 on
+    # transformers from 5.23 on reads this flag
+    scaled = trainer.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
     if scaled is None:
         scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
     return 1 if scaled else trainer.current_gradient_accumulation_steps

@@ -27,7 +27,7 @@ from commonit_trl.grouping.tracing import (
     with_row_numbers,
 )
 from commonit_trl.rows import Rows
-from commonit_trl.sanitize import shown
+from commonit_trl.sanitize import sanitize
 from commonit_trl.trainer.mixin import CommonITMixin
 
 
@@ -167,7 +167,7 @@ def pack_by_group(
     with PartialState().main_process_first():  # as TRL does: the other ranks read what the first one cached
         for group in groups:
             members = rows.select(np.flatnonzero(group_ids == group))
-            packs.append(_pack(members, args, f"Packing {shown(names[group])}"))
+            packs.append(_pack(members, args, f"Packing {sanitize(names[group])}"))
     return concatenate_datasets(packs), np.repeat(groups, [len(pack) for pack in packs])
 
 

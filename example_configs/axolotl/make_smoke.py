@@ -1,5 +1,7 @@
-"""Make what smoke-cpu.yml trains on, in out/smoke: generated rows of six task families, a tokenizer trained on them, a
-Llama of 0.4 million random weights and a toy encoder. Takes a few seconds; downloads nothing.
+"""Generate the data and models of smoke-cpu.yml in out/smoke.
+
+Writes rows of six task families, a tokenizer trained on them, a Llama with 0.4 million random weights and a toy
+encoder. Takes a few seconds and downloads nothing.
 
     python example_configs/axolotl/make_smoke.py [FOLDER]
 """
@@ -14,4 +16,4 @@ train, held_out = generate_rows(seed=0)
 folder.mkdir(parents=True, exist_ok=True)
 write_rows(folder / "data", train, held_out)
 make_models(folder, train, seed=0)
-print(f"{len(train)} training and {len(held_out)} held-out rows and two models are in {folder}.")
+print(f"Wrote {len(train)} training rows, {len(held_out)} held-out rows and two models to {folder}.")

@@ -1,11 +1,10 @@
-"""Makes the data that the recipes of this folder read, from the hub, in out/paper/data: {flan,cot,alpaca}.jsonl with
-prompt, completion and task, and mmlu_dev.jsonl, the paper's reference set: the five dev questions of each of MMLU's 57
-tasks.
+"""Download the data of the paper's runs and write them to out/paper/data.
 
     python example_configs/paper/make_data.py
 
-Which rows the authors took is not known, nor how they wrote a prompt; README.md says what is chosen here. By the cards
-of the datasets, 5.6 GB are downloaded, nearly all of it FLAN.
+Writes flan.jsonl, cot.jsonl and alpaca.jsonl, and as reference set mmlu_dev.jsonl, five dev questions of each of MMLU's
+57 tasks. Columns: prompt, completion, task. README.md explains the selection, because the authors' rows and prompt
+format are unknown. The dataset cards give a download of 5.6 GB, nearly all of it FLAN.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from datasets import Dataset, load_dataset
 
 FOLDER = Path("out/paper/data")
 ROWS = 100_000
-"""How many of FLAN and of CoT, at random."""
+"""Maximum per dataset; FLAN and CoT exceed it."""
 
 
 def from_flan(row: dict[str, Any]) -> dict[str, str]:
@@ -25,7 +24,7 @@ def from_flan(row: dict[str, Any]) -> dict[str, str]:
 
 
 def from_alpaca(row: dict[str, Any]) -> dict[str, str]:
-    """Alpaca has no tasks: the first word of the instruction, most often a verb, stands for one."""
+    """Convert a row of Alpaca, which has no task labels: use the first word of the instruction instead."""
     prompt = "\n".join(filter(None, (row["instruction"].strip(), row["input"].strip())))
     task = row["instruction"].split()[0].strip(",.:;!?\"'").lower()
     return {"prompt": prompt + "\n", "completion": row["output"].strip(), "task": task}
@@ -45,14 +44,14 @@ SOURCES: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, st
 
 
 def make(raw: Dataset, convert: Callable[[dict[str, Any]], dict[str, str]], seed: int = 42) -> Dataset:
-    """At most `ROWS` random rows with a completion, as the recipes read them."""
+    """Convert at most `ROWS` random rows and drop rows without a completion."""
     chosen = raw.shuffle(seed).select(range(ROWS)) if len(raw) > ROWS else raw
     made = chosen.map(convert, remove_columns=chosen.column_names)
     return made.filter(lambda row: row["completion"] != "")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=f"Make {FOLDER}/*.jsonl from the hub.")
+    parser = argparse.ArgumentParser(description=f"Download the data and write {FOLDER}/*.jsonl.")
     parser.add_argument("names", nargs="*", default=list(SOURCES), help=f"default: {', '.join(SOURCES)}")
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in parser.parse_args().names:

@@ -1,141 +1,89 @@
-"""The paper's recipes for Axolotl: all of them are valid, without a key that Axolotl ignores; their commands parse; and
-every model family trains by every metric, with tiny parts in the place of what is large.
+"""The recipes of the paper's runs for Axolotl.
 
-TRL's half, and that the files are those that the script writes: tests/integration/test_paper_recipes.py.
+Axolotl validates every text that the script can write; one recipe then trains a tiny model. The script itself and
+TRL's half: tests/integration/test_paper_recipes.py.
 """
 
 import json
-import math
 import re
+import sys
+from itertools import product
 from pathlib import Path
-from typing import Any
 
-import pytest
+import yaml
 from recipes import launch, result, save_model, seen, write_recipe, write_rows
-from test_examples import PLUGIN, ROOT, check_command, read, unknown_keys
+from test_examples import PLUGIN, ROOT, check_command, unknown_keys
 from test_examples import load as load  # the fixture
 
-RECIPES = sorted((ROOT / "example_configs" / "paper" / "axolotl").glob("*.yml"))
-FAMILIES = {"llama-7b": "llama", "qwen2-7b": "qwen2", "bloom-7b": "bloom"}
-METRICS = ("task", "length", "embedding")
-DATASETS = ("flan", "cot", "alpaca")
-# Each dataset once with each family, and once by each metric.
-TRAINED = [
-    f"{model}-{DATASETS[(i + j) % 3]}-{metric}" for i, model in enumerate(FAMILIES) for j, metric in enumerate(METRICS)
-]
+PAPER = ROOT / "example_configs" / "paper"
+sys.path.append(str(PAPER))
+
+import make_recipes  # noqa: E402
+
 TOPICS = {"geography": "Which city is the capital of country", "arithmetic": "What is the sum of the numbers 7 and"}
 ROWS_PER_TOPIC = 48
 
 
-# --- the files --------------------------------------------------------------------------------------------------------
-
-
-def test_there_is_a_recipe_for_each_model_dataset_and_metric():
-    assert len(RECIPES) == 5 * 3 * 3
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_it_is_valid_and_axolotl_ignores_no_key_of_it(path, load, monkeypatch):
-    monkeypatch.chdir(ROOT)  # where the paths of the DeepSpeed configs begin
-    cfg, schema = load(read(path))
-    assert unknown_keys(read(path), schema) == []
-    large, metric = "13b" in path.stem, path.stem.rsplit("-", 1)[1]
-    assert PLUGIN in cfg.plugins and cfg.commonit_metric == metric
-    assert (cfg.micro_batch_size, cfg.learning_rate) == ((4, 2.5e-6) if large else (8, 5e-6))
-    assert (cfg.gradient_accumulation_steps, cfg.num_epochs, cfg.sequence_len) == (1, 3, 2048)
-    assert (cfg.lr_scheduler, cfg.warmup_ratio, cfg.weight_decay) == ("linear", 0.03, 0)
-    assert cfg.bf16 is cfg.tf32 is cfg.gradient_checkpointing is True
-    assert json.loads(Path(cfg.deepspeed).read_text())["zero_optimization"]["stage"] == (2 if large else 3)
-    assert not cfg.train_on_inputs and not cfg.sample_packing
+def test_every_recipe_is_valid_without_a_key_that_axolotl_ignores(load, monkeypatch):
+    """Each model with each metric; recipes of the three datasets differ in file names only."""
+    monkeypatch.chdir(ROOT)  # the paths of the DeepSpeed configs are relative to it
+    for model, metric in product(make_recipes.MODELS, make_recipes.METRICS):
+        keys = yaml.safe_load(make_recipes.make_recipe("axolotl", model, "flan", metric, PAPER))
+        cfg, schema = load(keys)
+        assert unknown_keys(keys, schema) == []
+        large = model == "llama-13b"
+        assert PLUGIN in cfg.plugins and cfg.commonit_metric == metric
+        assert (cfg.micro_batch_size, cfg.learning_rate) == ((4, 2.5e-6) if large else (8, 5e-6))
+        assert (cfg.gradient_accumulation_steps, cfg.num_epochs, cfg.sequence_len) == (1, 3, 2048)
+        assert (cfg.lr_scheduler, cfg.warmup_ratio, cfg.weight_decay) == ("linear", 0.03, 0)
+        assert cfg.bf16 is cfg.tf32 is cfg.gradient_checkpointing is True
+        assert json.loads(Path(cfg.deepspeed).read_text())["zero_optimization"]["stage"] == (2 if large else 3)
+        assert not cfg.train_on_inputs and not cfg.sample_packing
 
 
 def test_the_commands_are_axolotls_and_start_four_processes(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for path in (*RECIPES, RECIPES[0].parents[1] / "README.md"):
-        lines = re.findall(r"^(?:#   )?(axolotl .*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    texts = {path: text for path, text in make_recipes.shipped_recipes().items() if path.suffix == ".yml"}
+    texts[PAPER / "README.md"] = (PAPER / "README.md").read_text(encoding="utf-8")
+    for path, text in texts.items():
+        lines = re.findall(r"^(?:#   )?(axolotl .*)$", text, re.MULTILINE)
         assert [line.split()[1] for line in lines] == ["preprocess", "train"]
         for line in lines:
             check_command(line)
-            assert path.suffix == ".md" or line.split()[2] == path.relative_to(ROOT).as_posix()
+            assert path.suffix == ".md" or line.split()[2] == str(path)
         assert lines[1].endswith("--nproc_per_node 4")
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-def rows(topics: list[str], first: int = 0) -> list[dict[str, Any]]:
-    """Rows as make_data.py makes them, with their number; the topics differ in how long the responses are."""
-    return [
-        {
-            "prompt": f"#{number}# {TOPICS[topic]} {number}?\n",
-            "completion": "a" * ({"geography": 4, "arithmetic": 60}[topic] + number % 40),
-            "task": topic,
-        }
-        for number, topic in enumerate(topics, first)
+def test_a_recipe_trains_steps_of_one_group(tmp_path):
+    """I1, by task, on the architecture that has no attention but eager."""
+    rows = [
+        {"prompt": f"#{number}# {TOPICS[topic]} {number}?\n", "completion": "a" * (4 + number % 40), "task": topic}
+        for number, topic in enumerate(topic for topic in TOPICS for _ in range(ROWS_PER_TOPIC))
     ]
-
-
-def on_a_cpu(name: str, folder: Path, minilm: str) -> dict[str, Any]:
-    """A recipe for two steps on a CPU: tiny model and data, and no more than that has to be changed."""
-    keys = read(RECIPES[0].with_name(f"{name}.yml"))
-    model, data, metric = name.rsplit("-", 2)
+    keys = yaml.safe_load(make_recipes.make_recipe("axolotl", "bloom-7b", "cot", "task", PAPER))
+    for key in ("deepspeed", "save_steps"):
+        del keys[key]
     keys |= {
         "plugins": [*keys["plugins"], "recorder.RecorderPlugin"],
-        "base_model": str(folder / model),
-        "datasets": [{**keys["datasets"][0], "path": str(folder / f"{data}.jsonl")}],
-        "dataset_prepared_path": str(folder / "prepared"),
-        "output_dir": str(folder / name / "out"),
+        "base_model": save_model(tmp_path / "model", "bloom"),
+        "datasets": [{**keys["datasets"][0], "path": str(write_rows(tmp_path / "cot.jsonl", rows))}],
+        "dataset_prepared_path": str(tmp_path / "prepared"),
+        "output_dir": str(tmp_path / "run" / "out"),
         "special_tokens": {"pad_token": "<pad>"},
-        "deepspeed": None,
         "bf16": False,
         "tf32": False,
         "max_steps": 2,
         "save_strategy": "no",
-        "save_steps": None,
-        "commonit_cache_dir": str(folder / "groups"),
+        "commonit_cache_dir": str(tmp_path / "groups"),
     }
-    if metric == "embedding":
-        keys |= {
-            "commonit_embedding_model": minilm,
-            "commonit_reference_dataset": str(folder / "mmlu_dev.jsonl"),
-        }
-    return {key: value for key, value in keys.items() if value is not None}
+    launch([{"recipe": str(write_recipe(tmp_path / "run.yml", keys)), "name": "run"}], tmp_path)
 
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, minilm):
-    """Where the recipes of TRAINED left what their models saw."""
-    folder = tmp_path_factory.mktemp("paper")
-    topics = [topic for topic in TOPICS for _ in range(ROWS_PER_TOPIC)]
-    for name in DATASETS:
-        write_rows(folder / f"{name}.jsonl", rows(topics))
-    write_rows(folder / "mmlu_dev.jsonl", rows(list(TOPICS)))
-    for name, architecture in FAMILIES.items():
-        save_model(folder / name, architecture)
-    runs = [
-        {"recipe": str(write_recipe(folder / f"{name}.yml", on_a_cpu(name, folder, minilm))), "name": name}
-        for name in TRAINED
-    ]
-    launch(runs, folder)
-    return folder
-
-
-@pytest.mark.parametrize("name", TRAINED)
-def test_it_trains_steps_of_one_group_of_its_metric(name, trained):
-    """I1: as the topics differ in task, in meaning and in the length of the response, a group is of one topic."""
-    steps = seen(trained / name)
+    steps = seen(tmp_path / "run")
     assert sorted(steps) == [0, 1]
     for [micro_batches] in steps.values():
         numbers = [row for micro_batch in micro_batches for row in micro_batch]
         assert 0 < len(numbers) <= 8
         assert len({number // ROWS_PER_TOPIC for number in numbers}) == 1
-    run, metric = result(trained / name), name.rsplit("-", 1)[1]
-    assert run["trainer"] == "CommonITAxolotlTrainer"
-    losses = [entry["loss"] for entry in run["log"] if "loss" in entry]
-    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
-    saved = json.loads((trained / name / "out" / "commonit" / "groups.json").read_text(encoding="utf-8"))
-    assert saved["metric"] == metric
-    if metric == "length":
-        assert len(saved["names"]) == 8
-    else:
-        assert sorted(saved["names"]) == sorted(TOPICS)
+    assert result(tmp_path / "run")["trainer"] == "CommonITAxolotlTrainer"
+    saved = json.loads((tmp_path / "run" / "out" / "commonit" / "groups.json").read_text(encoding="utf-8"))
+    assert saved["metric"] == "task" and sorted(saved["names"]) == sorted(TOPICS)

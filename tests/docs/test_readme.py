@@ -124,7 +124,7 @@ def test_yaml_blocks_are_configs_that_a_front_end_takes(block, bf16, tmp_path):
         assert CommonITArguments(**config).commonit_on
         return
     (tmp_path / "config.yaml").write_text(block, encoding="utf-8")
-    (script, training, model, _), _ = cli._parse_sft(["--config", str(tmp_path / "config.yaml")])
+    (script, training, model, _), _ = cli.parse_sft(["--config", str(tmp_path / "config.yaml")])
     assert training.commonit_metric == config["commonit_metric"]
     assert model.model_name_or_path == config["model_name_or_path"]
     assert script.dataset_name == config["dataset_name"]
@@ -147,13 +147,13 @@ def check_commonit(words, monkeypatch):
         monkeypatch.setattr(recipes, "read_foreign_recipe", lambda front_end, path: given.update(recipe=path))
         monkeypatch.setattr(group, "load_grouper", lambda folder: SimpleNamespace(metric="length"))
         own = {"inspect": inspecting, "group": group}[command].add_arguments
-        asked, _ = cli._read_recipe(command, own, options)
+        asked, _ = cli.read_recipe(command, own, options)
         assert asked.axolotl is None or (ROOT / given["recipe"]).is_file()
     elif command == "compare":
-        asked, (_, _, model, _), _ = cli._read_comparison(options)
+        asked, (_, _, model, _), _ = cli.read_comparison(options)
         assert parse_strategies(asked.metrics) and model.model_name_or_path
     elif command == "sft":
-        (_, training, model, _), launch_flags = cli._parse_sft(options)
+        (_, training, model, _), launch_flags = cli.parse_sft(options)
         assert training.commonit_on and model.model_name_or_path
         launch.prepare(launch_flags, command, options)
         unset_hf_deepspeed_config()  # else other tests' models are made for ZeRO-3

@@ -29,8 +29,8 @@ from commonit_trl.cli import main as cli
 from commonit_trl.config import OPTIONS, CommonITArguments
 from commonit_trl.grouping import EmbeddingGrouper, LengthGrouper, TaskGrouper, cache, fit_assign_cached, load_grouper
 from commonit_trl.rows import Rows
-from commonit_trl.sanitize import shown
-from commonit_trl.trainer.checkpoint import last_checkpoint, load_rest, read_checkpoint
+from commonit_trl.sanitize import sanitize
+from commonit_trl.trainer.checkpoint import last_checkpoint, load_remaining, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def run_json(folder: Path) -> Target:
             saved, _ = read_checkpoint(checkpoint)
             # The trainer makes one line of these, as of all that it misses in the file.
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                load_rest(checkpoint / "commonit", saved)
+                load_remaining(checkpoint / "commonit", saved)
 
     return Target([bytes([number]) + whole[name] for number, name in enumerate(names)], read)
 
@@ -226,9 +226,9 @@ def flags(folder: Path) -> Target:
 def _parse(argv: list[str]) -> None:
     environment = dict(os.environ)  # `env:` in a YAML file changes it
     try:
-        with refusals(shown):  # which is what the command prints them through
+        with refusals(sanitize):  # which is what the command prints them through
             with contextlib.suppress(TypeError):  # in one line, too: TRL's dataclasses do not check
-                cli._parse_sft(argv)
+                cli.parse_sft(argv)
     finally:
         os.environ.clear()
         os.environ.update(environment)
@@ -243,7 +243,7 @@ def axolotl_recipe(folder: Path) -> Target:
 
     def run(content: bytes) -> None:
         path.write_bytes(content)
-        with refusals(shown):
+        with refusals(sanitize):
             _check_file(str(path))
             options = read_options(yaml.safe_load(content))
             assert asdict(read_options(asdict(options))) == asdict(options)

@@ -25,6 +25,7 @@ from toys import id_rows
 from commonit_trl.cli import main as cli
 from commonit_trl.config import OPTIONS
 from commonit_trl.report import ledger_table
+from commonit_trl.trainer.reports import epoch_summary
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
@@ -202,8 +203,8 @@ OPTION_CASES = {
         commonit_reference_dataset="data.jsonl",
         commonit_reference_task_column="kind",
     ),
-    "commonit_purity": case("commonit_purity='epoch'", "step, global, micro", commonit_purity="epoch"),
-    "commonit_remainder": case("commonit_remainder='wrap'", "keep, drop, pad", commonit_remainder="wrap"),
+    "commonit_purity": case("commonit_purity='epoch'", "step, micro", commonit_purity="epoch"),
+    "commonit_remainder": case("commonit_remainder='wrap'", "keep, drop", commonit_remainder="wrap"),
     "commonit_remainder drops all": case(
         "remainder='drop'",
         "largest group has 8",
@@ -234,10 +235,13 @@ OPTION_CASES = {
     ),
     "commonit_balance_lengths": case("--commonit_balance_lengths", "maybe", "yes/no", commonit_balance_lengths="maybe"),
     "commonit_cache_dir a file": case(
-        "commonit_cache_dir='data.jsonl'", "name a directory", before=NONE, commonit_cache_dir="data.jsonl"
+        "commonit_cache_dir='data.jsonl'",
+        "that this user may write",
+        before=NONE,
+        commonit_cache_dir="data.jsonl",
     ),
     "commonit_cache_dir too long": case(
-        f"commonit_cache_dir='{LONG}'", "name a directory", before=NONE, commonit_cache_dir=LONG
+        f"commonit_cache_dir='{LONG}'", "that this user may write", before=NONE, commonit_cache_dir=LONG
     ),
     "commonit_report": case("--commonit_report", "maybe", "yes/no", commonit_report="maybe"),
     "an unknown option of ours": case("commonit_num_group", "did you mean commonit_num_groups?", commonit_num_group=3),
@@ -261,9 +265,11 @@ SETTING_CASES = {
     "model_name_or_path that clears the screen": case(
         "model_name_or_path='\\x1b[2Jx'", "give a hub name", model_name_or_path="\x1b[2Jx"
     ),
-    "output_dir a file": case("output_dir='data.jsonl'", "name a directory", output_dir="data.jsonl"),
-    "output_dir below a file": case("output_dir='data.jsonl/out'", "name a directory", output_dir="data.jsonl/out"),
-    "output_dir too long": case(f"output_dir='{LONG}'", "name a directory", output_dir=LONG),
+    "output_dir a file": case("output_dir='data.jsonl'", "that this user may write", output_dir="data.jsonl"),
+    "output_dir below a file": case(
+        "output_dir='data.jsonl/out'", "that this user may write", output_dir="data.jsonl/out"
+    ),
+    "output_dir too long": case(f"output_dir='{LONG}'", "that this user may write", output_dir=LONG),
     "resume_from_checkpoint missing": case(
         "resume_from_checkpoint='gone'", "name a checkpoint", resume_from_checkpoint="gone"
     ),
@@ -500,14 +506,17 @@ COMMAND_CASES = {
         ("inspect", "data.jsonl", "--commonit_metric", "length"),
         ("commonit_metric='length'", "add --tokenizer"),
     ),
-    "inspect: --load nothing": (("inspect", "data.jsonl", "--load", "dir"), ("dir/groups.json", "save them again")),
+    "inspect: --load nothing": (
+        ("inspect", "data.jsonl", "--load", "dir"),
+        ("dir/groups.json", "groups again"),
+    ),
     "inspect: --load a file": (
         ("inspect", "data.jsonl", "--load", "data.jsonl"),
-        ("data.jsonl/groups.json", "save them again"),
+        ("data.jsonl/groups.json", "groups again"),
     ),
     "inspect: --load that clears the screen": (
         ("inspect", "data.jsonl", "--load", "\x1b[2J"),
-        ("\\u001b[2J", "save them again"),
+        ("\\u001b[2J", "groups again"),
     ),
     "inspect: --axolotl and data": (
         ("inspect", "data.jsonl", "--axolotl", "r.yml"),
@@ -521,11 +530,11 @@ COMMAND_CASES = {
     "group: no --output": (("group", "data.jsonl", *TASK), ("--output", "required")),
     "group: --output a file": (
         ("group", "data.jsonl", *TASK, "--output", "data.jsonl"),
-        ("--output data.jsonl", "name a directory"),
+        ("--output data.jsonl", "that this user may write"),
     ),
     "group: --output below a file": (
         ("group", "data.jsonl", *TASK, "--output", "data.jsonl/x"),
-        ("--output data.jsonl/x", "name a directory"),
+        ("--output data.jsonl/x", "that this user may write"),
     ),
     "group: data without rows of the loaded groups": (
         ("group", "other.jsonl", "--load", "saved", "--output", "x"),
@@ -607,7 +616,7 @@ def test_damaged_groups_are_refused(name, model, tmp_path, capfd):
     assert cli.main(["group", "data.jsonl", *options, "--output", "saved"]) == 0
     GROUP_CASES[name](tmp_path / "saved")
     argv = ["inspect", "data.jsonl", "--load", "saved"]
-    refuse(tmp_path, capfd, "saved groups", name, argv, ("saved/groups.", "fit and save them again"), MODEL)
+    refuse(tmp_path, capfd, "saved groups", name, argv, ("saved/groups.", "groups again"), MODEL)
     assert not (tmp_path / "ran").exists()
 
 
@@ -646,7 +655,11 @@ PYTHON_CASES = {
         {},
         ("commonit_metric='task'", "prompt, completion", "commonit_task_column"),
     ),
-    "packs without a length": (ROWS, {"packing": True, "max_length": None}, ("packing=True", "max_length", "set it")),
+    "packs without a length": (
+        ROWS,
+        {"packing": True, "max_length": None},
+        ("packing=True", "max_length", "set max"),
+    ),
     "incomplete batches dropped": (
         ROWS,
         {"dataloader_drop_last": True},
@@ -721,7 +734,6 @@ FINE = {
     "one row": (numbered(1), {}, ["t0"]),
     "one group": (numbered(task="x"), {}, ["x"]),
     "a group a row": (numbered(task=[f"{n}" for n in range(8)]), {}, [f"{n}" for n in range(8)]),
-    "empty texts": (numbered(prompt="", completion=""), {}, ["t0", "t1"]),
     "responses of one token": (numbered(completion=""), LENGTH, ["response of any length"]),
     "no label": (numbered(task=None), {}, ["(no label)"]),
     "some labels": (numbered(task=["x", None, "", " \n"]), {}, ["(no label)", "x"]),
@@ -777,7 +789,7 @@ def test_what_is_odd_but_right_trains(name, tmp_path):
         assert trainer.commonit_grouper.names == names
     written = {path.name for path in files_in(tmp_path)}
     assert written <= {"report.html", "groups.json", "run.json"}
-    assert not acting(ledger_table(trainer._commonit_ledger()), but="\n")
+    assert not acting(ledger_table(epoch_summary(trainer)), but="\n")
 
 
 @pytest.mark.parametrize("name", FINE)

@@ -108,7 +108,7 @@ def test_the_examples_train(example, flags, minilm, tmp_path, capfd):
 @pytest.mark.parametrize("example", ["length", "task", "embedding", "mixture"])
 def test_the_examples_follow_the_papers_recipe(example, flags):
     recipe = {name: flags[name] for name in ("use_cpu", "bf16")}
-    (_, training, model, mixture), _ = cli._parse_sft(
+    (_, training, model, mixture), _ = cli.parse_sft(
         ["--config", str(EXAMPLES / "trl" / f"{example}.yaml"), *as_argv(recipe)]
     )
     assert (training.learning_rate, training.lr_scheduler_type, training.warmup_steps) == (
@@ -179,7 +179,7 @@ def test_the_entries_of_a_mixture_are_its_tasks(flags, tmp_path):
 
 
 def splits_of(*argv, **options):
-    (script, training, _, mixture), _ = cli._parse_sft([*argv, *as_argv({"use_cpu": True, "bf16": False, **options})])
+    (script, training, _, mixture), _ = cli.parse_sft([*argv, *as_argv({"use_cpu": True, "bf16": False, **options})])
     return *data.load_splits(script, mixture, training), training
 
 
@@ -323,7 +323,7 @@ def test_launch_options_are_taken_from_flags_and_file(tmp_path):
         multi_gpu=False,
     )
     argv = ["--config", config, "--num-processes", "2", "--accelerate_config=zero2", "--use_cpu", "--bf16", "no"]
-    (_, training, _, _), flags = cli._parse_sft(argv)
+    (_, training, _, _), flags = cli.parse_sft(argv)
     assert training.use_cpu and training.commonit_metric == "length"
     assert flags == ["--num_machines", "2", "--same_network", "--num-processes", "2", "--accelerate_config=zero2"]
     prepared = launch.prepare(flags, "sft", argv)
@@ -364,7 +364,7 @@ def test_flags_override_the_file_in_both_spellings(tmp_path):
         tmp_path / "c.yaml", commonit_metric="length", commonit_num_groups=8, learning_rate=0.5, max_steps=3
     )
     argv = [f"--config={config}", "--commonit-num-groups", "2", "--max_steps=7", "--use_cpu", "--bf16", "no"]
-    (_, training, _, _), _ = cli._parse_sft(argv)
+    (_, training, _, _), _ = cli.parse_sft(argv)
     assert (training.commonit_num_groups, training.max_steps, training.learning_rate) == (2, 7, 0.5)
 
 
@@ -380,8 +380,8 @@ def test_flags_override_the_file_in_both_spellings(tmp_path):
 def test_values_from_flags_and_from_yaml_are_the_same(metric, option, flag, value, tmp_path):
     config = config_file(tmp_path / "c.yaml", **{option: value}, commonit_metric=metric, env={"FROM_YAML": 1})
     shared = ["--use_cpu", "--bf16", "no"]
-    (_, from_flags, _, _), _ = cli._parse_sft([*as_argv({"commonit_metric": metric, option: flag}), *shared])
-    (_, from_yaml, _, _), _ = cli._parse_sft(["--config", config, *shared])
+    (_, from_flags, _, _), _ = cli.parse_sft([*as_argv({"commonit_metric": metric, option: flag}), *shared])
+    (_, from_yaml, _, _), _ = cli.parse_sft(["--config", config, *shared])
     assert getattr(from_flags, option) == getattr(from_yaml, option) == value
 
 
@@ -434,7 +434,7 @@ WRONG_FLAGS = {
     "test split": ({"eval_strategy": "epoch"}, ["eval_strategy='epoch'", "'test'", "has: train"]),
     "streaming": ({"dataset_streaming": True}, ["dataset_streaming=True", "'none'"]),
     "too few rows": ({"gradient_accumulation_steps": 25}, ["24 samples", "25", "less gradient accumulation"]),
-    "cache": ({"commonit_cache_dir": "bad.jsonl"}, ["commonit_cache_dir='bad.jsonl'", "name a directory"]),
+    "cache": ({"commonit_cache_dir": "bad.jsonl"}, ["commonit_cache_dir='bad.jsonl'", "that this user may write"]),
     "order": ({"train_sampling_strategy": "group_by_length"}, ["train_sampling_strategy", "'random'"]),
     "encoder": (
         {"commonit_metric": "embedding", "commonit_embedding_model": "no/where"},

@@ -1,6 +1,6 @@
-"""The script that evaluates the paper's runs: on local tasks and a tiny model it gives the scores that are known
-beforehand, runs no generated code unasked, and ends a mistake as one line."""
+"""`evaluate_model.py` on local tasks and a tiny model: known scores, consent to generated code, wrong arguments."""
 
+import argparse
 import json
 import os
 import sys
@@ -33,22 +33,10 @@ doc_to_target: answer
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 unsafe_code: {unsafe}
 """
-WRITING_TASK = """
-task: toy_writing
-tag: toy_pair
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: answer
-generation_kwargs: {{max_gen_toks: 3, until: ["<never>"], do_sample: false}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-"""
 
 
 def favourite(model, tokenizer, question):
-    """The choice of the highest likelihood after the question."""
+    """Return the index of the choice with the highest likelihood after the question."""
     start = tokenizer(question)["input_ids"]
 
     def log_likelihood(choice):
@@ -59,15 +47,9 @@ def favourite(model, tokenizer, question):
     return max(range(len(CHOICES)), key=lambda number: log_likelihood(CHOICES[number]))
 
 
-def written(model, tokenizer, question):
-    tokens = torch.tensor([tokenizer(question)["input_ids"]])
-    made = model.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0)
-    return tokenizer.decode(made[0, tokens.shape[1] :])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model, and tasks of which it answers 9 of 12 and 3 of 12 questions as the data say."""
+    """A tiny model, and tasks of which it answers 9 of 12 and 3 of 12 questions correctly."""
     folder = tmp_path_factory.mktemp("evaluation")
     model, tokenizer = tiny_model().eval(), tiny_tokenizer()
     model.save_pretrained(folder / "model")
@@ -75,87 +57,80 @@ def folder(tmp_path_factory):
     (folder / "tasks").mkdir()
     with torch.no_grad():
         favourites = [favourite(model, tokenizer, question) for question in QUESTIONS]
-        texts = [written(model, tokenizer, question) for question in QUESTIONS]
-    rows = {
-        "choice": [
-            {"question": question, "choices": CHOICES, "answer": best if number < 9 else (best + 1) % len(CHOICES)}
+    for name, tag, correct, unsafe in (
+        ("toy_easy", "toy_pair", 9, "false"),
+        ("toy_hard", "toy_pair", 3, "false"),
+        ("toy_unsafe", "toy_alone", 9, "true"),
+    ):
+        file = folder / f"{name}.jsonl"
+        rows = [
+            {"question": question, "choices": CHOICES, "answer": (best + (number >= correct)) % len(CHOICES)}
             for number, (question, best) in enumerate(zip(QUESTIONS, favourites))
-        ],
-        "writing": [
-            {"question": question, "answer": text if number < 3 else "never that"}
-            for number, (question, text) in enumerate(zip(QUESTIONS, texts))
-        ],
-    }
-    for name, of_task in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_task), encoding="utf-8")
-    choices = folder / "choice.jsonl"
-    for name, text in {
-        "toy_choice": CHOICE_TASK.format(name="toy_choice", tag="toy_pair", file=choices, unsafe="false"),
-        "toy_unsafe": CHOICE_TASK.format(name="toy_unsafe", tag="toy_alone", file=choices, unsafe="true"),
-        "toy_writing": WRITING_TASK.format(file=folder / "writing.jsonl"),
-    }.items():
+        ]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        text = CHOICE_TASK.format(name=name, tag=tag, file=file, unsafe=unsafe)
         (folder / "tasks" / f"{name}.yaml").write_text(text, encoding="utf-8")
     return folder
 
 
 @pytest.fixture(scope="module")
-def manager(folder):
-    return evaluate_model.find_tasks(["toy_choice"], folder / "tasks")[1]
+def parsed(folder):
+    """Options for the task that is marked as unsafe, the task, and the harness's `TaskManager`."""
+    arguments = "--areas toy_unsafe --limit 10 --run_generated_code --include_path"
+    return evaluate_model.parse([str(folder / "model"), *arguments.split(), str(folder / "tasks")])
 
 
-def test_it_gives_the_known_scores(folder):
-    """An area that has no score of its own, as tydiqa, shows those of its tasks."""
-    arguments = ["--areas", "toy_choice", "toy_pair", "--include_path", "tasks", "--output", "scores.json"]
+def test_the_script_reports_the_known_scores(folder):
+    """An area without a score of its own, such as tydiqa, shows those of its sub-tasks."""
+    arguments = ["--areas", "toy_easy", "toy_pair", "--include_path", "tasks", "--output", "scores.json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     done = forked.run([str(SCRIPT), "model", *arguments], env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     areas = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["areas"]
-    assert areas["toy_choice"]["scores"]["toy_choice"]["acc,none"] == 9 / 12
-    assert areas["toy_pair"]["scores"]["toy_writing"]["exact_match,none"] == 3 / 12
+    assert areas["toy_easy"]["scores"]["toy_easy"]["acc,none"] == 9 / 12
+    assert areas["toy_pair"]["scores"]["toy_hard"]["acc,none"] == 3 / 12
     table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
     assert [row[:5] for row in table] == [
-        ["toy_choice", "toy_choice", "acc", "none", "0.7500"],
-        ["toy_pair", "toy_choice", "acc", "none", "0.7500"],
-        ["toy_pair", "toy_writing", "exact_match", "none", "0.2500"],
+        ["toy_easy", "toy_easy", "acc", "none", "0.7500"],
+        ["toy_pair", "toy_easy", "acc", "none", "0.7500"],
+        ["toy_pair", "toy_hard", "acc", "none", "0.2500"],
     ]
 
 
-def scores(folder, manager, *arguments):
-    asked = evaluate_model.parse([str(folder / "model"), "--areas", "toy_unsafe", *arguments])
-    return evaluate_model.evaluate(asked, {"toy_unsafe": ("toy_unsafe", None)}, manager)["toy_unsafe"]["scores"]
-
-
-def test_generated_code_runs_only_where_it_is_asked_for(folder, manager, monkeypatch):
+def test_generated_code_runs_only_with_the_flag(parsed, monkeypatch):
+    options, *rest = parsed
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
     with pytest.raises(ValueError, match="marked as unsafe"):
-        scores(folder, manager)
+        evaluate_model.evaluate(argparse.Namespace(**{**vars(options), "run_generated_code": False}), *rest)
     assert os.environ["HF_ALLOW_CODE_EVAL"] == "0"
-    found = scores(folder, manager, "--run_generated_code", "--limit", "10")
-    assert found["toy_unsafe"]["acc,none"] == 9 / 10
+    areas = evaluate_model.evaluate(options, *rest)
+    assert areas["toy_unsafe"]["scores"]["toy_unsafe"]["acc,none"] == 9 / 10
     assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
 
 
-def test_the_harness_has_what_the_readme_says(manager):
+def test_the_harness_has_the_tasks_of_the_readme(parsed):
+    manager = parsed[-1]
     missing = {area for area, (task, _) in evaluate_model.AREAS.items() if task not in manager.all_tasks}
-    assert missing <= {"tydiqa"}  # the lowest supported version has none
+    assert missing <= {"tydiqa"}  # the lowest supported version does not have it
     names = " ".join(manager.all_tasks).lower()
     assert not any(word in names for word in ("openfunction", "function_call", "apibench", "gorilla", "bfcl"))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "parts"),
     [
-        (["model", "--areas", "toy_chioce", "--include_path", "tasks"], ["toy_chioce", "'toy_choice'"]),
-        (["model", "--areas", "humaneval"], ["--run_generated_code"]),
-        (["gone", "--areas", "mmlu"], ["gone", "output_dir"]),
-        (["model", "--areas", "mmlu", "--include_path", "gone"], ["--include_path gone"]),
-        (["model", "--areas", "mmlu", "--limit", "0"], ["--limit 0"]),
-        (["model", "--areas", "mmlu", "--output", "gone/scores.json"], ["gone/scores.json"]),
-        (["model"], ["--areas"]),
+        ("model --areas toy_esay --include_path tasks", ["--areas=toy_esay", "'toy_easy'"]),
+        ("model --areas humaneval", ["--areas=humaneval", "--run_generated_code"]),
+        ("gone --areas mmlu", ["model=gone", "output_dir"]),
+        ("model --areas mmlu --include_path gone", ["--include_path=gone"]),
+        ("model --areas mmlu --limit 0", ["--limit=0", "at least 1"]),
+        ("model --areas mmlu --output gone/scores.json", ["--output=gone/scores.json"]),
+        ("model", ["--areas"]),
     ],
 )
-def test_a_mistake_ends_as_one_line(arguments, said, folder, monkeypatch, capfd):
+def test_a_wrong_argument_is_an_error_of_one_line(arguments, parts, folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
-    assert evaluate_model.main(arguments) == 2
+    with pytest.raises(SystemExit) as ended:
+        evaluate_model.main(arguments.split())
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("evaluate_model.py: error: ")]
-    assert len(errors) == 1 and all(part in errors[0] for part in said)
+    assert ended.value.code == 2 and len(errors) == 1 and all(part in errors[0] for part in parts)

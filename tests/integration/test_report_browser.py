@@ -19,7 +19,7 @@ from made_runs import compared, result
 from commonit_trl.compare.view import write_html as write_comparison
 from commonit_trl.report import html, write_html
 from commonit_trl.report.analysis import MapPoint
-from commonit_trl.sanitize import shown
+from commonit_trl.sanitize import sanitize
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 LOOK = """
@@ -133,9 +133,9 @@ def test_charts_are_drawn_and_all_text_is_text(found):
     assert found["charts"] >= 5
     cut_to = 20  # characters of a name that a chart has room for
     for text in HOSTILE.values():
-        assert shown(text) in found["text"]
-        assert any(tick.startswith(shown(text)[:cut_to]) for tick in found["ticks"]), text
-        line = shown(text)[:40]
+        assert sanitize(text) in found["text"]
+        assert any(tick.startswith(sanitize(text)[:cut_to]) for tick in found["ticks"]), text
+        line = sanitize(text)[:40]
         assert any(line in hover for hover in found["hovers"]), text
 
 
@@ -191,6 +191,6 @@ def test_the_page_of_a_comparison_is_as_safe(browser, directory):
     assert found["width"] <= 390
     assert found["charts"] >= 4  # differences, training loss, groups of two strategies
     for text in HOSTILE.values():
-        assert shown(text) in found["text"]
-        assert any(tick.startswith(shown(text)[:20]) for tick in found["ticks"]), text
+        assert sanitize(text) in found["text"]
+        assert any(tick.startswith(sanitize(text)[:20]) for tick in found["ticks"]), text
     assert found["hovers"][0].startswith("length:num_groups=2: ")

@@ -419,3 +419,22 @@ def test_bad_arguments_are_named(change, said):
         plan_epoch(**arguments)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases(remainders=("keep",)))
+def test_i2_equal_sizes_repeat_less_than_a_step_has_micro_batches(case):
+    """With `equal_sizes` the micro-batches of a step have as many samples each; every sample is seen, and a group
+    repeats fewer samples than a step has micro-batches, except where a step has fewer samples than micro-batches."""
+    group_ids, _, geometry, options = case
+    options = {**options, "purity": "step"}
+    plan = plan_epoch(group_ids, **geometry, **options, equal_sizes=True)
+    seen = Counter(index for micro_step in walk(plan) for batch in micro_step for index in batch)
+    micro_batches = geometry["world_size"] * geometry["accumulation_steps"]
+    sizes = np.diff(plan.offsets).reshape(-1, micro_batches)
+    assert (sizes == sizes[:, :1]).all()
+    assert set(seen) == set(range(len(group_ids)))
+    assert plan.num_steps == plan_epoch(group_ids, **geometry, **options).num_steps
+    for group in set(group_ids.tolist()):
+        members = np.flatnonzero(group_ids == group)
+        assert sum(seen[index] for index in members.tolist()) - len(members) < micro_batches

@@ -14,7 +14,7 @@ from commonit_trl.grouping import TaskGrouper
 from commonit_trl.grouping.dropped import DroppedRows
 from commonit_trl.report import print_inspections, print_sizes, tables
 from commonit_trl.rows import Rows
-from commonit_trl.sanitize import cut, shown
+from commonit_trl.sanitize import cut, sanitize
 
 
 def printed(*inspections, width=100, terminal=False):
@@ -50,7 +50,7 @@ def test_numbers_are_never_cut(width):
 def test_the_text_of_the_data_stands_there():
     text = printed(hostile_inspection(), width=400)
     for name in ("script", "handler", "markup", "template"):
-        assert shown(HOSTILE[name]) in text
+        assert sanitize(HOSTILE[name]) in text
     assert "\\u001b[2J" in text and "\\u202egnp.exe\\u202c" in text and "שלום مرحبا" in text
     assert "a notice about <script>" in text and "</script> [bold]\\u001b[2J" in text
 
@@ -69,7 +69,7 @@ def test_the_text_of_the_data_stands_there():
     ],
 )
 def test_shown(text, safe):
-    assert shown(text) == safe
+    assert sanitize(text) == safe
 
 
 def test_cut():

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from commonit_trl import CommonITBatchSampler
 from commonit_trl.plan import plan_epoch
 from commonit_trl.plan.sampler import CommonITDataLoader
-from commonit_trl.trainer.mixin import data_parallel_place
+from commonit_trl.trainer.validate import data_parallel_rank
 
 GROUP_IDS = np.repeat([0, 1, 2, 3], [13, 7, 2, 31])
 LENGTHS = np.random.default_rng(0).integers(1, 90, len(GROUP_IDS))
@@ -151,7 +151,7 @@ def test_tensor_and_context_parallel_ranks_share_batches(tensor, context, ranks)
         trainer = SimpleNamespace(
             args=place, get_tp_size=lambda: tensor, get_cp_size=lambda: context, get_sp_size=lambda: 1
         )
-        assert data_parallel_place(trainer) == (8 // (tensor * context), expected)
+        assert data_parallel_rank(trainer) == (8 // (tensor * context), expected)
     trainer.get_sp_size = lambda: 2
-    with pytest.raises(ValueError, match=r"Sequence parallelism \(sp_size=2\) does not go with commonit_metric"):
-        data_parallel_place(trainer)
+    with pytest.raises(ValueError, match=r"sp_size=2: sequence parallelism"):
+        data_parallel_rank(trainer)

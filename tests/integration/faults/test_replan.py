@@ -175,5 +175,5 @@ def test_settings_that_it_does_not_go_with(tmp_path):
 
 
 def test_a_refused_resume_names_the_option(begun, tmp_path):
-    with pytest.raises(ValueError, match=r"data seed .7 in the checkpoint, 8 now.*commonit_resume='replan' goes on"):
+    with pytest.raises(ValueError, match=r"data seed .7 in the checkpoint, 8 now.*commonit_resume='replan' continues"):
         resume(tmp_path, begun[0] / "checkpoint-5", seed=8, commonit_resume="exact")

@@ -1,0 +1,750 @@
+"""The kinds of trainer and the forms of data that the differential tests run, and a record of each run.
+
+To add a kind, add one `Kind(...)` to `KINDS`: the parent trainer, its arguments class, a function that makes a tiny
+model, the default form of its data (a name in `FORMS`), and options or trainer arguments of its own where it has any.
+"""
+
+import atexit
+import copy
+import functools
+import gc
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from toys import tiny_tokenizer
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+from commonit_trl import CommonITArguments, CommonITMixin, CommonITSFTConfig, CommonITSFTTrainer
+
+gc.collect()
+gc.freeze()  # the Trainer collects garbage when training starts; it need not walk the imports again
+atexit.register(gc.unfreeze)
+
+IGNORED_LABEL = -100
+MASK = 258
+"""Id of the token that a masked language model is to restore."""
+GROUP_SIZES = {"a": 12, "b": 12, "c": 9}
+"""With 6 samples a step (or 4, or 8 on two ranks) no step has fewer samples than micro-batches: no repeats."""
+RUN_TIME = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+QUIET = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": [],
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 3,
+    "gradient_accumulation_steps": 3,
+    "num_train_epochs": 1,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "seed": 7,
+}
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What every form of a row is made from."""
+
+    number: int
+    group: str
+    tokens: list[int]
+    """Starts with the number; a third of the samples is four times as long as the others."""
+
+    @property
+    def text(self) -> str:
+        return f"{self.number:03d} " + self.group * len(self.tokens)
+
+
+@functools.cache
+def samples() -> list[Sample]:
+    """The samples of every run, in an order that mixes groups and lengths."""
+    rng = np.random.default_rng(0)
+    groups = rng.permutation(np.repeat(list(GROUP_SIZES), list(GROUP_SIZES.values())))
+    made = []
+    for number, group in enumerate(groups):
+        length = int(rng.integers(24, 40) if number % 3 == 0 else rng.integers(3, 10))
+        made.append(Sample(number, str(group), [number, *rng.integers(100, 250, length).tolist()]))
+    return made
+
+
+def _labels(tokens: list[int]) -> list[int]:
+    return [IGNORED_LABEL] * 2 + tokens[2:]
+
+
+FORMS: dict[str, Callable[[Sample], dict[str, Any]]] = {
+    "tokens": lambda s: {"input_ids": s.tokens, "labels": _labels(s.tokens)},
+    "text": lambda s: {"text": s.text},
+    "prompt_completion": lambda s: {"prompt": s.text[:6], "completion": s.text[6:]},
+    "messages": lambda s: {
+        "messages": [{"role": "user", "content": s.text[:6]}, {"role": "assistant", "content": s.text[6:]}]
+    },
+    "classes": lambda s: {"input_ids": s.tokens, "label": s.number % 2},
+    "scalar_labels": lambda s: {"input_ids": s.tokens, "labels": s.number % 2},
+    "numbers": lambda s: {"input_ids": s.tokens, "label": s.number / 10},
+    "tags": lambda s: {"input_ids": s.tokens, "labels": [IGNORED_LABEL, *(token % 3 for token in s.tokens[1:])]},
+    "unlabelled": lambda s: {"input_ids": s.tokens},
+    "translations": lambda s: {"input_ids": s.tokens, "labels": s.tokens[: 2 + len(s.tokens) // 2][::-1]},
+    "preferences": lambda s: {"prompt": s.text[:6], "chosen": s.text[6:], "rejected": f"{s.number} no"},
+    "chosen_rejected": lambda s: {"chosen": s.text, "rejected": f"{s.number:03d} no"},
+    "unpaired": lambda s: {"prompt": s.text[:6], "completion": s.text[6:], "label": s.number % 3 > 0},
+    "pixels": lambda s: {"pixel_values": _pixels(s).tolist(), "labels": s.number % 2},
+    "images": lambda s: {
+        "images": [_image(s)],
+        "prompt": [{"role": "user", "content": s.text[:6]}],
+        "completion": [{"role": "assistant", "content": s.text[6:]}],
+    },
+}
+
+
+def _pixels(sample: Sample) -> np.ndarray:
+    return np.random.default_rng(sample.number).random((3, 8, 8), dtype=np.float32)
+
+
+def _image(sample: Sample) -> Any:
+    from PIL import Image
+
+    return Image.fromarray((_pixels(sample).transpose(1, 2, 0) * 255).astype(np.uint8))
+
+
+def dataset(form: str, rows: slice = slice(None)) -> Dataset:
+    """The samples in a form, with their group in the column `task`."""
+    return Dataset.from_list([{**FORMS[form](sample), "task": sample.group} for sample in samples()[rows]])
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def make_model(name: str, config: str, dropout: float = 0.0, **options: Any) -> Any:
+    """A random two-layer float32 model.
+
+    Args:
+        name: its class in transformers.
+        config: the class of its configuration.
+        dropout: of all layers that have one.
+        options: of the configuration, beyond the sizes that all architectures share.
+    """
+    sizes = {
+        "vocab_size": 260,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 128,
+        "pad_token_id": tiny_tokenizer().pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": tiny_tokenizer().eos_token_id,
+    }
+    dropouts = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout", "dropout_rate")
+    named = (*dropouts, "seq_classif_dropout")
+    config_class = getattr(transformers, config)
+    known = {name for name in (*sizes, *named) if name in config_class.__annotations__ or hasattr(config_class, name)}
+    given = {**sizes, **dict.fromkeys(named, dropout)}
+    set_seed(0)
+    return getattr(transformers, name)(config_class(**{**{n: given[n] for n in known}, **options}))
+
+
+def tiny_llava(dropout: float = 0.0) -> Any:
+    """LLaVA of a CLIP encoder of 8 x 8 pixels in 4 patches, and a Llama."""
+    tokenizer = image_processor().tokenizer
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        attention_dropout=dropout,
+    )
+    text = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        attention_dropout=dropout,
+    )
+    set_seed(0)
+    config = transformers.LlavaConfig(
+        text_config=text, vision_config=vision, image_token_id=tokenizer.convert_tokens_to_ids("<image>")
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def image_processor() -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    processor = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, do_convert_rgb=True
+    )
+    template = (
+        "{% for m in messages %}<{{ m['role'] }}>{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>"
+        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    return transformers.LlavaProcessor(
+        image_processor=processor,
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+
+
+# --- trainers of a user's own ---------------------------------------------------------------------------------------
+
+
+class MeanLoss(Trainer):
+    """Overrides `compute_loss` with a mean over the micro-batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL
+        )
+        return (loss, outputs) if return_outputs else loss
+
+
+class DeclaredMeanLoss(MeanLoss):
+    """Says by transformers' own flag that its loss is a mean."""
+
+    loss_is_scaled_for_ga = False
+
+
+def token_loss(outputs, labels, num_items_in_batch=None):
+    """A `compute_loss_func` that divides by the step's tokens, as transformers documents it."""
+    logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    total = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    return total / ((labels != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def mean_loss(outputs, labels, num_items_in_batch=None):
+    """A `compute_loss_func` that does not."""
+    return token_loss(outputs, labels)
+
+
+class MaskByToken(DataCollatorForLanguageModeling):
+    """Masks the same tokens of a row in every batch, so that the runs of two batch orders can be compared."""
+
+    def torch_mask_tokens(self, inputs, special_tokens_mask=None, **kwargs):
+        masked = (inputs * 7 + torch.arange(inputs.shape[1])) % 5 == 0
+        masked &= inputs != self.tokenizer.pad_token_id
+        return torch.where(masked, MASK, inputs), torch.where(masked, inputs, IGNORED_LABEL)
+
+
+def accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+# --- kinds ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A trainer, its model and its data."""
+
+    name: str
+    parent: type[Trainer]
+    arguments: type[TrainingArguments]
+    model: Callable[..., Any]
+    """Takes `dropout`."""
+    form: str
+    """Of its data where a case names no other; see `FORMS`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of `arguments`."""
+    extra: Callable[[], dict[str, Any]] = lambda: {"processing_class": tiny_tokenizer()}
+    """More arguments of the trainer."""
+    loss_over: str = "samples"
+    """What its loss of a micro-batch is a mean over, and so what group losses are weighted by: `samples`, `tokens`, or
+    `next tokens`, where the first label of a row is not trained."""
+    any_cut: bool = False
+    """Whether the parent's update is the same however the rows of a step are cut into micro-batches: the loss is a sum
+    divided by the number of items of the step. Only then may steps be arranged by length."""
+    balances: bool = False
+    """Whether we do arrange its steps by length."""
+
+    def make(self, directory: Path, metric: str | None, form: str = "", dropout: float = 0.0, **options: Any) -> Any:
+        """A trainer.
+
+        Args:
+            directory: of its outputs and caches.
+            metric: `commonit_metric` of our trainer; None makes the parent's.
+            form: of the data, where it is not the kind's own.
+            options: of the arguments; `extra` returns trainer arguments, `evaluated` names evaluation sets.
+        """
+        extra = {**self.extra(), **options.pop("extra", dict)()}
+        evaluated = options.pop("evaluated", ())
+        sets = {name: dataset(form or self.form, slice(n, 7 + 3 * n)) for n, name in enumerate(evaluated)}
+        if sets:
+            extra["eval_dataset"] = next(iter(sets.values())) if len(sets) == 1 else sets
+        options = {"output_dir": str(directory / "out"), **QUIET, **self.options, **options}
+        if metric is None:
+            options = {name: value for name, value in options.items() if not name.startswith("commonit")}
+            trainer, arguments = self.parent, self.arguments
+        else:
+            options |= {"commonit_metric": metric, "commonit_report": False}
+            options["commonit_cache_dir"] = str(directory / "cache")
+            trainer, arguments = ours(self.parent), our_arguments(self.arguments)
+        model = self.model(dropout=dropout)
+        if isinstance(extra.get("data_collator"), DataCollatorForSeq2Seq):
+            extra["data_collator"].model = model  # makes the decoder's inputs, which label smoothing needs
+        return trainer(model=model, args=arguments(**options), train_dataset=dataset(form or self.form), **extra)
+
+
+@functools.cache
+def ours(parent: type[Trainer]) -> type[Trainer]:
+    """The parent with `CommonITMixin`, as a user writes it."""
+    if parent is SFTTrainer:
+        return CommonITSFTTrainer
+    return type(f"CommonIT{parent.__name__}", (CommonITMixin, parent), {})
+
+
+@functools.cache
+def our_arguments(parent: type[TrainingArguments]) -> type[TrainingArguments]:
+    if parent is SFTConfig:
+        return CommonITSFTConfig
+    return make_dataclass(f"CommonIT{parent.__name__}", [], bases=(CommonITArguments, parent), kw_only=True)
+
+
+def _with_mask(tokenizer: Any) -> Any:
+    tokenizer.mask_token = "<mask>"
+    return tokenizer
+
+
+def _with(collator: Callable[[Any], Any]) -> Callable[[], dict[str, Any]]:
+    def extra() -> dict[str, Any]:
+        tokenizer = tiny_tokenizer()
+        return {"processing_class": tokenizer, "data_collator": collator(tokenizer)}
+
+    return extra
+
+
+def _models(name: str, config: str, **options: Any) -> Callable[..., Any]:
+    return functools.partial(make_model, name, config, **options)
+
+
+LLAMA = _models("LlamaForCausalLM", "LlamaConfig")
+PADDED = _with(DataCollatorWithPadding)
+CAUSAL = _with(lambda tokenizer: DataCollatorForSeq2Seq(tokenizer, padding=True))
+MASKED = _with(lambda tokenizer: MaskByToken(_with_mask(tokenizer)))
+WITH_REFERENCE = lambda: {"processing_class": tiny_tokenizer(), "ref_model": LLAMA()}  # noqa: E731
+HF = {"parent": Trainer, "arguments": TrainingArguments}
+SEQ2SEQ = {
+    "parent": Seq2SeqTrainer,
+    "arguments": Seq2SeqTrainingArguments,
+    "form": "translations",
+    "loss_over": "tokens",
+}
+SFT = {"parent": SFTTrainer, "arguments": SFTConfig, "form": "tokens", "loss_over": "next tokens", "any_cut": True}
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.1}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+BART = {
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "decoder_start_token_id": 0,
+    "forced_eos_token_id": None,
+}
+VIT = {"image_size": 8, "patch_size": 4}
+
+KINDS = {
+    kind.name: kind
+    for kind in [
+        Kind(name="sft", model=LLAMA, balances=True, **SFT),
+        Kind(name="sft-moe", model=_models("MixtralForCausalLM", "MixtralConfig", **MOE), **{**SFT, "any_cut": False}),
+        Kind(
+            name="sft-vision",
+            model=tiny_llava,
+            extra=lambda: {"processing_class": image_processor()},
+            options={"max_length": None},
+            **{**SFT, "form": "images"},
+        ),
+        Kind(
+            name="causal",
+            model=LLAMA,
+            form="tokens",
+            extra=CAUSAL,
+            loss_over="next tokens",
+            any_cut=True,
+            balances=True,
+            **HF,
+        ),
+        Kind(
+            name="mean-loss",
+            model=LLAMA,
+            form="tokens",
+            loss_over="next tokens",
+            extra=CAUSAL,
+            parent=MeanLoss,
+            arguments=TrainingArguments,
+        ),
+        Kind(
+            name="declared-mean-loss",
+            model=LLAMA,
+            form="tokens",
+            loss_over="next tokens",
+            extra=CAUSAL,
+            parent=DeclaredMeanLoss,
+            arguments=TrainingArguments,
+        ),
+        Kind(
+            name="token-loss-func",
+            model=LLAMA,
+            form="tokens",
+            extra=lambda: {**CAUSAL(), "compute_loss_func": token_loss},
+            loss_over="next tokens",
+            any_cut=True,
+            **HF,
+        ),
+        Kind(
+            name="mean-loss-func",
+            model=LLAMA,
+            form="tokens",
+            loss_over="next tokens",
+            extra=lambda: {**CAUSAL(), "compute_loss_func": mean_loss},
+            **HF,
+        ),
+        Kind(
+            name="bert-classes",
+            model=_models("BertForSequenceClassification", "BertConfig"),
+            form="classes",
+            extra=lambda: {**PADDED(), "compute_metrics": accuracy},
+            **HF,
+        ),
+        Kind(
+            name="distilbert-classes",
+            model=_models(
+                "DistilBertForSequenceClassification", "DistilBertConfig", dim=16, hidden_dim=32, n_layers=2, n_heads=2
+            ),
+            form="scalar_labels",
+            extra=PADDED,
+            **HF,
+        ),
+        Kind(
+            name="llama-classes",
+            model=_models("LlamaForSequenceClassification", "LlamaConfig", num_labels=2),
+            form="classes",
+            extra=PADDED,
+            **HF,
+        ),
+        Kind(
+            name="llama-regression",
+            model=_models("LlamaForSequenceClassification", "LlamaConfig", num_labels=1),
+            form="numbers",
+            extra=PADDED,
+            **HF,
+        ),
+        Kind(
+            name="bert-tags",
+            model=_models("BertForTokenClassification", "BertConfig", num_labels=3),
+            form="tags",
+            extra=_with(lambda tokenizer: DataCollatorForTokenClassification(tokenizer)),
+            loss_over="tokens",
+            **HF,
+        ),
+        Kind(
+            name="bert-masked",
+            model=_models("BertForMaskedLM", "BertConfig"),
+            form="unlabelled",
+            extra=MASKED,
+            loss_over="tokens",
+            **HF,
+        ),
+        Kind(
+            name="roberta-masked",
+            model=_models("RobertaForMaskedLM", "RobertaConfig", max_position_embeddings=400),
+            form="unlabelled",
+            extra=MASKED,
+            loss_over="tokens",
+            **HF,
+        ),
+        Kind(
+            name="t5",
+            model=_models("T5ForConditionalGeneration", "T5Config", **T5),
+            extra=_with(lambda tokenizer: DataCollatorForSeq2Seq(tokenizer)),
+            **SEQ2SEQ,
+        ),
+        Kind(
+            name="bart",
+            model=_models("BartForConditionalGeneration", "BartConfig", **BART),
+            extra=_with(lambda tokenizer: DataCollatorForSeq2Seq(tokenizer)),
+            **SEQ2SEQ,
+        ),
+        Kind(name="dpo", model=LLAMA, parent=DPOTrainer, arguments=DPOConfig, form="preferences", extra=WITH_REFERENCE),
+        Kind(
+            name="reward",
+            model=_models("LlamaForSequenceClassification", "LlamaConfig", num_labels=1),
+            parent=RewardTrainer,
+            arguments=RewardConfig,
+            form="chosen_rejected",
+        ),
+        Kind(
+            name="kto",
+            model=LLAMA,
+            parent=KTOTrainer,
+            arguments=KTOConfig,
+            form="unpaired",
+            options={"loss_type": "apo_zero_unpaired", "train_sampling_strategy": "random"},
+            extra=WITH_REFERENCE,
+        ),
+        Kind(
+            name="vit-classes",
+            model=_models("ViTForImageClassification", "ViTConfig", **VIT),
+            form="pixels",
+            extra=dict,
+            any_cut=True,
+            **HF,
+        ),
+    ]
+}
+
+
+# --- records of runs ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run(TrainerCallback):
+    """What the model of a trainer saw, and what came of it."""
+
+    steps: list[list[dict[str, Any]]] = field(default_factory=list)
+    """Optimizer steps of micro-batches, as the model's forward gets them."""
+    evaluated: list[dict[str, Any]] = field(default_factory=list)
+    """Batches of the evaluation, likewise."""
+    losses: list[list[tuple[dict[str, Any], torch.Tensor | None]]] = field(default_factory=list)
+    """Optimizer steps of micro-batches, as `compute_loss` gets them: the inputs, and the step's number of items."""
+    updates: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    """The gradient of each optimizer step before it is clipped."""
+    logs: list[dict[str, float]] = field(default_factory=list)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.steps.append([])
+        self.losses.append([])
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        self.updates.append({name.removeprefix("module."): grad.clone() for name, grad in gradients.items()})
+
+    def see(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        inputs = copied({**kwargs, **{str(n): value for n, value in enumerate(args)}})
+        if not model.training:
+            self.evaluated.append(inputs)
+        elif torch.is_grad_enabled():  # TRL repeats some forwards without gradient, for its metrics
+            self.steps[-1].append(inputs)
+
+    @property
+    def rows(self) -> list[list[list[tuple[Any, ...]]]]:
+        """Optimizer steps of micro-batches of rows; see `rows_of`."""
+        return [[rows_of(batch) for batch in step] for step in self.steps]
+
+    @property
+    def sizes(self) -> list[list[int]]:
+        """Rows in each micro-batch of each step."""
+        return [[len(batch) for batch in step] for step in self.rows]
+
+    @property
+    def inputs(self) -> list[dict[str, Any]]:
+        """All micro-batches as `compute_loss` gets them."""
+        return [inputs for step in self.losses for inputs, _ in step]
+
+
+def train(trainer: Any, evaluates: bool = False) -> Run:
+    """Train, and record."""
+    run = Run()
+    hook = trainer.model.register_forward_pre_hook(run.see, with_kwargs=True)
+    trainer.add_callback(run)
+    compute_loss = trainer.compute_loss
+
+    def recorded(model, inputs, *args, **kwargs):
+        if model.training:
+            run.losses[-1].append((copied(inputs), kwargs.get("num_items_in_batch")))
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = recorded  # of the object: its class stays what a user gives
+    trainer.train()
+    if evaluates:
+        trainer.evaluate()
+    trainer.compute_loss = compute_loss
+    hook.remove()
+    run.logs = [
+        {name: value for name, value in entry.items() if not name.endswith(RUN_TIME)}
+        for entry in trainer.state.log_history
+    ]
+    run.weights = {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+    return run
+
+
+def copied(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if torch.is_tensor(value) else copy.copy(value) for name, value in inputs.items()}
+
+
+def outcome(make: Callable[[], Any], evaluates: bool = False) -> Run | tuple[str, str]:
+    """The run of the trainer that `make` makes; where it is refused, type and message, without our class names."""
+    try:
+        return train(make(), evaluates)
+    except Exception as error:
+        return type(error).__name__, re.sub(r"CommonIT(?=\w)", "", str(error))
+
+
+class Fed:
+    """Mixed into a parent trainer: trains on given micro-batches instead of a sampler's.
+
+    `fed` is a list of micro-batches: row numbers, or inputs that are collated already.
+    """
+
+    fed: Sequence[Any] = ()
+
+    def get_train_dataloader(self) -> DataLoader:
+        if isinstance(self.fed[0], dict):
+            return DataLoader(self.fed, batch_size=None, collate_fn=copied)
+        loader = super().get_train_dataloader()
+        return DataLoader(loader.dataset, batch_sampler=self.fed, collate_fn=loader.collate_fn)
+
+
+def feed(kind: Kind, directory: Path, micro_batches: Sequence[Any], form: str = "", **options: Any) -> Run:
+    """The run of the parent on given micro-batches; `max_grad_norm` and the learning rate are 0."""
+    trainer = kind.make(directory, None, form, **{**FROZEN, **options})
+    trainer.__class__ = type(kind.parent.__name__, (Fed, kind.parent), {"fed": micro_batches})
+    return train(trainer)
+
+
+FROZEN = {"learning_rate": 0.0, "max_grad_norm": 0.0}
+"""The model stays as it is, so that the updates of all steps can be compared."""
+
+
+# --- rows and losses ------------------------------------------------------------------------------------------------
+
+
+def rows_of(inputs: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """The rows of a batch without padding, as values that can be compared.
+
+    DPO, reward and KTO batches hold two sequences for each preference.
+    """
+    tokens, labels = inputs.get("input_ids"), inputs.get("labels")
+    if tokens is None:
+        return [tuple(image.flatten().tolist()) for image in inputs["pixel_values"]]
+    if labels is not None and labels.shape == tokens.shape:  # masked language modelling hides tokens of the input
+        tokens = torch.where((tokens == MASK) & (labels != IGNORED_LABEL), labels, tokens)
+    if "attention_mask" in inputs:
+        return [tuple(row[mask.bool()].tolist()) for row, mask in zip(tokens, inputs["attention_mask"], strict=True)]
+    starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()  # padding-free
+    ends = [*starts[1:], tokens.shape[1]]
+    return [tuple(tokens[0, start:end].tolist()) for start, end in zip(starts, ends, strict=True)]
+
+
+def row_groups(kind: Kind, directory: Path, form: str = "") -> dict[tuple[Any, ...], str]:
+    """The group of each row that the model may see, found by collating each alone for the parent trainer."""
+    trainer = kind.make(directory, None, form)
+    loader = trainer.get_train_dataloader()
+    groups: dict[tuple[Any, ...], str] = {}
+    seen: list[tuple[Any, ...]] = []
+    trainer.model.register_forward_pre_hook(lambda model, args, kwargs: seen.extend(rows_of(kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        for number, sample in enumerate(samples()):
+            seen.clear()
+            trainer.compute_loss(trainer.model, loader.collate_fn([loader.dataset[number]]))
+            groups |= dict.fromkeys(seen, sample.group)
+    return groups
+
+
+def trained_tokens(inputs: dict[str, Any], shifted: bool) -> int:
+    labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][:, int(shifted) :]
+    return int((labels != IGNORED_LABEL).sum())
+
+
+def number_of_samples(inputs: dict[str, Any]) -> int:
+    return max(len(value) for value in inputs.values() if torch.is_tensor(value) and value.ndim)
+
+
+def group_loss(kind: Kind, trainer: Any, micro_batches: list[dict[str, Any]]) -> float:
+    """The trainer's own losses of micro-batches, weighted as the kind says."""
+    trainer.model.train()
+    with torch.no_grad():
+        losses = [float(trainer.compute_loss(trainer.model, copied(inputs))) for inputs in micro_batches]
+    if kind.loss_over == "samples":
+        weights = [number_of_samples(inputs) for inputs in micro_batches]
+    else:
+        weights = [trained_tokens(inputs, kind.loss_over == "next tokens") for inputs in micro_batches]
+    return float(np.average(losses, weights=weights))
+
+
+def change(update: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
+    """The norm of the difference of two updates, relative to that of the reference."""
+    assert update.keys() == reference.keys()
+    difference = torch.cat([(update[name] - reference[name]).double().flatten() for name in reference])
+    return float(difference.norm() / torch.cat([value.double().flatten() for value in reference.values()]).norm())
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Where two values of lists, dictionaries and tensors differ, to the last digit."""
+    if torch.is_tensor(a) and torch.is_tensor(b):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
+    if isinstance(a, dict) and isinstance(b, dict):
+        if list(a) != list(b):
+            return [f"{path}: {sorted(map(str, a.keys() ^ b.keys()))}"]
+        return [found for name in a for found in differences(a[name], b[name], f"{path}.{name}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        if len(a) != len(b):
+            return [f"{path}: {len(a)} and {len(b)}"]
+        return [found for n, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f"{path}[{n}]")]
+    return [] if a == b or (a != a and b != b) else [f"{path}: {a!r} and {b!r}"]
+
+
+def save(run: Run, path: Path) -> None:
+    stream = io.BytesIO()
+    torch.save({name: getattr(run, name) for name in run.__dataclass_fields__}, stream)
+    path.write_bytes(stream.getvalue())
+
+
+def load(path: Path) -> Run:
+    return Run(**torch.load(path, weights_only=False))
+
+
+def counts(rows: Any) -> Counter:
+    return Counter(row for step in rows for batch in step for row in batch)

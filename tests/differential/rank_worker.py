@@ -1,0 +1,32 @@
+"""Trains kinds of `kinds.py` on this rank, one after another, and saves what their models saw.
+
+    python rank_worker.py runs.json            torchrun --nproc_per_node 2 rank_worker.py runs.json
+
+`runs.json` is a list of runs with `name`, `kind`, `metric` (null for the parent) and `options` of `Kind.make`. Each
+leaves `<name>.rank<r>.pt` beside it, for `kinds.load`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from kinds import KINDS, save, train
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    path = Path(sys.argv[1])
+    for run in json.loads(path.read_text(encoding="utf-8")):
+        trainer = KINDS[run["kind"]].make(path.parent / run["name"], run["metric"], **run["options"])
+        record = train(trainer, evaluates="evaluated" in run["options"])
+        save(record, path.with_name(f"{run['name']}.rank{os.environ['RANK']}.pt"))
+    torch.distributed.barrier()
+    os._exit(0)  # a gloo process may abort in the interpreter's own end
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The differential test on two ranks: without a metric a run is the parent's (I7); with one, the update is that of the
+parent in one process on the same rows, in equal micro-batches (I6)."""
+
+import functools
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import forked
+import pytest
+from kinds import FROZEN, KINDS, Run, change, differences, feed, load, row_groups
+
+KINDS_ON_TWO_RANKS = ["sft", "bert-classes", "dpo", "reward"]
+GEOMETRIES = [(kind, steps) for kind in KINDS_ON_TWO_RANKS for steps in (1, 2)]
+EXACT = 1e-5
+METHODS = {
+    "parent": (None, {"evaluated": ["one"], "max_steps": 3}),
+    "none": ("none", {"evaluated": ["one"], "max_steps": 3}),
+    "balanced": ("task", FROZEN),
+    "equal": ("task", {"commonit_balance_lengths": False, **FROZEN}),
+}
+geometries = pytest.mark.parametrize(("kind", "accumulation"), GEOMETRIES)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> Callable[..., dict[str, list[Run]]]:
+    """A function that trains kinds by methods in one launch of two processes, once: name -> run of each rank."""
+
+    @functools.cache
+    def launch(kinds: tuple[str, ...], *methods: str) -> dict[str, list[Run]]:
+        directory = tmp_path_factory.mktemp("ranks")
+        wanted = [
+            {
+                "name": f"{kind}-{accumulation}-{method}",
+                "kind": kind,
+                "metric": METHODS[method][0],
+                "options": {"gradient_accumulation_steps": accumulation, **METHODS[method][1]},
+            }
+            for kind, accumulation in GEOMETRIES
+            for method in methods
+            if kind in kinds
+        ]
+        spec = directory / "runs.json"
+        spec.write_text(json.dumps(wanted), encoding="utf-8")
+        worker = Path(__file__).with_name("rank_worker.py")
+        done = forked.run([str(worker), str(spec)], env=dict(os.environ), cwd=directory, world_size=2)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return {run["name"]: [load(directory / f"{run['name']}.rank{rank}.pt") for rank in (0, 1)] for run in wanted}
+
+    return launch
+
+
+@geometries
+def test_i7_without_a_metric_two_ranks_run_as_the_parents(kind, accumulation, launched) -> None:
+    runs = launched(tuple(KINDS_ON_TWO_RANKS), "parent", "none")
+    parents, ours = runs[f"{kind}-{accumulation}-parent"], runs[f"{kind}-{accumulation}-none"]
+    for parent, our in zip(parents, ours, strict=True):
+        assert len(parent.steps) == 3
+        for name in ("steps", "evaluated", "losses", "logs", "updates", "weights"):
+            assert not differences(getattr(parent, name), getattr(our, name), name)
+
+
+@geometries
+@pytest.mark.parametrize("method", ["balanced", "equal"])
+def test_i1_i2_steps_of_two_ranks_are_pure_and_hold_every_row(kind, accumulation, method, launched, tmp_path) -> None:
+    runs = launched((kind,), "balanced", "equal")
+    groups = row_groups(KINDS[kind], tmp_path)
+    steps = steps_of_both(runs[f"{kind}-{accumulation}-{method}"])
+    seen = Counter(row for step in steps for row in step)
+    assert set(seen) == set(groups)
+    # Losses that are no sum over tokens have micro-batches of one size: under W x A repeats per group.
+    sequences = 2 if kind in ("dpo", "reward") else 1  # per sample
+    limit = 0 if kind == "sft" else (2 * accumulation - 1) * sequences
+    repeats = Counter({group: -list(groups.values()).count(group) for group in groups.values()})
+    for row, times in seen.items():
+        repeats[groups[row]] += times
+    assert all(0 <= count <= limit for count in repeats.values())
+    for step in steps:
+        assert len({groups[row] for row in step}) == 1
+
+
+@geometries
+def test_i6_on_two_ranks_the_update_is_that_of_one_process(kind, accumulation, launched, tmp_path) -> None:
+    """The reference is the parent in one process, which accumulates the equal micro-batches of both ranks."""
+    runs = launched((kind,), "balanced", "equal")
+    equal = runs[f"{kind}-{accumulation}-equal"]
+    fed = [
+        inputs
+        for step in range(len(equal[0].steps))
+        for micro_step in range(accumulation)
+        for inputs in (rank.losses[step][micro_step][0] for rank in equal)
+    ]
+    reference = feed(KINDS[kind], tmp_path, fed, gradient_accumulation_steps=2 * accumulation)
+    for method in ("equal", "balanced"):
+        both = runs[f"{kind}-{accumulation}-{method}"]
+        assert list(map(sorted, steps_of_both(both))) == list(map(sorted, steps_of_both(equal)))
+        for rank in both:
+            updates = zip(rank.updates, reference.updates, strict=True)
+            assert max(change(update, expected) for update, expected in updates) <= EXACT, method
+
+
+def steps_of_both(ranks: list[Run]) -> list[list[tuple]]:
+    """The rows of each optimizer step."""
+    return [
+        [row for step in steps for batch in step for row in batch]
+        for steps in zip(*(rank.rows for rank in ranks), strict=True)
+    ]
