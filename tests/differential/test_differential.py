@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import BASELINE_CASES, CASES, Case
-from kinds import (
+from helpers.cases import BASELINE_CASES, CASES, Case
+from helpers.kinds import (
     FROZEN,
     KINDS,
     RUN_TIME,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import concatenate_datasets
-from helpers import Seen, make_trainer, without_run_times
-from toys import id_rows, row_losses, tiny_model
+from helpers.toys import id_rows, row_losses, tiny_model
+from helpers.trainers import Seen, make_trainer, without_run_times
 from trl import SFTTrainer
 
 from commonit_trl import CommonITSFTTrainer
