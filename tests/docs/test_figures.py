@@ -12,10 +12,10 @@ import pytest
 from docs import figures
 
 FROM_NO_RUN = {
-    "README.md": {"2.1 %", "5.2 %", "3.8 %"},  # the paper's
-    "choosing-a-metric.md": {"2.1 %", "5.2 %", "3.8 %", "100 %"},
+    "choosing-a-metric.md": {"2.1 %", "5.2 %", "3.8 %", "100 %"},  # the paper's
     "compare.md": {"95 %"},
     "limits.md": {"20 bytes", "65 bytes"},  # sums of array item sizes
+    "speed.md": {"1.05 times"},  # a bound by construction, commonit_trl/plan/balance.py
     "study.md": {"95 %"},
 }
 CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)

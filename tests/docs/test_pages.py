@@ -2,18 +2,22 @@
 
 import argparse
 import ast
+import inspect
 import re
+import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from commonit_trl.cli import compare as comparing
 from commonit_trl.report import tables
-from commonit_trl.trainer import metrics
+from commonit_trl.trainer import checkpoint, metrics
+from docs import make_batches
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-README_LINES = 200
+README_LINES = 100
 PICTURE_BYTES = 300_000
 PLACEHOLDER = "…"
 
@@ -38,6 +42,13 @@ def words_of(node):
     return None
 
 
+def keys_of(function):
+    """The keys of the one dictionary in a function."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    (made,) = (node for node in ast.walk(tree) if isinstance(node, ast.Dict))
+    return [key.value for key in made.keys]
+
+
 @pytest.fixture(scope="module")
 def strings():
     """All strings of both packages."""
@@ -60,10 +71,7 @@ def test_the_code_has_the_quoted_message(message, strings):
 
 
 def test_checkpoints_lists_what_is_compared():
-    tree = ast.parse((ROOT / "commonit_trl" / "trainer" / "checkpoint.py").read_text(encoding="utf-8"))
-    (run,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "describe")
-    (compared,) = (node for node in ast.walk(run) if isinstance(node, ast.Dict))
-    assert first_cells(read("checkpoints.md")) == [key.value for key in compared.keys]
+    assert first_cells(read("checkpoints.md")) == keys_of(checkpoint.describe)
 
 
 def test_metrics_lists_what_is_logged():
@@ -112,6 +120,14 @@ def test_pictures_are_small_and_shown(picture):
     assert picture.stat().st_size < PICTURE_BYTES
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert any(f"({picture.name})" in read(page.name) for page in DOCS.glob("*.md"))
+
+
+def test_the_picture_of_the_batches_is_the_plan():
+    mixed, pure = make_batches.steps()
+    assert sorted(np.ravel(mixed)) == sorted(np.ravel(pure))  # the same samples
+    assert all(len(set(groups)) == 1 for groups in pure) and all(len(set(groups)) > 1 for groups in mixed)
+    assert make_batches.PICTURE.read_text(encoding="utf-8") == make_batches.draw(), "run python -m docs.make_batches"
+    assert f"(docs/{make_batches.PICTURE.name})" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
