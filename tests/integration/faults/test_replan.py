@@ -4,7 +4,8 @@ import shutil
 from collections import Counter
 
 import pytest
-from helpers.toys import id_rows
+from helpers.launch import launch
+from helpers.toys import id_rows, recorded
 from helpers.trainers import Seen, make_trainer, train
 
 SIZES = [13, 7, 9, 2]
@@ -177,3 +178,18 @@ def test_settings_that_it_does_not_go_with(tmp_path):
 def test_a_refused_resume_names_the_option(begun, tmp_path):
     with pytest.raises(ValueError, match=r"data seed .7 in the checkpoint, 8 now.*commonit_resume='replan' continues"):
         resume(tmp_path, begun[0] / "checkpoint-5", seed=8, commonit_resume="exact")
+
+
+def test_equal_micro_batches_of_two_ranks(tmp_path):
+    """A loss that is no sum over tokens has equal micro-batches on two ranks; a replan reads so from the manifest."""
+    run = {"group_sizes": SIZES, "accepts_loss_kwargs": False}
+    options = {"commonit_metric": "task", "save_strategy": "steps", "save_steps": 2, "num_train_epochs": 1}
+    launch([{**run, "name": "begun", "options": {**options, "max_steps": 2}}], tmp_path, world_size=2)
+    resumed = {**options, "commonit_resume": "replan", "gradient_accumulation_steps": 2}
+    checkpoint = str(tmp_path / "begun-out" / "checkpoint-2")
+    launch([{**run, "name": "resumed", "options": resumed, "resume": checkpoint}], tmp_path, world_size=2)
+    steps = [recorded(tmp_path / f"{name}.ids", 2) for name in ("begun", "resumed")]
+    for ranks in (rank for part in steps for rank in part.values()):
+        assert len({len(batch) for rank in ranks for batch in rank}) == 1
+    times = Counter(row for part in steps for ranks in part.values() for rank in ranks for b in rank for row in b)
+    assert set(times) == set(range(sum(SIZES)))
