@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Any, get_type_hints
+from typing import Any, Self, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -166,7 +166,7 @@ class CommonITArguments:
         },
     )
 
-    def __new__(cls, *args: Any, **kwargs: Any):
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         check_option_names(kwargs)
         return super().__new__(cls)
 
