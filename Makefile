@@ -21,7 +21,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-newest test-lowest test-faults fuzz mutants check format docs figures bench bench-full bench-gpu constraints audit clean
+.PHONY: help demo test test-all test-rest test-newest test-newest-slow test-lowest test-axolotl test-axolotl-slow test-faults fuzz mutants check format docs figures bench bench-full bench-gpu constraints audit clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,14 +30,29 @@ help: ## Print this list
 demo: $(NEWEST)/.ready ## Run the demo: no GPU, no download of data or models
 	$(NEWEST)/bin/commonit demo
 
-test: test-newest test-lowest ## Run the tests at both ends of the supported range
+test: ## Test the newest versions, two ranks and the core of Axolotl (ten minutes on two cores)
+	@$(MAKE) --keep-going --no-print-directory test-newest test-axolotl
 
-test-newest: $(NEWEST)/.ready ## Run the tests on the newest supported versions
-	$(call run-tests,$(NEWEST),newest)
+test-all: ## Run every test at both ends of the supported range (35 minutes)
+	@$(MAKE) --keep-going --no-print-directory test test-rest
 
-test-lowest: $(LOWEST)/.ready ## Run the tests on the lowest supported versions
-	$(if $(ARGS),$(call run-tests,$(LOWEST),lowest),$(call run-tests,$(LOWEST),lowest,--ignore tests/axolotl))
-	$(if $(ARGS),,$(call run-tests,$(LOWEST),lowest,tests/axolotl))
+test-rest: ## Run what test-all adds to test
+	@$(MAKE) --keep-going --no-print-directory test-newest-slow test-lowest test-axolotl-slow
+
+test-newest: $(NEWEST)/.ready ## Test the newest supported versions
+	$(call run-tests,$(NEWEST),newest,-m "not faults and not slow" --ignore tests/axolotl)
+
+test-newest-slow: $(NEWEST)/.ready
+	$(call run-tests,$(NEWEST),newest,-m "slow and not faults" --ignore tests/axolotl)
+
+test-lowest: $(LOWEST)/.ready ## Test the lowest supported versions, Axolotl apart
+	$(call run-tests,$(LOWEST),lowest,--ignore tests/axolotl)
+
+test-axolotl: $(LOWEST)/.ready ## Test the core of Axolotl
+	$(call run-tests,$(LOWEST),lowest,-m "not faults and not slow" tests/axolotl)
+
+test-axolotl-slow: $(LOWEST)/.ready
+	$(call run-tests,$(LOWEST),lowest,-m "slow and not faults" tests/axolotl)
 
 test-faults: $(NEWEST)/.ready ## Kill training at random moments, then train for long (half an hour)
 	COMMONIT_FAULTS_RESULTS=benchmarks/results $(TEST_ENV) $(NEWEST)/bin/python -m pytest -m faults $(ARGS)
@@ -135,8 +150,8 @@ $(1)/bin/python -m pip install -q -c $(2) -e '.[$(3)]'
 @touch $(1)/.ready
 endef
 
-# $(1) folder, $(2) end of the range, $(3) which tests. Those of Axolotl run apart, as it changes the process that
-# imports it: loggers, warnings, the environment.
+# $(1) folder, $(2) end of the range, $(3) the tests, $(ARGS) instead where it names some. Those of Axolotl run apart:
+# it changes the process that imports it (loggers, warnings, the environment).
 define run-tests
 @echo "Tests on the $(2) supported versions ($(1)):"
 @$(1)/bin/python -m pip list 2>/dev/null | awk '/^(torch|trl|transformers|accelerate|datasets) / { print "  " $$1, $$2 }'

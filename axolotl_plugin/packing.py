@@ -42,7 +42,7 @@ class Bins:
         """Return the share of the bins' capacity that holds tokens."""
         return float(self.lengths.sum() / (len(self.rows) * self.capacity))
 
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """Return a hash of the rows of each bin."""
         return hashlib.blake2b(json.dumps(self.rows).encode(), digest_size=8).hexdigest()
 
@@ -70,13 +70,13 @@ def pack_for_training(
         world_size: data-parallel ranks.
     """
     capacity, bins = bin_shape(args, micro_batch_size)
-    units = {"step": world_size * args.gradient_accumulation_steps, "micro": 1}
+    micro_batches = {"step": world_size * args.gradient_accumulation_steps, "micro": 1}
     return pack_groups(
         group_ids,
         lengths,
         capacity=capacity,
         bins_per_micro_batch=bins,
-        micro_batches_per_unit=units[args.commonit_purity],
+        micro_batches_per_partition=micro_batches[args.commonit_purity],
         split=args.commonit_remainder == "keep",
         seed=args.seed,
         group_size=args.sample_packing_group_size,
@@ -93,7 +93,7 @@ def pack_groups(
     *,
     capacity: int,
     bins_per_micro_batch: int,
-    micro_batches_per_unit: int,
+    micro_batches_per_partition: int,
     split: bool,
     seed: int,
     **options: Any,
@@ -104,7 +104,7 @@ def pack_groups(
         group_ids, lengths: (rows,) group and tokens of each row.
         capacity: tokens of a bin.
         bins_per_micro_batch: bins that a micro-batch holds on average.
-        micro_batches_per_unit: micro-batches of a partition, which share a group.
+        micro_batches_per_partition: micro-batches of a partition, which share a group.
         split: whether to split bins so that a group has at least as many as its partitions have micro-batches.
         seed: of the order of the packer's input.
         options: of `pack_rows`.
@@ -117,8 +117,8 @@ def pack_groups(
     for rows in np.split(by_group, np.cumsum(counts)[:-1]):
         bins = pack_rows(rows, lengths[rows], capacity, **options)
         if split:
-            units = -(-len(bins) // (bins_per_micro_batch * micro_batches_per_unit))
-            bins = split_bins(bins, units * micro_batches_per_unit)
+            partitions = -(-len(bins) // (bins_per_micro_batch * micro_batches_per_partition))
+            bins = split_bins(bins, partitions * micro_batches_per_partition)
         packed += bins
         bins_of_group.append(len(bins))
     return Bins(

@@ -230,7 +230,7 @@ def _log_settings(trainer: Any, cfg: Any, total_steps: int) -> None:
         total_steps,
     )
     if args.sample_packing:
-        bins = trainer._commonit_bins
+        bins = trainer.commonit_bins
         LOG.info(
             "CommonIT packs each group alone: %d bins, %.1f %% full (Axolotl's estimate of its own packing: %.0f %%).",
             len(bins.rows),

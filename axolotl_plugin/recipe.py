@@ -112,7 +112,7 @@ def _read(path: str) -> Recipe:
         "seed": seed,
         "accumulation_steps": cfg.gradient_accumulation_steps,
         "world_size": cfg.world_size,
-        "arranged": options.commonit_balance_lengths,
+        "balanced": options.commonit_balance_lengths,
         "dropped": dropped,
     }
     if not cfg.sample_packing:

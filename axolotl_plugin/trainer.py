@@ -35,10 +35,10 @@ LOG = get_logger(__name__)
 class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
     """`AxolotlTrainer` with group-pure batches."""
 
-    _commonit_logger = LOG
-    _commonit_bins: Bins | None = None
+    commonit_logger = LOG
+    commonit_bins: Bins | None = None
 
-    def _commonit_check(self, options: Any, dataset: Any) -> None:
+    def commonit_check(self, options: Any, dataset: Any) -> None:
         # Axolotl sets dataloader_drop_last for the evaluation of packed runs; our training batches ignore it.
         checked = copy.copy(options)
         checked.dataloader_drop_last = False
@@ -46,21 +46,21 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
         validate.check_class(type(self), CommonITMixin, known=(CommonITAxolotlTrainer,))
         validate.check_dataset(dataset)
 
-    def _commonit_start(self) -> None:
+    def commonit_start(self) -> None:
         self._commonit_parent_accepts_loss_kwargs = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = accepts_loss_kwargs(self.accelerator.unwrap_model(self.model))
-        super()._commonit_start()
+        super().commonit_start()
 
-    def _commonit_group(self) -> tuple[Grouping, NDArray[np.integer[Any]]]:
+    def commonit_group(self) -> tuple[Grouping, NDArray[np.integer[Any]]]:
         dropped = dropped_rows(self.train_dataset)
-        grouping, row_groups = super()._commonit_group()
+        grouping, row_groups = super().commonit_group()
         if dropped is not None:
             grouping = replace(grouping, dropped=grouping.dropped + dropped)
         # Packed rows keep all their columns, and Axolotl's collators read each as numbers.
         self.train_dataset = _without_labels(self.train_dataset)
         return grouping, row_groups
 
-    def _commonit_summed_over_tokens(self) -> bool:
+    def commonit_loss_is_summed(self) -> bool:
         # By class: Axolotl's loaders of other rows than the training set's need its evaluation settings.
         return self.model_accepts_loss_kwargs and is_causal_lm_loss(self)
 
@@ -84,19 +84,19 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
 
     # --- packing ----------------------------------------------------------------------------------------------------
 
-    def _commonit_fit_spec(self) -> None:
+    def commonit_fit_spec(self) -> None:
         """Plan over bins of the current batch size; `auto_find_batch_size` changes it."""
         run = self.commonit
         assert run is not None
         if not self.args.sample_packing:
-            return super()._commonit_fit_spec()
+            return super().commonit_fit_spec()
         capacity, bins_per_micro_batch = bin_shape(self.args, self._train_batch_size)
-        if self._commonit_bins is None or self._commonit_bins.capacity != capacity:
+        if self.commonit_bins is None or self.commonit_bins.capacity != capacity:
             lengths = Rows(self.train_dataset).token_counts("total")
-            self._commonit_bins = pack_for_training(
+            self.commonit_bins = pack_for_training(
                 self.args, run.row_groups, lengths, self._train_batch_size, run.spec.world_size
             )
-        bins = self._commonit_bins
+        bins = self.commonit_bins
         if run.spec.group_ids is not bins.group_ids:
             run.spec = replace(
                 run.spec,
@@ -105,15 +105,15 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
                 micro_batch_size=bins_per_micro_batch,
             )
 
-    def _commonit_sampler(self) -> CommonITBatchSampler:
-        if self._commonit_bins is None:
-            return super()._commonit_sampler()
+    def commonit_sampler(self) -> CommonITBatchSampler:
+        if self.commonit_bins is None:
+            return super().commonit_sampler()
         assert self.commonit is not None
-        return PackedBatchSampler(self._commonit_bins, self.commonit.plan, self.commonit.rank)
+        return PackedBatchSampler(self.commonit_bins, self.commonit.plan, self.commonit.rank)
 
-    def _commonit_fingerprint(self) -> str:
-        bins = "" if self._commonit_bins is None else f", bins {self._commonit_bins.digest()}"
-        return f"{super()._commonit_fingerprint()}{bins}"
+    def commonit_fingerprint(self) -> str:
+        bins = "" if self.commonit_bins is None else f", bins {self.commonit_bins.fingerprint()}"
+        return f"{super().commonit_fingerprint()}{bins}"
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return Axolotl's sampler, which packs the whole dataset several times; not where ours takes its place."""

@@ -237,7 +237,7 @@ def our_efficiency(
         lengths,
         capacity=capacity,
         bins_per_micro_batch=bins_per_micro_batch,
-        micro_batches_per_unit=micro_batches_per_step,
+        micro_batches_per_partition=micro_batches_per_step,
         split=True,
         seed=0,
         sequential=False,

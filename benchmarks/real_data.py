@@ -189,8 +189,8 @@ def figures(epoch: Epoch, plain: Epoch) -> dict[str, Any]:
         "ranks": {
             "world_size": RANKS,
             "steps": summary.num_steps,
-            "plain_steps": summary.vanilla_steps,
-            "lost": summary.lost,
+            "plain_steps": summary.baseline_steps,
+            "lost": summary.left_out,
             "repeated": summary.repeated,
             "cost": slowest_rank_cost(ranks_plan, epoch.lengths),
             "plain_cost": slowest_rank_cost(ranks_plain, epoch.lengths),

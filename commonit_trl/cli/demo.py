@@ -455,10 +455,10 @@ def _batch_table(results: list[MetricResult]) -> Any:
         table.add_row(
             result.metric,
             str(result.summary.num_groups),
-            f"{result.summary.num_steps} ({result.summary.vanilla_steps})",
+            f"{result.summary.num_steps} ({result.summary.baseline_steps})",
             f"{result.planned.pure_steps:.0%} ({result.baseline.pure_steps:.0%})",
             f"{result.planned.padding:.0%} ({result.baseline.padding:.0%})",
-            str(result.summary.lost),
+            str(result.summary.left_out),
             str(result.summary.repeated),
         )
     return table

@@ -73,7 +73,7 @@ def inspect_recipe(
         options,
         grouper.names,
         sample_groups,
-        lengths=lengths if recipe.arranged else None,
+        lengths=lengths if recipe.balanced else None,
         micro_batch_size=recipe.micro_batch_size,
         world_size=recipe.world_size,
         accumulation_steps=recipe.accumulation_steps,

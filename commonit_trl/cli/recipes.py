@@ -97,7 +97,7 @@ class Recipe:
     """Data-parallel ranks."""
     lengths: NDArray[np.int64] | None = None
     """(rows,) tokens that each row costs, None if unknown."""
-    arranged: bool = False
+    balanced: bool = False
     """Whether training balances each step by these lengths."""
     padding_free: bool = False
     """Whether micro-batches are computed without padding."""
@@ -201,7 +201,7 @@ def sft_recipe(
     )
     if name is None:
         lengths = recipe.rows.token_counts() if recipe.rows.tokenized else None
-        return replace(recipe, lengths=lengths, arranged=lengths is not None and training_args.commonit_balance_lengths)
+        return replace(recipe, lengths=lengths, balanced=lengths is not None and training_args.commonit_balance_lengths)
     train = _trainable(train, training_args.dataset_text_field)
     check_rows(train, data, training_args.dataset_text_field)
     return _prepare(recipe, train, name, model_args)
@@ -267,7 +267,7 @@ def _prepare(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: An
         rows=prepared.rows,
         lengths=row_costs(prepared.dataset, trainer.data_collator),
         # The model has no weights, so the loss cannot be measured as in training.
-        arranged=args.commonit_balance_lengths and is_causal_lm_loss(trainer) and not has_auxiliary_loss(trainer),
+        balanced=args.commonit_balance_lengths and is_causal_lm_loss(trainer) and not has_auxiliary_loss(trainer),
         padding_free=trainer.padding_free or (args.packing and args.packing_strategy != "wrapped"),
         pack=pack if args.packing else None,
         source_rows=prepared.numbers,

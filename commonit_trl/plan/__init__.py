@@ -1,6 +1,6 @@
-"""Which samples make up which micro-batch: epoch plans, and the batch sampler that yields them."""
+"""Plan the micro-batches of an epoch, and yield them to a dataloader."""
 
-from commonit_trl.plan.epoch import EpochPlan, PlanSummary, plan_epoch, plan_rest
+from commonit_trl.plan.epoch import EpochPlan, PlanSummary, plan_epoch, plan_remaining
 from commonit_trl.plan.spec import PlanSpec
 
-__all__ = ["EpochPlan", "PlanSpec", "PlanSummary", "plan_epoch", "plan_rest"]
+__all__ = ["EpochPlan", "PlanSpec", "PlanSummary", "plan_epoch", "plan_remaining"]

@@ -1,4 +1,4 @@
-"""The torch batch sampler over epoch plans, and the dataloader that carries the epoch to it."""
+"""Yield the micro-batches of epoch plans: the torch batch sampler and its dataloader."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -11,14 +11,14 @@ from commonit_trl.plan import EpochPlan
 
 
 class CommonITBatchSampler(BatchSampler):
-    """Yields the micro-batches of one rank, as the epoch's plan has them.
+    """Yield the micro-batches of one rank.
 
-    It is rank-aware: rank r of W yields `plan.micro_batch(m, r)` for m = 0, 1, ..., so it must not be sharded again (by
-    accelerate's `prepare`, say). All ranks yield `len(self)` micro-batches, in every epoch; together they yield all
-    samples that the plan holds, and no other.
+    It is rank-aware: rank r yields `plan.batches(r)`, so it must not be sharded again, by accelerate's `prepare` for
+    example. All ranks yield `len(self)` micro-batches in every epoch; together they yield exactly the samples of the
+    plan.
 
     Args:
-        plan: a function from `epoch=` to the plan of that epoch; the same on every rank.
+        plan: function from `epoch=` to the plan of that epoch, the same on every rank.
         rank: data-parallel rank.
     """
 
@@ -30,13 +30,15 @@ class CommonITBatchSampler(BatchSampler):
         self.skipped = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the next iteration's micro-batches from the plan of `epoch`."""
+        """Set the epoch that the next iteration yields."""
         if epoch != self.epoch:
             self.epoch, self.current, self.skipped = epoch, self.plan(epoch=epoch), 0
 
     def skip_first(self, count: int) -> None:
-        """Do not work out the first `count` micro-batches of the next iteration in this epoch; yield empty lists for
-        them. For a resumed run: the wrapper of `accelerate.skip_first_batches` asks for them and throws them away."""
+        """Yield empty lists for the first `count` micro-batches of the next iteration in this epoch.
+
+        In a resumed run, the wrapper of `accelerate.skip_first_batches` reads them and discards them.
+        """
         self.skipped = count
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -48,11 +50,10 @@ class CommonITBatchSampler(BatchSampler):
 
 
 class CommonITDataLoader(DataLoader):
-    """A dataloader over a `CommonITBatchSampler`, with the `set_epoch` that `transformers.Trainer` calls each epoch.
+    """Load the micro-batches of a `CommonITBatchSampler`; `transformers.Trainer` calls `set_epoch`.
 
-    The seeds of its workers come from a generator of its own. A plain DataLoader draws them from torch's global one,
-    less often when workers persist, so that a resumed run would go on with other dropout masks than the run it
-    continues.
+    Worker seeds come from a separate generator. A DataLoader draws them from torch's global generator, less often with
+    persistent workers, so a resumed run would have other dropout masks than an uninterrupted one.
     """
 
     def __init__(self, dataset: Any, batch_sampler: CommonITBatchSampler, **options: Any) -> None:
@@ -61,5 +62,6 @@ class CommonITDataLoader(DataLoader):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the sampler, and the seed of the workers."""
         self.commonit_sampler.set_epoch(epoch)
         self.generator.manual_seed(epoch)

@@ -1,6 +1,7 @@
-"""`PlanSpec`: everything that determines the micro-batches of a run, as one frozen value.
+"""Hold everything that determines the micro-batches of a run in one frozen value.
 
-The trainer, `commonit inspect`, Axolotl's bins and a resumed run all build one; `plan(epoch)` is a pure function of it.
+The trainer, `commonit inspect`, Axolotl's bins and a resumed run build a `PlanSpec`; `plan(epoch)` depends on nothing
+else.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,20 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from commonit_trl.config import CommonITArguments, nearest
-from commonit_trl.plan.epoch import EpochPlan, plan_epoch, plan_rest
+from commonit_trl.plan.epoch import EpochPlan, plan_epoch, plan_remaining
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlanSpec:
-    """The arguments of `plan_epoch` that stay the same over a run.
+    """Hold the arguments of `plan_epoch` that stay the same over a run.
 
-    Plans are cached one epoch at a time: a plan takes 4 bytes per sample.
+    It caches the plan of one epoch, 4 bytes per sample.
     """
 
     group_ids: NDArray[np.integer[Any]]
     """(samples,) group id of each sample: a row, a pack or a bin."""
     lengths: NDArray[Any] | None = None
-    """(samples,) tokens of each, by which steps are balanced; None: micro-batches of equal size."""
+    """(samples,) tokens of each sample, by which steps are balanced; None: micro-batches of equal size."""
     micro_batch_size: int
     world_size: int = 1
     accumulation_steps: int = 1
@@ -35,9 +36,9 @@ class PlanSpec:
     equal_sizes: bool = False
     seed: int = 0
     resumed_epoch: int | None = None
-    """An epoch that was started with another spec, of which only `remaining_rows` are planned."""
+    """Epoch that started with another spec; its plan holds only `remaining_rows`."""
     remaining_rows: NDArray[np.integer[Any]] | None = None
-    """(remaining draws,) sample numbers, as `EpochPlan.left` gives them."""
+    """(remaining samples,) sample numbers, as `EpochPlan.remaining` returns them."""
     _plans: dict[int, EpochPlan] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -47,13 +48,13 @@ class PlanSpec:
         """Build the spec of a run with these `commonit_*` options.
 
         Args:
-            options: purity, remainder and weights are read.
-            names: of the groups, by id; `commonit_weights` may map them to weights.
+            options: gives purity, remainder and weights.
+            names: (groups,) group names; `commonit_weights` may map them to weights.
             group_ids: (samples,) group ids.
             geometry: the other fields.
 
         Raises:
-            ValueError: when `commonit_weights` misses a group or names an unknown one.
+            ValueError: when `commonit_weights` has an unknown group, or not all groups.
         """
         return cls(
             group_ids=group_ids,
@@ -64,13 +65,13 @@ class PlanSpec:
         )
 
     def plan(self, epoch: int = 0) -> EpochPlan:
-        """Return the plan of `epoch`; of an epoch started with another spec, the plan of its remaining rows.
+        """Return the plan of `epoch`, or of its remaining rows where another spec started it.
 
         Raises:
-            ValueError: as `plan_epoch`.
+            ValueError: as `plan_epoch` and `plan_remaining`.
         """
         if epoch not in self._plans:
-            whole = plan_epoch(
+            plan = plan_epoch(
                 self.group_ids,
                 self.lengths,
                 micro_batch_size=self.micro_batch_size,
@@ -85,38 +86,38 @@ class PlanSpec:
             )
             if epoch == self.resumed_epoch:
                 assert self.remaining_rows is not None
-                whole = plan_rest(whole, self.remaining_rows, seed=self.seed, epoch=epoch)
+                plan = plan_remaining(plan, self.remaining_rows, seed=self.seed, epoch=epoch)
             self._plans.clear()
-            self._plans[epoch] = whole
+            self._plans[epoch] = plan
         return self._plans[epoch]
 
     def remaining(self, epoch: int, steps: int, then: "PlanSpec") -> "PlanSpec":
-        """Return `then` with the samples of `epoch` that remain after its first `steps` steps under this spec.
+        """Return `then`, with the samples of `epoch` that remain after `steps` steps of this spec.
 
         Returns:
-            `then` itself when the epoch has not started or is complete.
+            `then` with complete epochs when `steps` is 0 or no sample remains.
         """
-        rows = self.plan(epoch).left(steps)
+        rows = self.plan(epoch).remaining(steps)
         if not steps or not len(rows):
             return then.whole
         return replace(then, resumed_epoch=epoch, remaining_rows=rows)
 
     @property
     def whole(self) -> "PlanSpec":
-        """This spec with every epoch complete."""
+        """This spec without remaining rows: every epoch is complete."""
         return self if self.resumed_epoch is None else replace(self, resumed_epoch=None, remaining_rows=None)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the first epoch's complete plan: equal fingerprints give equal micro-batches in every epoch."""
-        return self.whole.plan(0).digest()
+        """Hash of the first epoch's complete plan; specs that share it have the same micro-batches in every epoch."""
+        return self.whole.plan(0).fingerprint()
 
 
 def weights_by_id(weights: Any, names: Sequence[str], group_ids: NDArray[np.integer[Any]]) -> Any:
-    """Return `commonit_weights` with group names replaced by ids.
+    """Return `commonit_weights` with group ids for group names.
 
     Raises:
-        ValueError: on a name that is no group, and on a group without a weight.
+        ValueError: on an unknown group, and on a group without a weight.
     """
     if isinstance(weights, str):
         return weights
@@ -126,8 +127,8 @@ def weights_by_id(weights: Any, names: Sequence[str], group_ids: NDArray[np.inte
     missing = [name for name in present if name not in weights]
     if unknown:
         raise ValueError(
-            f"commonit_weights names {unknown[0]!r}, which is no group; did you mean {nearest(unknown[0], present)!r}?"
+            f"commonit_weights: {unknown[0]!r} is not a group; did you mean {nearest(unknown[0], present)!r}?"
         )
     if missing:
-        raise ValueError(f"commonit_weights names no weight for {', '.join(map(repr, missing))}: give each group one.")
+        raise ValueError(f"commonit_weights: no weight for {', '.join(map(repr, missing))}; give each group one.")
     return {group: float(weights[names[group]]) for group in ids}

@@ -223,7 +223,7 @@ def inspect_groups(
         examples = _examples(rows, members, present, rng)
     dropped_of = dropped.by_group
     micro_batches = np.bincount(plan.micro_batch_groups.ravel(), minlength=count)
-    lost, repeated = (_padded(counts, count) for counts in (summary.group_lost, summary.group_repeated))
+    lost, repeated = (_padded(counts, count) for counts in (summary.group_left_out, summary.group_repeated))
     groups = tuple(
         GroupNumbers(
             id=group,
@@ -262,7 +262,7 @@ def inspect_groups(
         by_length=by_length,
         longest_run=_longest_run(plan.step_groups),
         dropped=dropped,
-        lost=summary.lost,
+        lost=summary.left_out,
         repeated=summary.repeated,
         micro_batch_size=plan.micro_batch_size,
         world_size=plan.world_size,

@@ -48,7 +48,7 @@ def ledger(plan: EpochPlan, names: Sequence[str], dropped: DroppedRows = NONE_DR
             "name": names[group],
             "samples": int(summary.group_samples[group]),
             "steps": float(steps[group]),
-            "lost": int(summary.group_lost[group]),
+            "lost": int(summary.group_left_out[group]),
             "repeated": int(summary.group_repeated[group]),
             "dropped": dropped_of.pop(names[group], 0),
         }
@@ -59,8 +59,8 @@ def ledger(plan: EpochPlan, names: Sequence[str], dropped: DroppedRows = NONE_DR
     return {
         "samples": summary.num_samples,
         "steps": summary.num_steps,
-        "vanilla_steps": summary.vanilla_steps,
-        "lost": summary.lost,
+        "vanilla_steps": summary.baseline_steps,
+        "lost": summary.left_out,
         "repeated": summary.repeated,
         "dropped": dropped.to_json(),
         "groups": groups,

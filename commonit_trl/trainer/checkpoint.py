@@ -25,12 +25,12 @@ from safetensors.numpy import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from commonit_trl.files import write_arrays, write_text
 from commonit_trl.grouping import load_grouper
 from commonit_trl.grouping.fit import fingerprint
-from commonit_trl.plan import EpochPlan, PlanSpec
+from commonit_trl.plan import PlanSpec
 from commonit_trl.plan.spec import weights_by_id
 from commonit_trl.report import ledger
 from commonit_trl.trainer.run import row_costs
@@ -64,7 +64,7 @@ def describe(trainer: Any) -> dict[str, Any]:
         "assignment of rows to groups": fingerprint(np.ascontiguousarray(run.row_groups)),
         "tokens of rows": _fingerprint_rows(run.dataset),
         "token lengths": None if spec.lengths is None else fingerprint(np.ascontiguousarray(spec.lengths)),
-        "order of samples": trainer._commonit_fingerprint(),
+        "order of samples": trainer.commonit_fingerprint(),
         "rest of an epoch": None
         if spec.remaining_rows is None
         else [spec.resumed_epoch, fingerprint(np.ascontiguousarray(spec.remaining_rows))],
@@ -116,6 +116,29 @@ def check_baseline(checkpoint: Path) -> None:
             f"resume_from_checkpoint={str(checkpoint)!r}: it was written with CommonIT, and this run trains without "
             "it, in another order. Resume with the checkpoint's commonit_metric, or start a new run."
         )
+
+
+def prepare(trainer: Any, resume_from_checkpoint: str | bool | None) -> str | bool | None:
+    """Choose and check the checkpoint that `train` resumes from.
+
+    Returns:
+        The argument for the parent's `train`.
+
+    Raises:
+        ValueError: as `resume` and `check_baseline`.
+    """
+    run = trainer.commonit
+    if run is not None:
+        run.restart()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(trainer.args.output_dir) or True
+    found = get_last_checkpoint(trainer.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+    if found and Path(found).exists():  # else the parent refuses it
+        if run is None:
+            check_baseline(Path(found))
+        else:
+            resume(trainer, Path(found))
+    return resume_from_checkpoint
 
 
 def resume(trainer: Any, checkpoint: Path) -> None:
@@ -191,13 +214,13 @@ def _replan(
     epoch += done > 0 and run.spec.resumed_epoch is None  # all rows of the epoch are trained
     run.replanned += 1
     plan = run.plan(epoch)
-    run.first_step = epoch * plan.num_steps + first_step(plan)
-    trainer._commonit_logger.info(
+    run.first_step = epoch * plan.num_steps + plan.first_step
+    trainer.commonit_logger.info(
         "commonit_resume='replan': epoch %d has %d samples left, planned anew in %d steps that repeat %d; training "
         "resumes at step %d, with %d per epoch. Differences from the checkpoint: %s.",
         epoch,
         0 if run.spec.remaining_rows is None else len(run.spec.remaining_rows),
-        plan.num_steps - first_step(plan),
+        plan.num_steps - plan.first_step,
         plan.summary().repeated,
         run.first_step,
         plan.num_steps,
@@ -233,12 +256,6 @@ def load_remaining(directory: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     rows = load_file(directory / REMAINING_FILE)["rows"]
     return {"resumed_epoch": operator.index(described[0]), "remaining_rows": rows}
-
-
-def first_step(plan: EpochPlan) -> int:
-    """Return the first optimizer step of the epoch that holds samples."""
-    first_unit = int(np.argmax(plan.unit_sizes > 0))
-    return first_unit * plan.micro_batches_per_unit // (plan.world_size * plan.accumulation_steps)
 
 
 def move_schedule(scheduler: Any, step: int) -> None:

@@ -15,7 +15,7 @@ message. Cost: a cross entropy over the logits that exist anyway (TRL from 1.16 
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ _TOLERANCE = 0.02
 
 
 class RowLosses:
-    """Collects the loss of each row of one evaluation.
+    """Collects the loss of each row of one evaluation; a context in which the model's outputs are kept.
 
     Args:
         trainer: whose evaluation it is.
@@ -53,20 +53,19 @@ class RowLosses:
         self._outputs: Any = None
         self._hidden_states: Any = None
 
-    @contextlib.contextmanager
-    def hooks(self) -> Iterator[None]:
-        """A context in which the model's outputs are kept."""
+    def __enter__(self) -> Self:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        handles = [self.trainer.model.register_forward_hook(self._keep_outputs)]
+        self._hooks = [self.trainer.model.register_forward_hook(self._keep_outputs)]
         backbone = getattr(base, "base_model", None)
         if backbone is not None and backbone is not base:
-            handles.append(backbone.register_forward_hook(self._keep_hidden_states))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            self._hooks.append(backbone.register_forward_hook(self._keep_hidden_states))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self.trainer.commonit.row_losses = None
 
     def _keep_outputs(self, model: Any, args: Any, outputs: Any) -> None:
         self._outputs = outputs

@@ -19,21 +19,19 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput
 
 from commonit_trl.grouping import Grouper, build_grouper
-from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN
-from commonit_trl.grouping.fit import Grouping, data_seed, fit_grouping
-from commonit_trl.grouping.tracing import TracedRows
-from commonit_trl.plan import EpochPlan, PlanSpec
+from commonit_trl.grouping.fit import Grouping
+from commonit_trl.plan import EpochPlan
 from commonit_trl.plan.sampler import CommonITBatchSampler, CommonITDataLoader
 from commonit_trl.rows import Rows
 from commonit_trl.trainer import checkpoint, reports, validate
 from commonit_trl.trainer.callbacks import CommonITCallback, RunCallback
 from commonit_trl.trainer.evaluation import RowLosses
-from commonit_trl.trainer.loss import has_auxiliary_loss, is_summed_over_tokens, predicts_next_token
+from commonit_trl.trainer.loss import is_summed_over_tokens, predicts_next_token
 from commonit_trl.trainer.metrics import count_samples, count_tokens
-from commonit_trl.trainer.run import Run, row_costs
+from commonit_trl.trainer.run import Run, group_rows, start_run
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +61,7 @@ class CommonITMixin(_Mixed):
     commonit: Run | None = None
     _commonit_raw_dataset: Any = None  # for parents that prepare the training set as they are constructed
     _commonit_prepared: tuple[Grouping, NDArray[np.integer[Any]]] | None = None
-    _commonit_logger = logger  # a framework that hides other packages' messages sets its own
+    commonit_logger = logger  # a framework that hides other packages' messages sets its own
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = {**inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments, **kwargs}
@@ -74,106 +72,64 @@ class CommonITMixin(_Mixed):
             # Before the first collective that only some metrics have: a rank without CommonIT takes part in none.
             validate.compare_ranks({"commonit_metric": options.commonit_metric})
         if options.commonit_on and dataset is not None:
-            self._commonit_check(options, dataset)
+            self.commonit_check(options, dataset)
             self._commonit_raw_dataset = dataset
         super().__init__(*args, **kwargs)
         if options.commonit_on and dataset is not None:
-            self._commonit_start()
+            self.commonit_start()
 
-    def _commonit_check(self, options: Any, dataset: Any) -> None:
+    # --- hooks, for trainers that prepare, pack or sample in another way -------------------------------------------
+
+    def commonit_check(self, options: Any, dataset: Any) -> None:
         """Refuse what can be refused before the model is loaded."""
         validate.check_loss_type(options)
         validate.check_settings(options)
         validate.check_class(type(self), CommonITMixin, known=())
         validate.check_dataset(dataset)
+        validate.check_images(options, dataset)
         build_grouper(options, dataset.column_names)  # a missing task column
 
-    # --- groups and plan --------------------------------------------------------------------------------------------
-
-    def _commonit_start(self) -> None:
-        if len(self.train_dataset) == 0:
-            raise ValueError(
-                f"max_length={getattr(self.args, 'max_length', None)}: preparing train_dataset left no row with a "
-                "token to train on: raise max_length, or look at the rows."
-            )
-        grouping, row_groups = self._commonit_prepared or self._commonit_group()
-        world_size, rank = validate.data_parallel_rank(self)
-        summed_over_tokens = self._commonit_summed_over_tokens()
-        self.commonit = Run(
-            grouping=grouping,
-            spec=PlanSpec.from_options(
-                self.args,
-                grouping.names,
-                row_groups,
-                lengths=self._commonit_lengths(summed_over_tokens),
-                micro_batch_size=self._train_batch_size,
-                world_size=world_size,
-                accumulation_steps=self.args.gradient_accumulation_steps,
-                # TRL's preference trainers gather values of each sample, which needs as many on every rank.
-                equal_sizes=world_size > 1 and not summed_over_tokens,
-                seed=data_seed(self.args),
-            ),
-            dataset=self.train_dataset,
-            row_groups=row_groups,
-            rank=rank,
-            summed_over_tokens=summed_over_tokens,
-        )
-        self._commonit_fit_spec()
-        self.commonit.plan(0)  # refuses too few samples and a remainder='drop' without a step
-        validate.check_best_metric(self.args, grouping.names, self._commonit_evaluated_groups())
+    def commonit_start(self) -> None:
+        """Group the training rows and plan the run; the parent is constructed."""
+        self.commonit = start_run(self)
         self.add_callback(CommonITCallback())
         self.add_callback(RunCallback(self))
         if self.is_world_process_zero():
             reports.log_summary(self)
 
-    def _commonit_group(self) -> tuple[Grouping, NDArray[np.integer[Any]]]:
-        """Group the training rows that have a token to train on; return the groups, and those of `train_dataset`."""
-        rows = self._commonit_rows(self.train_dataset)
-        traced: tuple[TracedRows, ...] = ()
-        trained = rows.is_trained(shifted=predicts_next_token(self.model))
-        if not trained.all():
-            numbers = np.flatnonzero(~trained)
-            traced = (TracedRows(reason=NO_TRAINED_TOKEN, numbers=numbers, rows=rows.select(numbers)),)
-            self.train_dataset = self.train_dataset.select(np.flatnonzero(trained))
-            rows = self._commonit_rows(self.train_dataset)
-        grouping = fit_grouping(self.args, rows, traced)
-        return grouping, grouping.group_ids
+    def commonit_group(self) -> tuple[Grouping, NDArray[np.integer[Any]]]:
+        """Return the groups of the training rows, and the (rows,) groups of `train_dataset`."""
+        return self._commonit_prepared or group_rows(self)
 
-    def _commonit_rows(self, dataset: Dataset) -> Rows:
+    def commonit_rows(self, dataset: Dataset) -> Rows:
         """Return `dataset` as the groupers read it."""
         return Rows(dataset, self.processing_class)
 
-    def _commonit_summed_over_tokens(self) -> bool:
+    def commonit_is_packed(self, dataset: Dataset) -> bool:
+        """Return whether the rows of an evaluation set are packs."""
+        return False
+
+    def commonit_loss_is_summed(self) -> bool:
         """Return whether the loss is a sum over rows divided by the step's token count."""
         return is_summed_over_tokens(self)
 
-    def _commonit_lengths(self, summed_over_tokens: bool) -> NDArray[np.int64] | None:
-        """Return the (rows,) tokens by which to balance steps; None for micro-batches of equal size."""
-        if not self.args.commonit_balance_lengths:
-            return None
-        if not summed_over_tokens or has_auxiliary_loss(self):
-            self._commonit_logger.warning(
-                "commonit_balance_lengths=True: the loss of %s is not a sum over the step's tokens, so micro-batches "
-                "of different sizes would change the gradient. They keep equal sizes; set "
-                "commonit_balance_lengths=False to silence this.",
-                type(self.model).__name__,
-            )
-            return None
-        lengths = row_costs(self.train_dataset, self.data_collator)
-        if lengths is None:
-            logger.info("commonit_balance_lengths: the rows are not tokenised, so micro-batches keep equal sizes.")
-        return lengths
-
-    def _commonit_fit_spec(self) -> None:
+    def commonit_fit_spec(self) -> None:
         """Adapt the spec to the current batch size, which `auto_find_batch_size` changes."""
         assert self.commonit is not None
         if self.commonit.spec.micro_batch_size != self._train_batch_size:
             self.commonit.spec = replace(self.commonit.spec, micro_batch_size=self._train_batch_size)
 
-    def _commonit_fingerprint(self) -> str:
+    def commonit_fingerprint(self) -> str:
         """Return a hash of the order of samples."""
         assert self.commonit is not None
         return self.commonit.spec.fingerprint
+
+    def commonit_sampler(self) -> CommonITBatchSampler:
+        """Return this rank's batch sampler."""
+        assert self.commonit is not None
+        return CommonITBatchSampler(self.commonit.plan, self.commonit.rank)
+
+    # --- groups and plan --------------------------------------------------------------------------------------------
 
     def commonit_plan(self, epoch: int = 0) -> EpochPlan:
         """Return the plan of `epoch`, as training follows it; of a replanned epoch, the remaining steps.
@@ -202,10 +158,10 @@ class CommonITMixin(_Mixed):
         self.commonit.check_dataset(self.train_dataset)
         loader = super().get_train_dataloader()
         self.commonit.dataset = self.train_dataset  # DPO adds columns as it makes its loader
-        self._commonit_fit_spec()
+        self.commonit_fit_spec()
         return CommonITDataLoader(
             loader.dataset,
-            self._commonit_sampler(),
+            self.commonit_sampler(),
             collate_fn=loader.collate_fn,
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
@@ -216,11 +172,6 @@ class CommonITMixin(_Mixed):
             persistent_workers=loader.persistent_workers,
             in_order=loader.in_order,
         )
-
-    def _commonit_sampler(self) -> CommonITBatchSampler:
-        """Return this rank's batch sampler."""
-        assert self.commonit is not None
-        return CommonITBatchSampler(self.commonit.plan, self.commonit.rank)
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -271,21 +222,12 @@ class CommonITMixin(_Mixed):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the parent does; refuse a checkpoint of other groups or another plan."""
-        if self.commonit is not None and resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoint.last_checkpoint(self.args.output_dir) or True
-        path = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        if self.commonit is not None:
-            self.commonit.restart()
-        if path and Path(path).exists():  # else the parent refuses it
-            if self.commonit is None:
-                checkpoint.check_baseline(Path(path))
-            else:
-                checkpoint.resume(self, Path(path))
+        resume_from_checkpoint = checkpoint.prepare(self, resume_from_checkpoint)
         self._commonit_save(self.args.output_dir)  # before training, so that a failed run has its groups
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # A private name of transformers: the only place that decides at which step of which epoch the Trainer resumes.
-    # tests/unit/test_rest.py fails when it changes.
+    # tests/unit/test_platform.py fails when it changes.
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any
     ) -> tuple[int, int]:
@@ -319,16 +261,13 @@ class CommonITMixin(_Mixed):
         """Evaluate as the parent does, and add `<prefix>_<group>_loss` to the metrics."""
         loop: Any = super().evaluation_loop
         arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        group_ids = None if self.commonit is None else self._commonit_eval_groups(dataloader)
+        group_ids = None if self.commonit is None else self.commonit.groups_of(self, dataloader)
         if self.commonit is None or group_ids is None:
             return loop(*arguments)
-        losses = self.commonit.row_losses = RowLosses(self, dataloader, len(group_ids))
-        try:
-            with losses.hooks():
-                output = loop(*arguments)
-        finally:
-            self.commonit.row_losses = None
-        output.metrics.update(losses.metrics(self.commonit.grouping, group_ids, metric_key_prefix))
+        with RowLosses(self, dataloader, len(group_ids)) as self.commonit.row_losses:
+            output = loop(*arguments)
+            losses = self.commonit.row_losses.metrics(self.commonit.grouping, group_ids, metric_key_prefix)
+        output.metrics.update(losses)
         return output
 
     def prediction_step(
@@ -341,46 +280,3 @@ class CommonITMixin(_Mixed):
         if losses is not None:
             losses.add(kept, result[0])
         return result
-
-    def _commonit_is_packed(self, dataset: Dataset) -> bool:
-        """Return whether the rows of an evaluation set are packs."""
-        return False
-
-    def _commonit_eval_groups(self, dataloader: Any) -> NDArray[np.int64] | None:
-        """Return the (rows,) groups of the set that `dataloader` evaluates."""
-        assert self.commonit is not None
-        (loader, dataset), self.commonit.evaluated = self.commonit.evaluated, (None, None)
-        return self._commonit_assign_eval(dataset) if dataset is not None and loader is dataloader else None
-
-    def _commonit_assign_eval(self, dataset: Any) -> NDArray[np.int64] | None:
-        """Return the (rows,) groups of an evaluation set; None, with a message, where they cannot be assigned."""
-        assert self.commonit is not None
-        if not isinstance(dataset, Dataset):
-            logger.info("No loss per group: the evaluation set is a %s.", type(dataset).__name__)
-            return None
-        if self._commonit_is_packed(dataset):
-            logger.info("No loss per group: the evaluation set is packed; set eval_packing=False to get it.")
-            return None
-        groups = self.commonit.eval_groups
-        if dataset not in groups:
-            try:
-                groups[dataset] = self.commonit.grouping.assign(self._commonit_rows(dataset))
-            except ValueError as error:
-                logger.warning("No loss per group on the evaluation set: %s", error)
-                groups[dataset] = None  # so that this is logged once
-        return groups[dataset]
-
-    def _commonit_evaluated_groups(self) -> dict[str, list[str]]:
-        """Return the metric prefix and the names of the groups of each evaluation set."""
-        assert self.commonit is not None
-        if self.args.metric_for_best_model is None or self.eval_dataset is None:
-            return {}
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
-        assigned = {name: self._commonit_assign_eval(dataset) for name, dataset in sets.items()}
-        return {
-            "eval" if name is None else f"eval_{name}": list(
-                map(self.commonit.grouping.name_of, np.unique(group_ids).tolist())
-            )
-            for name, group_ids in assigned.items()
-            if group_ids is not None
-        }

@@ -37,7 +37,7 @@ def epoch_summary(trainer: Any) -> dict[str, Any]:
 
 def log_summary(trainer: Any) -> None:
     """Log the epoch summary, and warn of samples that are dropped, left out or repeated."""
-    args, log = trainer.args, trainer._commonit_logger
+    args, log = trainer.args, trainer.commonit_logger
     with optional("the epoch summary", log):
         entry = epoch_summary(trainer)
         log.info(
@@ -85,7 +85,7 @@ def _largest(counts: dict[str, int]) -> str:
 def inspect_run(trainer: Any) -> Inspection | None:
     """Compute the numbers of the first epoch for the report; None where they cannot be had."""
     run, args = trainer.commonit, trainer.args
-    with optional("all numbers", trainer._commonit_logger):
+    with optional("all numbers", trainer.commonit_logger):
         lengths, plan = run.spec.lengths, run.spec.whole.plan(0)
         if lengths is None and len(trainer.train_dataset) == len(plan.group_ids):
             trained = Rows(trainer.train_dataset)
@@ -117,14 +117,14 @@ def write_report(trainer: Any, inspection: Inspection | None) -> None:
         if name in entry
     ]
     path = Path(trainer.args.output_dir) / COMMONIT_DIR / REPORT_FILE
-    with optional(f"the file {path}", trainer._commonit_logger):
+    with optional(f"the file {path}", trainer.commonit_logger):
         write_html(path, [inspection], losses)
 
 
 def extend_model_card(trainer: Any) -> None:
     """Add a section on the groups to the model card, if there is one."""
     path = Path(trainer.args.output_dir) / "README.md"
-    with optional(f"the section of {path}", trainer._commonit_logger):
+    with optional(f"the section of {path}", trainer.commonit_logger):
         if path.exists():
             settings = {name: getattr(trainer.args, name) for name in _CARD_SETTINGS}
             section = model_card_section(epoch_summary(trainer), settings)

@@ -1,6 +1,7 @@
-"""`Run`: the state that CommonIT adds to a trainer, in one value."""
+"""`Run`: the state that CommonIT adds to a trainer, in one value; `start_run` makes it."""
 
 import functools
+import logging
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +12,17 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import Trainer
 
-from commonit_trl.grouping.fit import Grouping
+from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN
+from commonit_trl.grouping.fit import Grouping, data_seed, fit_grouping
+from commonit_trl.grouping.tracing import TracedRows
 from commonit_trl.plan import EpochPlan, PlanSpec
 from commonit_trl.rows import Rows
+from commonit_trl.trainer import validate
 from commonit_trl.trainer.evaluation import RowLosses
+from commonit_trl.trainer.loss import has_auxiliary_loss, predicts_next_token
 from commonit_trl.trainer.metrics import GroupMetrics, TokenCounts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -94,6 +101,38 @@ class Run:
         """Add the gradient norm of an optimizer step to the metrics of its group."""
         self.metrics.add_step(self.plan(self.epoch).group_of(global_step), grad_norm)
 
+    def groups_of(self, trainer: Any, dataloader: Any) -> NDArray[np.int64] | None:
+        """Return the (rows,) groups of the set that `dataloader` evaluates; None where it has none."""
+        (loader, dataset), self.evaluated = self.evaluated, (None, None)
+        return self.assign_eval(trainer, dataset) if dataset is not None and loader is dataloader else None
+
+    def assign_eval(self, trainer: Any, dataset: Any) -> NDArray[np.int64] | None:
+        """Return the (rows,) groups of an evaluation set; None, with a message, where they cannot be assigned."""
+        if not isinstance(dataset, Dataset):
+            logger.info("No loss per group: the evaluation set is a %s.", type(dataset).__name__)
+            return None
+        if trainer.commonit_is_packed(dataset):
+            logger.info("No loss per group: the evaluation set is packed; set eval_packing=False to get it.")
+            return None
+        if dataset not in self.eval_groups:
+            try:
+                self.eval_groups[dataset] = self.grouping.assign(trainer.commonit_rows(dataset))
+            except ValueError as error:
+                logger.warning("No loss per group on the evaluation set: %s", error)
+                self.eval_groups[dataset] = None  # so that this is logged once
+        return self.eval_groups[dataset]
+
+    def evaluated_groups(self, trainer: Any) -> dict[str, list[str]]:
+        """Return the metric prefix and the names of the groups of each evaluation set."""
+        given = trainer.eval_dataset
+        sets = given if isinstance(given, dict) else {} if given is None else {None: given}
+        assigned = {name: self.assign_eval(trainer, dataset) for name, dataset in sets.items()}
+        return {
+            "eval" if name is None else f"eval_{name}": list(map(self.grouping.name_of, np.unique(group_ids).tolist()))
+            for name, group_ids in assigned.items()
+            if group_ids is not None
+        }
+
     def check_dataset(self, dataset: Any) -> None:
         """Refuse a training set that is not the one that was grouped.
 
@@ -105,6 +144,79 @@ class Run:
                 f"train_dataset ({len(dataset)} rows) is not the dataset that was grouped ({len(self.dataset)} rows): "
                 "give the dataset at construction and do not replace it."
             )
+
+
+def start_run(trainer: Any) -> Run:
+    """Group the training rows of a constructed trainer, and plan its run.
+
+    Raises:
+        ValueError: when no row can be trained, and when options, settings or groups do not go together.
+    """
+    args = trainer.args
+    if len(trainer.train_dataset) == 0:
+        raise ValueError(
+            f"max_length={getattr(args, 'max_length', None)}: preparing train_dataset left no row with a token to "
+            "train on: raise max_length, or look at the rows."
+        )
+    grouping, row_groups = trainer.commonit_group()
+    world_size, rank = validate.data_parallel_rank(trainer)
+    summed = trainer.commonit_loss_is_summed()
+    run = trainer.commonit = Run(
+        grouping=grouping,
+        spec=PlanSpec.from_options(
+            args,
+            grouping.names,
+            row_groups,
+            lengths=_balanced_lengths(trainer, summed),
+            micro_batch_size=trainer._train_batch_size,
+            world_size=world_size,
+            accumulation_steps=args.gradient_accumulation_steps,
+            # TRL's preference trainers gather values of each sample, which needs as many on every rank.
+            equal_sizes=world_size > 1 and not summed,
+            seed=data_seed(args),
+        ),
+        dataset=trainer.train_dataset,
+        row_groups=row_groups,
+        rank=rank,
+        summed_over_tokens=summed,
+    )
+    trainer.commonit_fit_spec()
+    run.plan(0)  # refuses too few samples and a remainder='drop' without a step
+    if args.metric_for_best_model is not None:
+        validate.check_best_metric(args, grouping.names, run.evaluated_groups(trainer))
+    return run
+
+
+def group_rows(trainer: Any) -> tuple[Grouping, NDArray[np.integer[Any]]]:
+    """Group the training rows that have a token to train on; remove the others from `train_dataset`."""
+    rows = trainer.commonit_rows(trainer.train_dataset)
+    traced: tuple[TracedRows, ...] = ()
+    trained = rows.is_trained(shifted=predicts_next_token(trainer.model))
+    if not trained.all():
+        numbers = np.flatnonzero(~trained)
+        traced = (TracedRows(reason=NO_TRAINED_TOKEN, numbers=numbers, rows=rows.select(numbers)),)
+        trainer.train_dataset = trainer.train_dataset.select(np.flatnonzero(trained))
+        rows = trainer.commonit_rows(trainer.train_dataset)
+    grouping = fit_grouping(trainer.args, rows, traced)
+    return grouping, grouping.group_ids
+
+
+def _balanced_lengths(trainer: Any, summed_over_tokens: bool) -> NDArray[np.int64] | None:
+    """The (rows,) tokens by which to balance steps; None for micro-batches of equal size."""
+    if not trainer.args.commonit_balance_lengths:
+        return None
+    if not summed_over_tokens or has_auxiliary_loss(trainer):
+        trainer.commonit_logger.warning(
+            "commonit_balance_lengths=True: the loss of %s is not a sum over the step's tokens, so micro-batches of "
+            "different sizes would change the gradient. They keep equal sizes; set commonit_balance_lengths=False to "
+            "silence this.",
+            type(trainer.model).__name__,
+        )
+        return None
+    lengths = row_costs(trainer.train_dataset, trainer.data_collator)
+    if lengths is None:
+        logger.info("commonit_balance_lengths: the rows are not tokenised, so micro-batches keep equal sizes.")
+    return lengths
 
 
 def row_costs(dataset: Dataset, data_collator: Any) -> NDArray[np.int64] | None:

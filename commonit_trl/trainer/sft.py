@@ -54,7 +54,7 @@ class CommonITSFTTrainer(CommonITMixin, SFTTrainer):
     With `packing=True` each group is packed alone, by TRL's strategies; a step then holds packs of one group.
     """
 
-    def _commonit_rows(self, dataset: Dataset) -> Rows:
+    def commonit_rows(self, dataset: Dataset) -> Rows:
         return sft_rows(self, dataset, self.args)
 
     # A private name of TRL: packing happens in it, after which rows cannot be told apart, so it is the only place to
@@ -91,7 +91,7 @@ class CommonITSFTTrainer(CommonITMixin, SFTTrainer):
         self._commonit_prepared = grouping, pack_groups
         return packs
 
-    def _commonit_is_packed(self, dataset: Dataset) -> bool:
+    def commonit_is_packed(self, dataset: Dataset) -> bool:
         packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
         return packing and set(dataset.column_names) <= {"input_ids", "labels", "seq_lengths"}
 

@@ -37,6 +37,16 @@ def check_dataset(dataset: Any) -> None:
         raise ValueError("train_dataset has no rows.")
 
 
+def check_images(options: CommonITArguments, dataset: Dataset) -> None:
+    """Refuse metric `length` for rows with images, which TRL's collator tokenises during training."""
+    images = [column for column in ("image", "images") if column in dataset.column_names]
+    if images and options.commonit_metric == "length":
+        raise ValueError(
+            f"commonit_metric='length': rows with a column {images[0]!r} have no token count before training, because "
+            "the collator tokenises them. Use commonit_metric='task' or 'embedding'."
+        )
+
+
 def check_settings(args: Any) -> None:
     """Refuse training arguments that would undo group-pure batches."""
     accelerator_config = args.accelerator_config

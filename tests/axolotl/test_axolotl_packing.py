@@ -18,7 +18,14 @@ datasets = st.lists(st.tuples(st.integers(0, 3), st.integers(1, CAPACITY)), min_
 
 def pack(rows, **options):
     group_ids, lengths = (np.array(values, dtype=np.int64) for values in zip(*rows))
-    options = {"bins_per_micro_batch": 1, "micro_batches_per_unit": 1, "split": True, "seed": 0, **OPTIONS, **options}
+    options = {
+        "bins_per_micro_batch": 1,
+        "micro_batches_per_partition": 1,
+        "split": True,
+        "seed": 0,
+        **OPTIONS,
+        **options,
+    }
     return pack_groups(group_ids, lengths, capacity=CAPACITY, **options), group_ids, lengths
 
 
@@ -26,15 +33,15 @@ def pack(rows, **options):
 @given(
     rows=datasets,
     per_micro_batch=st.integers(1, 4),
-    per_unit=st.integers(1, 8),
+    per_partition=st.integers(1, 8),
     sequential=st.booleans(),
     bin_size=st.integers(1, 5),
 )
-def test_bins_hold_each_row_once_and_rows_of_one_group(rows, per_micro_batch, per_unit, sequential, bin_size):
+def test_bins_hold_each_row_once_and_rows_of_one_group(rows, per_micro_batch, per_partition, sequential, bin_size):
     bins, group_ids, lengths = pack(
         rows,
         bins_per_micro_batch=per_micro_batch,
-        micro_batches_per_unit=per_unit,
+        micro_batches_per_partition=per_partition,
         sequential=sequential,
         bin_size=bin_size,
     )
@@ -45,8 +52,8 @@ def test_bins_hold_each_row_once_and_rows_of_one_group(rows, per_micro_batch, pe
         assert sequential or len(bin_rows) <= bin_size
     for group in set(group_ids.tolist()):
         count, size = np.sum(bins.group_ids == group), np.sum(group_ids == group)
-        units = -(-count // (per_micro_batch * per_unit))
-        assert count >= min(size, units * per_unit)
+        partitions = -(-count // (per_micro_batch * per_partition))
+        assert count >= min(size, partitions * per_partition)
 
 
 @settings(max_examples=100, deadline=None)
@@ -57,8 +64,8 @@ def test_bins_hold_each_row_once_and_rows_of_one_group(rows, per_micro_batch, pe
     per_micro_batch=st.integers(1, 3),
 )
 def test_a_plan_over_bins_repeats_rows_of_small_groups_only(rows, world_size, accumulation, per_micro_batch):
-    per_unit = world_size * accumulation
-    bins, group_ids, _ = pack(rows, bins_per_micro_batch=per_micro_batch, micro_batches_per_unit=per_unit)
+    per_partition = world_size * accumulation
+    bins, group_ids, _ = pack(rows, bins_per_micro_batch=per_micro_batch, micro_batches_per_partition=per_partition)
     if len(bins.rows) < world_size * accumulation:
         return  # refused by the plan
     plan = plan_epoch(
@@ -73,9 +80,10 @@ def test_a_plan_over_bins_repeats_rows_of_small_groups_only(rows, world_size, ac
     assert set(seen) == set(range(len(rows)))
     counts = np.bincount(seen)
     for group in set(group_ids.tolist()):
-        size, units = np.sum(group_ids == group), -(-np.sum(bins.group_ids == group) // (per_micro_batch * per_unit))
+        size, count = np.sum(group_ids == group), np.sum(bins.group_ids == group)
+        partitions = -(-count // (per_micro_batch * per_partition))
         repeats = counts[group_ids == group].sum() - size
-        assert repeats == 0 if size >= units * per_unit else repeats < per_unit
+        assert repeats == 0 if size >= partitions * per_partition else repeats < per_partition
 
 
 def test_rows_that_exceed_the_groups_size_are_packed_by_chunks_as_axolotl_does():
@@ -95,8 +103,8 @@ def test_splitting_ends_with_bins_of_one_row():
     assert sorted(split_bins([[1, 2, 3], [4]], 9)) == [[1], [2], [3], [4]]
 
 
-def test_the_digest_tells_bins_apart():
+def test_other_bins_have_another_fingerprint():
     def bins(rows):
-        return Bins(rows=rows, group_ids=np.zeros(2, int), lengths=np.ones(2, int), capacity=4).digest()
+        return Bins(rows=rows, group_ids=np.zeros(2, int), lengths=np.ones(2, int), capacity=4).fingerprint()
 
     assert bins([[1], [2, 3]]) == bins([[1], [2, 3]]) != bins([[1, 2], [3]])

@@ -201,7 +201,7 @@ def test_bins_are_as_large_as_axolotls(tmp_path: Path, real_batches: bool) -> No
     args.commonit_metric = "task"
     args.commonit_task_column = ["task"]
     ours = CommonITAxolotlTrainer(model=tiny_model(), args=args, **given)
-    assert ours._commonit_bins.capacity == sampler.batch_max_len == (64 if real_batches else 256)
+    assert ours.commonit_bins.capacity == sampler.batch_max_len == (64 if real_batches else 256)
     assert ours.commonit_plan().micro_batch_size == sampler.batch_size == (4 if real_batches else 1)
     taken = inspect.signature(type(sampler)).parameters
     assert {"group_size", "bin_size", "sequential", "num_processes", "mp_start_method"} <= set(taken)

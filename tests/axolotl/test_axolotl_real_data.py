@@ -17,7 +17,7 @@ ROWS = 150
 EFFICIENCY_MARGIN = 0.03
 SMALL_STEP = 32  # sequences of 2,048 tokens in a step: a fortieth of the data
 
-pytestmark = pytest.mark.real_data
+pytestmark = [pytest.mark.real_data, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

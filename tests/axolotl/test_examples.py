@@ -21,6 +21,8 @@ from recipes import ENVIRONMENT, PLUGIN, launch, result, save_model, seen, write
 from commonit_trl import load_grouper
 from commonit_trl.cli.demo import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "example_configs" / "axolotl"
 RECIPES = sorted(EXAMPLES.glob("*.yml"))

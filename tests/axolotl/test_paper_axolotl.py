@@ -10,10 +10,13 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import pytest
 import yaml
 from recipes import launch, result, save_model, seen, write_recipe, write_rows
 from test_examples import PLUGIN, ROOT, check_command, unknown_keys
 from test_examples import load as load  # the fixture
+
+pytestmark = pytest.mark.slow
 
 PAPER = ROOT / "example_configs" / "paper"
 sys.path.append(str(PAPER))

@@ -249,21 +249,21 @@ OPTION_CASES = {
     "a value without an option": case("'stray'", "option", argv=("stray",)),
 }
 SETTING_CASES = {
-    "model_name_or_path empty": case("model_name_or_path=''", "give a hub name", model_name_or_path=""),
+    "model_name_or_path empty": case("model_name_or_path=''", "Give a hub name", model_name_or_path=""),
     "model_name_or_path a file": case(
-        "model_name_or_path='data.jsonl'", "give a hub name", model_name_or_path="data.jsonl"
+        "model_name_or_path='data.jsonl'", "Give a hub name", model_name_or_path="data.jsonl"
     ),
     "model_name_or_path no model": case(
-        "model_name_or_path='empty'", "give a hub name", files={"empty": None}, model_name_or_path="empty"
+        "model_name_or_path='empty'", "Give a hub name", files={"empty": None}, model_name_or_path="empty"
     ),
     "model_name_or_path of an unknown kind": case(
         "model_name_or_path='strange'",
-        "give a hub name",
+        "Give a hub name",
         files={"strange/config.json": '{"model_type": "strange"}'},
         model_name_or_path="strange",
     ),
     "model_name_or_path that clears the screen": case(
-        "model_name_or_path='\\x1b[2Jx'", "give a hub name", model_name_or_path="\x1b[2Jx"
+        "model_name_or_path='\\x1b[2Jx'", "Give a hub name", model_name_or_path="\x1b[2Jx"
     ),
     "output_dir a file": case("output_dir='data.jsonl'", "that this user may write", output_dir="data.jsonl"),
     "output_dir below a file": case(
@@ -271,10 +271,10 @@ SETTING_CASES = {
     ),
     "output_dir too long": case(f"output_dir='{LONG}'", "that this user may write", output_dir=LONG),
     "resume_from_checkpoint missing": case(
-        "resume_from_checkpoint='gone'", "name a checkpoint", resume_from_checkpoint="gone"
+        "resume_from_checkpoint='gone'", "Name a checkpoint", resume_from_checkpoint="gone"
     ),
     "resume_from_checkpoint a file": case(
-        "resume_from_checkpoint='data.jsonl'", "name a checkpoint", resume_from_checkpoint="data.jsonl"
+        "resume_from_checkpoint='data.jsonl'", "Name a checkpoint", resume_from_checkpoint="data.jsonl"
     ),
     "per_device_train_batch_size 0": case("per_device_train_batch_size=0", "at least 1", per_device_train_batch_size=0),
     "gradient_accumulation_steps negative": case(
@@ -487,20 +487,20 @@ COMMAND_CASES = {
     ),
     "inspect: --html a directory": (
         ("inspect", "data.jsonl", *TASK, "--html", "dir"),
-        ("--html dir", "name a file"),
+        ("--html dir", "Name a file"),
     ),
     "inspect: --html below a file": (
         ("inspect", "data.jsonl", *TASK, "--html", "data.jsonl/x.html"),
-        ("--html data.jsonl/x.html", "name a file"),
+        ("--html data.jsonl/x.html", "Name a file"),
     ),
-    "inspect: --html too long": (("inspect", "data.jsonl", *TASK, "--html", LONG), (f"--html {LONG}", "name a file")),
+    "inspect: --html too long": (("inspect", "data.jsonl", *TASK, "--html", LONG), (f"--html {LONG}", "Name a file")),
     "inspect: --tokenizer a file": (
         ("inspect", "data.jsonl", *TASK, "--tokenizer", "data.jsonl"),
-        ("--tokenizer='data.jsonl'", "give a hub name"),
+        ("--tokenizer='data.jsonl'", "Give a hub name"),
     ),
     "inspect: --tokenizer an empty directory": (
         ("inspect", "data.jsonl", *TASK, "--tokenizer", "dir"),
-        ("--tokenizer='dir'", "give a hub name"),
+        ("--tokenizer='dir'", "Give a hub name"),
     ),
     "inspect: length without a tokenizer": (
         ("inspect", "data.jsonl", "--commonit_metric", "length"),
@@ -538,11 +538,11 @@ COMMAND_CASES = {
     ),
     "group: data without rows of the loaded groups": (
         ("group", "other.jsonl", "--load", "saved", "--output", "x"),
-        ("--load saved", "none of the 5 rows"),
+        ("--load saved", "all 5 rows are unassigned"),
     ),
     "group: another metric than the loaded": (
         ("group", "data.jsonl", "--load", "saved", "--commonit_metric", "length", "--output", "x"),
-        ("commonit_metric=length", "--load saved", "remove one"),
+        ("commonit_metric=length", "--load saved", "Remove one"),
     ),
     "demo: --max_steps 0": (("demo", "--max_steps", "0"), ("--max_steps 0", "1 or more")),
     "demo: --max_steps many": (("demo", "--max_steps", "many"), ("--max_steps", "'many'", "invalid int")),

@@ -13,6 +13,7 @@ from toys import id_rows
 from trl import SFTTrainer
 
 from commonit_trl import Rows, load_grouper
+from commonit_trl.trainer.checkpoint import last_checkpoint
 
 SIZES = [9, 6, 5]
 ROWS = id_rows(SIZES)
@@ -77,7 +78,7 @@ def test_groups_and_run_are_saved(run, name):
     assert np.array_equal(grouper.assign(Rows(ROWS)), trainer.commonit_group_ids)
     description = json.loads((saved / "run.json").read_text())
     assert description["commonit_metric"] == "task" and description["rows"] == 20
-    assert description["order of samples"] == trainer.commonit_plan().digest()
+    assert description["order of samples"] == trainer.commonit_plan().fingerprint()
 
 
 def test_embedding_groups_are_saved_with_their_centroids(tmp_path, minilm):
@@ -210,6 +211,12 @@ def test_resume_from_the_last_checkpoint_trains_nothing(run, tmp_path):
     assert resumed.state.global_step == len(steps)
     weights = whole.model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in resumed.model.state_dict().items())
+
+
+def test_a_folder_without_a_complete_checkpoint_has_no_last_one(tmp_path):
+    assert last_checkpoint(tmp_path / "missing") is None
+    (tmp_path / "checkpoint-3").mkdir()
+    assert last_checkpoint(tmp_path) is None
 
 
 def test_resume_true_takes_the_last_checkpoint(run, tmp_path):

@@ -1,5 +1,4 @@
-"""`commonit compare` trains truly paired runs, measures every held-out row, goes on after an interruption, and names
-what failed."""
+"""`commonit compare` trains paired runs, measures every held-out row, resumes, and names failed runs."""
 
 import json
 import math
@@ -34,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 @pytest.fixture
 def recipe(model, tmp_path):
-    """24 rows of three tasks to train on, 9 held out, in steps of one task: no row comes twice."""
+    """24 training and 9 held-out rows of three tasks, in steps of one task without repeats."""
     (tmp_path / "data").mkdir()
     for split, count in (("train", 8), ("test", 3)):
         rows = [row for task in ("add", "sort", "spell") for row in rows_of_task(f"{task} {split}", count)]
@@ -70,8 +69,7 @@ def written(run):
 
 @pytest.fixture
 def seen(recipe, monkeypatch):
-    """Does all runs in this process; what the model of each saw: its weights at the start, the training steps, the
-    held-out rows."""
+    """Does all runs in this process; records for each the model's initial weights, training steps and held-out rows."""
     records = {}
 
     def recorded(model_args, training_args, train, held_out):
@@ -96,14 +94,14 @@ def seen(recipe, monkeypatch):
 
 
 def test_the_runs_are_paired(seen, recipe, capfd):
-    plain = seen["none@7"]
-    rows = plain["trained"].rows
+    baseline = seen["none@7"]
+    rows = baseline["trained"].rows
     assert len(rows) == 24 and set(rows.values()) == {2}  # epochs
     for run, record in seen.items():
         for name, weight in record["weights"].items():
-            assert torch.equal(weight, plain["weights"][name])
+            assert torch.equal(weight, baseline["weights"][name])
         assert record["trained"].rows == rows
-        assert record["held_out"] == plain["held_out"]
+        assert record["held_out"] == baseline["held_out"]
         assert len(record["held_out"]) == 9 and set(record["held_out"].values()) == {1}
         result, arrays = written(run)
         assert result["steps"] == len(record["trained"].steps)
@@ -113,18 +111,18 @@ def test_the_runs_are_paired(seen, recipe, capfd):
     orders = {run: [step for step in record["trained"].steps] for run, record in seen.items()}
     assert all(orders[one] != orders[other] for one in RUNS for other in RUNS if one < other)
 
-    # All of them have finished: nothing is started, and their numbers are put together.
+    # All runs have finished, so none starts.
     assert compare(recipe, "--json") == 0
     numbers = json.loads(capfd.readouterr().out)
     assert [result["name"] for result in numbers["strategies"]] == list(STRATEGIES)
     losses = {run: written(run)[1]["loss"].sum() / written(run)[1]["tokens"].sum() for run in RUNS}
     for result in numbers["strategies"]:
-        mine = [losses[f"{result['name']}@{seed}"] for seed in SEEDS]
-        assert result["loss"]["value"] == pytest.approx(np.mean(mine))
+        ours = [losses[f"{result['name']}@{seed}"] for seed in SEEDS]
+        assert result["loss"]["value"] == pytest.approx(np.mean(ours))
         assert len(result["curves"]["loss"]) == result["steps"]
         if result["name"] != "none":
-            beside = [losses[f"none@{seed}"] for seed in SEEDS]
-            assert result["loss"]["difference"]["value"] == pytest.approx(np.mean(mine) - np.mean(beside))
+            theirs = [losses[f"none@{seed}"] for seed in SEEDS]
+            assert result["loss"]["difference"]["value"] == pytest.approx(np.mean(ours) - np.mean(theirs))
             assert sum(group["rows"] for group in result["groups"]) == 9
     assert {group["name"]: group["rows"] for group in numbers["strategies"][1]["groups"]} == dict(
         add=3, sort=3, spell=3
@@ -133,32 +131,33 @@ def test_the_runs_are_paired(seen, recipe, capfd):
     assert "length:num_groups=2" in page and "http-equiv" in page
 
 
-def test_new_adapters_begin_the_same(recipe):
+def test_new_adapters_start_with_the_same_weights(recipe):
     for run in ("none@7", "task@7", "none@8"):
         assert compare(recipe | {"use_peft": True}, "--only", run) == 0
-    plain, task, other_seed = (written(run)[0]["weights"] for run in ("none@7", "task@7", "none@8"))
-    assert plain == task != other_seed
+    baseline, task, other_seed = (written(run)[0]["weights"] for run in ("none@7", "task@7", "none@8"))
+    assert baseline == task != other_seed
 
 
-def test_what_changed_between_runs_is_named(recipe, capfd):
+def test_settings_that_changed_between_runs_are_named(recipe, capfd):
     assert compare(recipe, "--only", "none@7") == 0
     (directory,) = Path("out/compare/runs").iterdir()
     assert compare(recipe | {"learning_rate": 0.02}) == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "learning_rate (0.01 there, 0.02 now)" in error and str(directory) in error
+    assert "learning_rate (0.01 before, 0.02 now)" in error and str(directory) in error
     assert compare(recipe, "--num_processes", "2") == 2
-    assert "options of the launcher ([] there, ['--num_processes', '2'] now)" in capfd.readouterr().err
+    assert "options of the launcher ([] before, ['--num_processes', '2'] now)" in capfd.readouterr().err
     (directory / "result.json").write_text("{", encoding="utf-8")
     assert compare(recipe) == 2
-    assert "is damaged" in capfd.readouterr().err.strip().splitlines()[-1]
+    assert "damaged" in capfd.readouterr().err.strip().splitlines()[-1]
 
 
-def test_an_interrupted_comparison_goes_on_and_a_failed_run_is_named(recipe, tmp_path):
-    """The processes that users start: one run is missing, one cannot be done, the others have finished."""
+@pytest.mark.slow
+def test_an_interrupted_comparison_resumes_and_names_a_failed_run(recipe, tmp_path):
+    """In real processes: one run has finished, one was interrupted, one fails."""
     recipe = recipe | {"metrics": "none,length,embedding:embedding_model=nowhere", "seeds": 1}
     assert compare(recipe, "--only", "none@7") == 0
     before = os.stat("out/compare/runs/none@7/result.json").st_mtime_ns
-    (tmp_path / "out/compare/runs/length@7").mkdir()  # of a run that was cut off
+    (tmp_path / "out/compare/runs/length@7").mkdir()  # of an interrupted run
     (tmp_path / "out/compare/runs/length@7/rows.safetensors").write_bytes(b"half")
     command = [sys.executable, "-m", "commonit_trl", "compare", *as_argv(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -169,10 +168,10 @@ def test_an_interrupted_comparison_goes_on_and_a_failed_run_is_named(recipe, tmp
         "Failed: embedding:embedding_model=nowhere@7: commonit: error: commonit_embedding_model='nowhere'"
         in done.stdout
     )
-    assert "length: " in done.stdout and "With one seed" in done.stdout
+    assert "length: " in done.stdout and "--seeds 1: " in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 
-    # What a process of its own gives is what this one gives.
+    # A run gives the same results in its own process and in this one.
     alone = written("length@7")[1]
     (tmp_path / "out/compare/runs/length@7/result.json").unlink()
     assert compare(recipe, "--only", "length@7") == 0
@@ -181,13 +180,14 @@ def test_an_interrupted_comparison_goes_on_and_a_failed_run_is_named(recipe, tmp
 
 
 def test_a_run_is_done_by_one_process_at_a_time(recipe, capfd):
-    """As when a comparison was killed and its run goes on."""
+    """As when a comparison was killed and its run continues."""
     with claimed(Path("out/compare/runs/none@7")):
         assert compare(recipe, "--only", "none@7") == 2
-    assert "is being written by another process" in capfd.readouterr().err.strip().splitlines()[-1]
+    assert "another process" in capfd.readouterr().err.strip().splitlines()[-1]
     assert compare(recipe, "--only", "none@7") == 0
 
 
+@pytest.mark.slow
 def test_runs_end_with_the_comparison(recipe):
     command = [sys.executable, "-m", "commonit_trl", "compare", *as_argv(recipe | {"num_train_epochs": 10_000})]
     comparison = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -198,12 +198,13 @@ def test_runs_end_with_the_comparison(recipe):
         time.sleep(0.1)
     comparison.terminate()
     assert comparison.wait(timeout=60) == 128 + signal.SIGTERM
-    for lock in locks:  # nobody holds them
+    for lock in locks:  # released by the stopped runs
         with claimed(lock.parent):
             pass
 
 
-def test_two_ranks_measure_every_row_in_its_place(recipe, tmp_path):
+@pytest.mark.slow
+def test_two_ranks_measure_every_row_in_order(recipe, tmp_path):
     assert compare(recipe, "--only", "task@7") == 0
     alone = written("task@7")
     ranks = {"accelerate_config": EXAMPLES / "accelerate" / "ddp.yaml", "num_processes": 2, "main_process_port": 0}
@@ -224,7 +225,7 @@ def test_two_ranks_measure_every_row_in_its_place(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"packing": True, "max_length": 32, "eval_packing": False}])
-def test_rows_are_measured_as_alone(options, tmp_path):
+def test_rows_are_measured_as_in_batches_of_one(options, tmp_path):
     held_out = [row for task in ("add", "sort") for row in rows_of_task(task, 6)]
     rows = Dataset.from_list(held_out)
     trainer = make_trainer(tmp_path, rows, commonit_metric="length", extra={"eval_dataset": rows}, **options)
@@ -236,8 +237,8 @@ def test_rows_are_measured_as_alone(options, tmp_path):
         (loss,), (tokens,) = row_losses(model, inputs)
         assert measured["tokens"][number] == tokens > 0
         assert measured["loss"][number] == pytest.approx(loss, rel=1e-4)
-        likeliest = model(input_ids=inputs["input_ids"]).logits[0, :-1].argmax(-1)
-        assert measured["correct"][number] == (likeliest == inputs["labels"][0, 1:]).sum()
+        top = model(input_ids=inputs["input_ids"]).logits[0, :-1].argmax(-1)
+        assert measured["correct"][number] == (top == inputs["labels"][0, 1:]).sum()
 
 
 def test_answers_are_those_of_greedy_decoding(tmp_path):
@@ -245,51 +246,53 @@ def test_answers_are_those_of_greedy_decoding(tmp_path):
     trainer = make_trainer(tmp_path, Dataset.from_list(rows), commonit_metric="length", learning_rate=3e-2)
     trainer.train()
     tokenizer, model = trainer.processing_class, trainer.model.eval()
-    for number, row in enumerate(rows):  # every other row expects what the model says, alone and without padding
+    for number, row in enumerate(rows):  # every other row expects the model's own answer without padding
         prompt = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
-        said = model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        text = tokenizer.decode(said[0, prompt.shape[1] :], skip_special_tokens=True)
+        generated = model.generate(
+            input_ids=prompt, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+        text = tokenizer.decode(generated[0, prompt.shape[1] :], skip_special_tokens=True)
         row["answer"] = text if number % 2 else f"not {text}"
-    # Room for twelve tokens, so that the answers end where those above do.
+    # Twelve new tokens, so that the answers end like those above.
     expected = Dataset.from_list(rows)
     longest = max(len(tokenizer(answer.strip())["input_ids"]) for answer in expected["answer"])
-    one_run_room, one_run._SPARE_TOKENS = one_run._SPARE_TOKENS, 12 - longest
+    spare_tokens, one_run._SPARE_TOKENS = one_run._SPARE_TOKENS, 12 - longest
     try:
         prepared = make_trainer(
             tmp_path, Dataset.from_list(rows), model=model, commonit_metric="length", extra={"eval_dataset": expected}
         )
         assert exact_matches(prepared, prepared.eval_dataset, "answer").tolist() == [0, 1] * 5
     finally:
-        one_run._SPARE_TOKENS = one_run_room
+        one_run._SPARE_TOKENS = spare_tokens
 
 
-# --- wrong options --------------------------------------------------------------------------------------------------
+# --- user errors --------------------------------------------------------------------------------------------------
 
 WRONG = {
     "unknown metric": ({"metrics": "none,lenght"}, "--metrics='lenght' is not one of"),
-    "no baseline": ({"metrics": "task,length"}, "has no 'none'"),
-    "twice": ({"metrics": "none,task,task"}, "names 'task' twice"),
+    "no baseline": ({"metrics": "task,length"}, "'none' is missing. Add it"),
+    "twice": ({"metrics": "none,task,task"}, "'task' appears twice. Remove one"),
     "unknown option": ({"metrics": "none,length:num_group=4"}, "did you mean commonit_num_groups?"),
-    "no value": ({"metrics": "none,length:num_groups"}, "is no option"),
+    "no value": ({"metrics": "none,length:num_groups"}, "not an option. Write"),
     "option of another metric": ({"metrics": "none,task:num_groups=4"}, "commonit_num_groups=4 is read by"),
     "seeds": ({"seeds": 0}, "--seeds 0 must be at least 1"),
     "jobs": ({"jobs": 0}, "--jobs 0 must be at least 1"),
     "steps": ({"max_steps": 10}, "max_steps=10"),
     "stream": ({"dataset_streaming": True}, "dataset_streaming=True"),
-    "no such run": ({"only": "task@99"}, "--only task@99 is none of the runs"),
-    "answers": ({"eval_generate": "reply"}, "--eval_generate reply is no column"),
-    "all held out": ({"dataset_name": "data/train.jsonl", "held_out_rows": 24}, "of which none would be left"),
+    "no such run": ({"only": "task@99"}, "--only task@99: no such run"),
+    "answers": ({"eval_generate": "reply"}, "--eval_generate reply: "),
+    "all held out": ({"dataset_name": "data/train.jsonl", "held_out_rows": 24}, "--held_out_rows 24: "),
     "misspelt": ({"metric": "none"}, "Unknown option metric: did you mean"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_option_is_one_line(case, recipe, capfd):
-    options, said = WRONG[case]
+def test_a_wrong_option_prints_one_line(case, recipe, capfd):
+    options, fragment = WRONG[case]
     assert compare(recipe | options) == 2
     out, err = capfd.readouterr()
     lines = [line for line in err.splitlines() if line.startswith("commonit: error")]
-    assert len(lines) == 1 and said in lines[0] and "Traceback" not in out + err
+    assert len(lines) == 1 and fragment in lines[0] and "Traceback" not in out + err
     assert not Path("out").exists()
 
 

@@ -136,7 +136,7 @@ def test_new_rows_join_fitted_groups(data, model, tmp_path, capfd):
     assert assignment("d") == [None, None, 1, 1]
     table = pq.read_table("d/assignment.parquet")
     assert table["name"].to_pylist() == [None, None, "sort", "sort"] and table["dropped"].null_count == 4
-    assert "2 of 4 rows belong to none of its groups." in err and "2 rows belong to none of the groups." in out
+    assert "2 of 4 rows are unassigned" in err and "2 rows belong to none of the groups." in out
 
 
 @pytest.mark.parametrize(
@@ -145,21 +145,21 @@ def test_new_rows_join_fitted_groups(data, model, tmp_path, capfd):
         (["--commonit_metric", "task"], "--output"),
         (
             ["--load", "saved", "--commonit_metric", "length", "--output", "x"],
-            "commonit_metric=length and --load saved",
+            "commonit_metric=length: --load saved",
         ),
         (
             ["--load", "saved", "--commonit_min_group_size", "3", "--output", "x"],
-            "commonit_min_group_size=3 and --load saved",
+            "commonit_min_group_size=3: the groups of --load saved",
         ),
         (
             ["--load", "saved", "--commonit_length_of", "total", "--output", "x"],
             "read by commonit_metric='length' only",
         ),
-        (["--commonit_metric", "task", "--output", "/proc/no"], "--output /proc/no cannot be written"),
+        (["--commonit_metric", "task", "--output", "/proc/no"], "--output /proc/no: cannot be written"),
         (["--commonit_metric", "task", "--output", "x", "--world_size", "2"], "Unknown option world_size"),
     ],
 )
-def test_what_is_wrong_is_one_line(argv, said, data, capfd):
+def test_a_user_error_prints_one_line(argv, said, data, capfd):
     assert group(data, "--commonit_metric", "task", "--output", "saved") == 0
     capfd.readouterr()
     assert group(data, *argv) == 2
@@ -177,7 +177,7 @@ def test_rows_of_other_tasks_only_are_an_error(data, tmp_path, capfd):
     assert group(data, "--commonit_metric", "task", "--output", "saved") == 0
     new = write_jsonl(tmp_path / "new.jsonl", rows_of_task("walk", 4))
     assert group(new, "--load", "saved", "--output", "b") == 2
-    assert "none of the 4 rows belongs to one of its 3 groups" in capfd.readouterr().err
+    assert "--load saved: all 4 rows are unassigned" in capfd.readouterr().err
 
 
 def test_each_option_that_fits_groups_has_its_name_among_the_groupers():

@@ -1,7 +1,7 @@
-"""The launch lines that the example configurations open with train the plan, on two CPU ranks.
+"""The launch lines of the example configurations train the plan, on two CPU ranks.
 
-Each rank's model records the rows that it sees. The DeepSpeed lines must make a real engine of their stage; for
-one on CPU ranks, see `cli_worker.py`.
+Each rank's model records the rows that it sees. The DeepSpeed lines make a real engine of their stage;
+`cli_worker.py` runs it on CPU ranks.
 """
 
 import json
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 from toys import id_rows, plan_of, recorded, tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[2] / "example_configs"
 SIZES = [5, 6, 13]
@@ -38,7 +40,7 @@ ON_TWO_RANKS = {
 
 
 def launch_line(example, launcher):
-    """The command with which the first lines of `example` say to launch it."""
+    """Return the launch command in the first lines of `example`."""
     text = (EXAMPLES / example).read_text(encoding="utf-8")
     lines = [json.loads(text)["launch"]] if example.endswith(".json") else text.splitlines()
     return next(line.strip("# ") for line in lines if line.strip("# ").startswith(launcher))
@@ -68,11 +70,11 @@ def launch(line, launcher, flags, environment):
         start_new_session=True,
     )
     try:
-        said, _ = launched.communicate(timeout=240)
+        output, _ = launched.communicate(timeout=240)
     finally:
         if launched.poll() is None:
             os.killpg(launched.pid, signal.SIGKILL)  # the ranks too
-    assert launched.returncode == 0, said[-4000:]
+    assert launched.returncode == 0, output[-4000:]
 
 
 @pytest.mark.parametrize(
@@ -129,8 +131,10 @@ def test_two_ranks_train_the_plan(example, launcher, stage, tmp_path):
 
 
 def test_commonit_sft_starts_its_own_ranks(tmp_path):
-    """With accelerate's launch options, `commonit sft` needs no launcher's command. The exit code is not asserted: a
-    CPU rank may abort as its interpreter ends, after all is saved (see `cli_worker.py`)."""
+    """With accelerate's launch options, `commonit sft` needs no launcher.
+
+    The exit code is not asserted: a CPU rank may abort as its interpreter ends, after saving (see `cli_worker.py`).
+    """
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     id_rows(SIZES).to_json(tmp_path / "rows.jsonl")

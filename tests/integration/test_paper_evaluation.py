@@ -11,6 +11,8 @@ import pytest
 import torch
 from toys import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "example_configs" / "paper" / "evaluate_model.py"

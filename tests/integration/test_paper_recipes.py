@@ -23,6 +23,8 @@ from commonit_trl.cli import main as cli
 from commonit_trl.cli.data import load_splits
 from commonit_trl.cli.sft import make_trainer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "example_configs" / "paper"
 README = PAPER / "README.md"

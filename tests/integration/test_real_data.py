@@ -19,7 +19,7 @@ ROWS = 1_000
 VOCABULARY = 512  # with the benchmark's 8,000, the loss takes most of the time
 CAPACITY = benchmark.MICRO_BATCH_SIZE * benchmark.ACCUMULATION_STEPS
 
-pytestmark = pytest.mark.real_data
+pytestmark = [pytest.mark.real_data, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def refusal(tmp_path, model, rows=ROWS, **options):
         ),
         ({"dataloader_drop_last": True}, ["dataloader_drop_last=True", "commonit_remainder='drop'"]),
         ({"ignore_data_skip": True}, ["ignore_data_skip=True", "set it to False"]),
-        ({"commonit_task_column": "taks"}, ["commonit_task_column='taks'", "did you mean 'task'"]),
+        ({"commonit_task_column": "taks"}, ["commonit_task_column='taks'", "Did you mean 'task'"]),
     ],
     ids=str,
 )
@@ -149,3 +149,11 @@ def test_trainers_whose_batches_cannot_be_composed_anew(tmp_path, trainer_class,
         Mixed(model=MISSING_MODEL, args=args, train_dataset=ROWS)
     assert all(part in str(error.value) for part in parts), error.value
     assert "SFT" not in str(error.value)
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_lengths_of_rows_with_images(tmp_path, column):
+    """TRL's collator tokenises them, so the refusal does not advise to tokenise before, and comes before the model."""
+    rows = ROWS.remove_columns(["input_ids", "labels"]).add_column(column, [b""] * len(ROWS))
+    said = refusal(tmp_path, MISSING_MODEL, rows, commonit_metric="length")
+    assert column in said and "commonit_metric='task'" in said

@@ -1,5 +1,4 @@
-"""The interval of a paired difference holds the truth in about 95 of 100 repeats, finds what is planted, and equals
-what is known in closed form."""
+"""The interval of a paired difference has 95 % coverage, detects planted differences, and equals closed forms."""
 
 import numpy as np
 import pytest
@@ -8,12 +7,12 @@ from scipy import stats
 from commonit_trl.compare.statistics import paired_difference
 
 REPEATS = 100
-# Chance of the seed, of the row, and of the row with that seed, in the unit of a row's token.
+# Standard deviations per token: of the seed, of the row, and of the row with that seed.
 NOISE = {"seeds": (1, 0, 0), "rows": (0.1, 3, 1), "both": (1, 10, 5), "some": (0.3, 3, 5)}
 
 
 def repeats(noise, seeds, rows=200, shift=0.0):
-    """Intervals for two strategies of which the true difference is `shift` a token."""
+    """Yield intervals of two strategies whose true difference per token is `shift`."""
     of_seed, of_row, of_both = NOISE[noise]
     rng = np.random.default_rng(seeds)
     for _ in range(REPEATS):
@@ -29,26 +28,26 @@ def repeats(noise, seeds, rows=200, shift=0.0):
 
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize("noise", NOISE)
-def test_equal_strategies_give_an_interval_around_zero_in_95_of_100_repeats(noise, seeds):
-    held = sum(interval.has_zero for interval in repeats(noise, seeds))
-    # With 95 % the count is binomial; outside these bounds once in 2,000.
+def test_intervals_of_equal_strategies_contain_zero_in_95_of_100_repeats(noise, seeds):
+    containing = sum(interval.has_zero for interval in repeats(noise, seeds))
+    # The count is binomial with 95 %; it leaves these bounds once in 2,000.
     low, high = stats.binom.ppf((0.00025, 0.99975), REPEATS, 0.95)
-    assert low <= held <= high
+    assert low <= containing <= high
 
 
-def test_percentiles_of_a_bootstrap_would_not():
-    """The reason for Student's t: three seeds resampled know too little of their own spread."""
-    rng, held = np.random.default_rng(0), 0
+def test_bootstrap_percentiles_would_be_too_narrow():
+    """The reason for Student's t: resampling three seeds underestimates their spread."""
+    rng, containing = np.random.default_rng(0), 0
     for _ in range(REPEATS):
         sample = rng.standard_normal(3)
         interval = stats.bootstrap((sample,), np.mean, n_resamples=500, method="percentile", rng=rng)
-        held += interval.confidence_interval.low <= 0 <= interval.confidence_interval.high
-    assert held < 0.85 * REPEATS
+        containing += interval.confidence_interval.low <= 0 <= interval.confidence_interval.high
+    assert containing < 0.85 * REPEATS
 
 
 @pytest.mark.parametrize("shift", [-2.0, 2.0])
 @pytest.mark.parametrize("noise", ["rows", "some"])
-def test_a_planted_difference_is_found(noise, shift):
+def test_a_planted_difference_is_detected(noise, shift):
     found = list(repeats(noise, 5, shift=shift))
     assert (
         sum(not interval.has_zero and np.sign(interval.value) == np.sign(shift) for interval in found) >= 0.95 * REPEATS
@@ -56,34 +55,34 @@ def test_a_planted_difference_is_found(noise, shift):
     assert np.mean([interval.value for interval in found]) == pytest.approx(shift, abs=0.1)
 
 
-def test_with_chance_in_the_seeds_alone_it_is_the_t_test_over_seeds():
+def test_chance_of_seeds_only_gives_the_t_test_over_seeds():
     shifts = np.array([0.1, 0.4, 0.2, 0.9])
     tokens = np.full(50, 7.0)
     found = paired_difference(shifts[:, None] * tokens, np.zeros((4, 50)), tokens)
     known = stats.ttest_1samp(shifts, 0).confidence_interval(0.95)
     assert found.value == pytest.approx(shifts.mean())
-    assert (found.low, found.high) == pytest.approx((known.low, known.high), rel=0.1)  # resampling has its own noise
+    assert (found.low, found.high) == pytest.approx((known.low, known.high), rel=0.1)  # noise of the resampling
 
 
-def test_with_one_seed_it_is_the_t_test_over_rows():
+def test_one_seed_gives_the_t_test_over_rows():
     rows = np.random.default_rng(0).standard_normal((1, 400)) + 0.3
     found = paired_difference(rows, np.zeros_like(rows), np.ones(400))
     known = stats.ttest_1samp(rows[0], 0).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((known.low, known.high), rel=0.1)
 
 
-def test_rows_count_by_their_tokens():
+def test_rows_are_weighted_by_their_tokens():
     ours, tokens = np.array([[10.0, 300.0, 5.0]]), np.array([10.0, 100.0, 0.0])
     found = paired_difference(ours, np.zeros_like(ours), tokens)
-    assert found.value == pytest.approx(310 / 110)  # the row without a token counts nothing
+    assert found.value == pytest.approx(310 / 110)  # the row without tokens has no weight
 
 
-def test_the_same_on_both_sides_is_no_difference_at_all():
+def test_equal_values_give_a_difference_of_zero():
     values = np.random.default_rng(0).random((3, 20))
     found = paired_difference(values, values.copy(), np.ones(20))
     assert (found.value, found.low, found.high) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("tokens", [[3.0], [3.0, 0.0], []])
-def test_one_row_says_nothing(tokens):
+def test_one_row_gives_no_interval(tokens):
     assert paired_difference(np.ones((2, len(tokens))), np.zeros((2, len(tokens))), np.array(tokens)) is None

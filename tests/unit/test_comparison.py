@@ -1,4 +1,4 @@
-"""Runs put together: what is paired, what is left out, and what is said of it in words, tables and HTML."""
+"""Comparisons of runs: which runs are paired, and the sentences, tables and page that show them."""
 
 import io
 from html.parser import HTMLParser
@@ -13,78 +13,81 @@ from commonit_trl.compare.strategies import runs_of
 from commonit_trl.compare.view import print_comparison, render, verdicts
 
 
-def shown(comparison, width=80):
+def printed(comparison, width=80):
     console = Console(file=io.StringIO(), width=width, highlight=False)
     print_comparison(comparison, "out/compare.html", console)
     return console.file.getvalue()
 
 
-def test_a_difference_is_told_from_none_in_words():
+def test_verdicts_distinguish_a_difference_from_none():
     results = [result(name, seed, shift) for seed in range(3) for name, shift in (("none", 0), ("task", -0.2))]
     results += [result("length:num_groups=2", seed) for seed in range(3)]
     comparison = compared(results)
     better, same = verdicts(comparison)
     assert better.startswith("task: better, lower held-out loss than none, -0.2")
-    assert same.startswith("length:num_groups=2: no difference seen at this size in the held-out loss")
-    plain, task, _ = comparison.strategies
-    assert task.loss.value - plain.loss.value == pytest.approx(-0.2, abs=0.01)
+    assert same.startswith("length:num_groups=2: no difference in held-out loss")
+    baseline, task, _ = comparison.strategies
+    assert task.loss.value - baseline.loss.value == pytest.approx(-0.2, abs=0.01)
     assert (task.padding, task.tokens_per_second, task.lost, task.repeated) == (0.25, 300, 1, 2)
     assert [(group.name, group.rows) for group in task.groups] == [("first", 30), ("second", 30)]
     assert task.curves["loss"] == [(0.5, pytest.approx(2.8)), (1.0, pytest.approx(1.8))]
 
 
-def test_other_numbers_of_steps_are_pointed_out():
+def test_a_different_number_of_steps_is_noted():
     few = compared([result("none", 0), result("task", 0, steps=10)])
     many = compared([result("none", 0), result("task", 0, steps=14)])
-    said = "task: 14 steps, none 10: how many there are is part of the difference"
-    assert said in shown(many, 200) and "part of the difference" not in shown(few, 200)
+    note = "task: 14 steps, none: 10."
+    assert note in printed(many, 200) and "commonit_min_group_size" not in printed(few, 200)
 
 
-def test_a_seed_counts_where_its_baseline_has_finished():
+def test_a_seed_counts_if_its_baseline_has_finished():
     results = [result("none", 0), result("none", 1), result("task", 1), result("task", 2), result("task", 0)]
     comparison = compared([*results[:4]], failed={"task@0": "it broke"})
     assert comparison.strategies[1].seeds == [1]
-    assert "task: of seeds 1 alone." in shown(comparison)
-    assert "Failed: task@0: it broke" in shown(comparison)
+    assert "task: seeds 1 only." in printed(comparison)
+    assert "Failed: task@0: it broke" in printed(comparison)
     assert compared(results).strategies[1].seeds == [0, 1]
 
 
-@pytest.mark.parametrize("what", ["weights", "train_rows", "held_out_rows"])
-def test_runs_that_are_not_paired_are_not_compared(what):
-    with pytest.raises(ValueError, match=r"none@0 and task@0 had other .*rows|weights at the start"):
-        compared([result("none", 0), result("task", 0, **{what: "other"})])
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("weights", "initial weights"), ("train_rows", "training rows"), ("held_out_rows", "held-out rows")],
+)
+def test_unpaired_runs_are_refused(key, name):
+    with pytest.raises(ValueError, match=rf"none@0 and task@0 have different {name}.*Name another output_dir"):
+        compared([result("none", 0), result("task", 0, **{key: "other"})])
 
 
 def test_weights_may_differ_between_seeds():
     compared([result("none", 0), result("task", 0), result("none", 1), result("task", 1)])
 
 
-def test_without_a_baseline_nothing_can_be_said():
-    with pytest.raises(ValueError, match=r"No run of 'none'.*task@0: it broke"):
+def test_a_comparison_without_a_baseline_is_refused():
+    with pytest.raises(ValueError, match=r"'none'.*task@0: it broke"):
         compared([result("task", 1)], failed={"task@0": "it broke"})
 
 
-def test_right_answers_have_an_interval_of_their_own():
+def test_correct_answers_have_their_own_interval():
     few, many = np.arange(ROWS) % 3 == 0, np.arange(ROWS) % 3 > 0
     results = [result(name, seed, exact=exact) for seed in range(3) for name, exact in (("none", few), ("task", many))]
     comparison = compared(results)
     assert comparison.strategies[1].exact.value == pytest.approx(2 / 3)
-    assert verdicts(comparison)[1].startswith("task: better, higher right answers than none, +0.333")
-    assert "+0.333" in shown(comparison)
+    assert verdicts(comparison)[1].startswith("task: better, higher correct answers than none, +0.333")
+    assert "+0.333" in printed(comparison)
 
 
-def test_it_fits_80_columns():
+def test_tables_fit_80_columns():
     results = [result(name, seed) for seed in range(2) for name in STRATEGIES]
-    tables = shown(compared(results)).split("task: no difference")[0].splitlines()
+    tables = printed(compared(results)).split("task: no difference")[0].splitlines()
     assert len(tables) > 20 and max(map(len, tables)) <= 80
 
 
-def test_what_the_data_say_acts_neither_on_the_page_nor_on_the_terminal():
+def test_hostile_text_acts_neither_on_the_page_nor_on_the_terminal():
     results = [result("none", 0), result("task", 0, groups=list(HOSTILE.values())[:2])]
     comparison = compared(results, failed={"task@1": " ".join(HOSTILE.values())})
     page = render(comparison)
     assert SHOWN_SCRIPT not in page
-    assert "\x1b" not in shown(comparison) + page
+    assert "\x1b" not in printed(comparison) + page
 
     class Scripts(HTMLParser):
         count = 0
@@ -94,9 +97,9 @@ def test_what_the_data_say_acts_neither_on_the_page_nor_on_the_terminal():
 
     scripts = Scripts()
     scripts.feed(page)
-    assert scripts.count == 3  # the charts' data, plotly, and the lines that draw
+    assert scripts.count == 3  # the charts' data, plotly, and the code that draws
 
 
-def test_runs_go_seed_by_seed():
+def test_runs_are_ordered_by_seed():
     names = [run.name for run in runs_of(list(STRATEGIES.values()), 5, 2)]
     assert names == [f"{strategy}@{seed}" for seed in (5, 6) for strategy in STRATEGIES]

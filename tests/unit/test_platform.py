@@ -220,3 +220,11 @@ def test_whether_the_loss_takes_the_steps_tokens(tmp_path):
     source = inspect.getsource(Trainer._get_num_items_in_batch)
     assert "self.model_accepts_loss_kwargs" in source and "self.compute_loss_func is not None" in source
     assert [trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()] == [1, 1, 1]
+
+
+def test_init_training_state_decides_where_the_trainer_resumes():
+    """`CommonITMixin` overrides it; with other arguments, commonit_resume='replan' fails.
+
+    tests/integration/faults/test_replan.py fails where the Trainer resumes elsewhere.
+    """
+    assert parameters(Trainer._init_training_state)[:3] == ["self", "max_steps", "num_update_steps_per_epoch"]

@@ -48,10 +48,7 @@ def inspect(dataset, geometry, *, grouper=None, padding_free=False, seed=0, drop
 
 def steps_of(plan):
     """The plan as lists: step -> micro-step -> rank -> row numbers."""
-    micro_steps = [
-        [plan.micro_batch(number, rank).tolist() for rank in range(plan.world_size)]
-        for number in range(plan.num_micro_steps)
-    ]
+    micro_steps = [list(ranks) for ranks in zip(*map(plan.batches, range(plan.world_size)), strict=True)]
     return cut(micro_steps, plan.accumulation_steps)
 
 

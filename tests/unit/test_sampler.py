@@ -1,5 +1,4 @@
-"""The batch sampler and its dataloader: honest lengths, all ranks together the whole plan, epochs, pickling,
-workers."""
+"""The batch sampler and its dataloader yield the plan: lengths, ranks, epochs, resume, pickling, workers."""
 
 import functools
 import pickle
@@ -8,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from accelerate.data_loader import SkipBatchSampler
 from torch.utils.data import DataLoader
 
 from commonit_trl import CommonITBatchSampler
@@ -33,8 +33,7 @@ def samplers(world_size, accumulation, **options):
 @pytest.mark.parametrize("purity", ["step", "micro"])
 @pytest.mark.parametrize(("world_size", "accumulation"), GEOMETRIES)
 def test_length_is_what_each_rank_yields(world_size, accumulation, purity, remainder):
-    """I5: `len()` is the number of batches yielded, on every rank and in every epoch, before and after
-    iterating."""
+    """I5: `len()` is the number of yielded batches on every rank, in every epoch, before and after iterating."""
     ranks = samplers(world_size, accumulation, purity=purity, remainder=remainder)
     lengths = set()
     for epoch in (0, 1, 2, 0):
@@ -48,26 +47,19 @@ def test_length_is_what_each_rank_yields(world_size, accumulation, purity, remai
 
 @pytest.mark.parametrize(("world_size", "accumulation"), GEOMETRIES)
 def test_ranks_together_cover_the_plan(world_size, accumulation):
-    """I2, I3: the ranks yield the plan's micro-batches, each exactly one of them a micro-step, and all
-    rows."""
+    """I2, I3: each rank yields one micro-batch of the plan per micro-step; together they yield all rows."""
     ranks = samplers(world_size, accumulation)
     for epoch in (0, 1):
         for sampler in ranks:
             sampler.set_epoch(epoch)
         plan = plan_of(epoch, world_size=world_size, accumulation_steps=accumulation)
         yielded = [batch for micro_step in zip(*ranks, strict=True) for batch in micro_step]
-        planned = [
-            plan.micro_batch(micro_step, rank).tolist()
-            for micro_step in range(plan.num_micro_steps)
-            for rank in range(world_size)
-        ]
-        assert yielded == planned
+        assert yielded == [batch.tolist() for batch in np.split(plan.indices, plan.offsets[1:-1])]
         assert set(Counter(row for batch in yielded for row in batch)) == set(range(len(GROUP_IDS)))
 
 
 def test_epochs():
-    """I4: iterating again repeats the epoch, `set_epoch` changes it, and going back brings the first one
-    again."""
+    """I4: an epoch is the same each time; `set_epoch` changes it, also back."""
     (sampler,) = samplers(1, 2)
     first = list(sampler)
     assert list(sampler) == first
@@ -79,7 +71,7 @@ def test_epochs():
 
 
 def test_iterations_do_not_disturb_each_other():
-    """The Trainer's prefetching and a skip wrapper may hold two iterators of one sampler."""
+    """The Trainer and a skip wrapper may hold two iterators of one sampler."""
     (sampler,) = samplers(1, 2)
     whole = list(sampler)
     ahead, behind = iter(sampler), iter(sampler)
@@ -88,9 +80,25 @@ def test_iterations_do_not_disturb_each_other():
     assert list(ahead) == whole[5:]
 
 
+def test_a_resumed_run_reads_the_remaining_batches():
+    """I4: the sampler yields empty lists for batches that a wrapper skips; later epochs are complete."""
+    plan = functools.partial(plan_epoch, np.arange(70) % 3, np.arange(70), micro_batch_size=2, world_size=2)
+    sampler = CommonITBatchSampler(plan, rank=1)
+    whole = list(sampler)
+    sampler.skip_first(5)
+    assert list(SkipBatchSampler(sampler, skip_batches=5)) == whole[5:]
+    assert list(sampler) == whole
+    sampler.skip_first(5)
+    sampler.set_epoch(0)  # the Trainer sets the same epoch again
+    assert list(sampler) == [[]] * 5 + whole[5:]
+    sampler.skip_first(5)
+    sampler.set_epoch(1)  # another epoch has nothing to skip
+    assert list(sampler) == list(plan(epoch=1).batches(1))
+
+
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_pickled(epoch):
-    """A copy from a pickle goes on in the same epoch, and into later ones."""
+    """An unpickled copy yields the same batches, in this epoch and in later ones."""
     sampler = samplers(2, 2)[1]
     sampler.set_epoch(epoch)
     copy = pickle.loads(pickle.dumps(sampler))
@@ -111,7 +119,7 @@ def test_pickled(epoch):
     ids=str,
 )
 def test_loader(options):
-    """I4: batches of the loader are the sampler's, in its order, with any workers, epoch after epoch."""
+    """I4: the loader yields the sampler's batches in order, with any workers, in every epoch."""
     (sampler,) = samplers(1, 3)
     loader = CommonITDataLoader(range(len(GROUP_IDS)), sampler, collate_fn=list, **options)
     assert len(loader) == len(sampler)
@@ -120,7 +128,7 @@ def test_loader(options):
         assert list(loader) == list(plan_of(epoch, world_size=1, accumulation_steps=3).batches(0))
 
 
-def test_the_first_epoch_of_the_first_rank_is_where_it_begins():
+def test_rank_and_epoch_are_0_by_default():
     sampler = CommonITBatchSampler(functools.partial(plan_of, world_size=2, accumulation_steps=2))
     loader = CommonITDataLoader(range(len(GROUP_IDS)), sampler, collate_fn=list)
     assert list(loader) == list(plan_of(0, world_size=2, accumulation_steps=2).batches(0))
@@ -145,13 +153,13 @@ def test_plain_dataloader_takes_the_sampler():
     [(1, 1, [0, 1, 2, 3, 4, 5, 6, 7]), (2, 1, [0, 0, 1, 1, 2, 2, 3, 3]), (2, 2, [0, 0, 0, 0, 1, 1, 1, 1])],
 )
 def test_tensor_and_context_parallel_ranks_share_batches(tensor, context, ranks):
-    """Laid out as in accelerate's `prepare_data_loader`; sequence parallelism is refused."""
+    """The layout is that of accelerate's `prepare_data_loader`; sequence parallelism is an error."""
     for rank, expected in enumerate(ranks):
-        place = SimpleNamespace(world_size=8, process_index=rank)
+        args = SimpleNamespace(world_size=8, process_index=rank)
         trainer = SimpleNamespace(
-            args=place, get_tp_size=lambda: tensor, get_cp_size=lambda: context, get_sp_size=lambda: 1
+            args=args, get_tp_size=lambda: tensor, get_cp_size=lambda: context, get_sp_size=lambda: 1
         )
         assert data_parallel_rank(trainer) == (8 // (tensor * context), expected)
     trainer.get_sp_size = lambda: 2
-    with pytest.raises(ValueError, match=r"sp_size=2: sequence parallelism"):
+    with pytest.raises(ValueError, match=r"sp_size=2: .*set sp_size to 1"):
         data_parallel_rank(trainer)
