@@ -1,4 +1,4 @@
-"""Shared by all tests: `import toys`, no model hub, and the real model and data where they are present."""
+"""Shared by all tests: the package `helpers`, no model hub, and the real model and data where they are present."""
 
 import os
 import sys

@@ -169,7 +169,8 @@ def _compare(argv: list[str]) -> int:
 
 def _demo(argv: list[str]) -> int:
     """show the method on generated data: no GPU, no download"""
-    with _quiet(argv, bars=False, level=logging.WARNING) as screen:
+    # The demo sets its own grouping options, so its user cannot act on warnings about them.
+    with _quiet(argv, bars=False, level=logging.ERROR) as screen:
         from commonit_trl.cli import demo
 
         parser = _Parser(prog="commonit demo", description=_demo.__doc__, allow_abbrev=False)

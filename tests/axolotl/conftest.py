@@ -14,7 +14,6 @@ INSTALLED = any(importlib.metadata.distributions(name="axolotl"))  # to import, 
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # read when axolotl is imported
 # Rows are prepared in the process itself, where a recipe does not say otherwise.
 os.environ["AXOLOTL_DATASET_NUM_PROC"] = "0"
-sys.path.insert(0, str(Path(__file__).parent))
 
 if INSTALLED:
     import axolotl.cli  # noqa: F401 - sets up logging as it is imported, and hides other packages' messages from then on

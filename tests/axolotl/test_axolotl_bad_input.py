@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from axolotl.cli.config import load_cfg
-from bad_input import check_refusal, record, timed
-from recipes import PLUGIN, make_rows, recipe, save_model, write_recipe, write_rows
+from helpers.axolotl_recipes import PLUGIN, make_rows, recipe, save_model, write_recipe, write_rows
+from helpers.bad_input import check_refusal, record, timed
 
 from commonit_trl.cli import main as cli
 from commonit_trl.config import OPTIONS

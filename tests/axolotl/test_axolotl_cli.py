@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipes import PLUGIN, axolotl, make_rows, process, recipe, result, seen, write_recipe, write_rows
+from helpers.axolotl_recipes import PLUGIN, axolotl, make_rows, process, recipe, result, seen, write_recipe, write_rows
 
 TASKS = {"maths": 10, "code": 8, "chat": 6}
-RECORDER = "recorder.RecorderPlugin"
+RECORDER = "helpers.axolotl_recorder.RecorderPlugin"
 
 
 class Shop:

@@ -4,7 +4,7 @@ without DeepSpeed, and a resumed run goes on with what was left."""
 import json
 
 import pytest
-from recipes import axolotl, launch, make_rows, recipe, result, seen, write_recipe, write_rows
+from helpers.axolotl_recipes import axolotl, launch, make_rows, recipe, result, seen, write_recipe, write_rows
 
 ROWS = make_rows({"x": 13, "y": 7, "z": 1})
 STAGES = (1, 2, 3)

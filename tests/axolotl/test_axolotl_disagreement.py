@@ -1,7 +1,7 @@
 """I3 under Axolotl: a rank whose recipe says `commonit_metric: none` and one that groups stop before any batch."""
 
 import pytest
-from recipes import axolotl, launch, make_rows, recipe, write_recipe, write_rows
+from helpers.axolotl_recipes import axolotl, launch, make_rows, recipe, write_recipe, write_rows
 
 
 @pytest.mark.parametrize("metrics", [("length", "none"), ("none", "length")], ids="-".join)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipes import recipe, write_recipe, write_rows
+from helpers.axolotl_recipes import recipe, write_recipe, write_rows
 from test_axolotl_labels import prepare, tokens
 
 from axolotl_plugin.dropped import DUPLICATE, NOT_TOKENIZED, dropped_rows, trained_counts

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_from_disk
-from recipes import axolotl, launch, make_rows, recipe, result, write_recipe, write_rows
-from recorder import MARK
+from helpers.axolotl_recipes import axolotl, launch, make_rows, recipe, result, write_recipe, write_rows
+from helpers.axolotl_recorder import MARK
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SIZES = {"x": 17, "y": 9, "z": 3}

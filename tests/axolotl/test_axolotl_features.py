@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from recipes import axolotl, launch, make_rows, recipe, result, seen, write_recipe, write_rows
+from helpers.axolotl_recipes import axolotl, launch, make_rows, recipe, result, seen, write_recipe, write_rows
 
 ROWS = make_rows({"x": 31, "y": 17, "z": 9})
 LENGTH = 512

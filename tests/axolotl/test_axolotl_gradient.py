@@ -5,7 +5,7 @@ Axolotl alone weighs each micro-batch, and each rank, the same, whatever it hold
 
 import pytest
 import torch
-from recipes import launch, make_rows, recipe, seen, write_recipe, write_rows
+from helpers.axolotl_recipes import launch, make_rows, recipe, seen, write_recipe, write_rows
 from safetensors.torch import load_file
 
 ARRANGEMENTS = ("lengths", "nothing", "noise")

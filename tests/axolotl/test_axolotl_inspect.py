@@ -7,10 +7,20 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import forked
 import numpy as np
 import pytest
-from recipes import ENVIRONMENT, launch, make_rows, process, recipe, result, seen, write_recipe, write_rows
+from helpers import forked
+from helpers.axolotl_recipes import (
+    ENVIRONMENT,
+    launch,
+    make_rows,
+    process,
+    recipe,
+    result,
+    seen,
+    write_recipe,
+    write_rows,
+)
 
 from axolotl_plugin.recipe import read_recipe
 from commonit_trl.grouping.task import TaskGrouper

@@ -16,7 +16,7 @@ from axolotl.integrations.base import PluginManager
 from axolotl.integrations.config import merge_input_args, merge_training_args
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
-from recipes import PLUGIN, make_rows, recipe, write_recipe, write_rows
+from helpers.axolotl_recipes import PLUGIN, make_rows, recipe, write_recipe, write_rows
 from transformers import TrainingArguments
 
 from axolotl_plugin.args import read_options

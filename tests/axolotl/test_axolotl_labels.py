@@ -16,9 +16,9 @@ from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.integrations.base import PluginManager
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
-from recipes import PLUGIN, recipe, write_recipe, write_rows
-from recorder import MARK
-from toys import tiny_tokenizer
+from helpers.axolotl_recipes import PLUGIN, recipe, write_recipe, write_rows
+from helpers.axolotl_recorder import MARK
+from helpers.toys import tiny_tokenizer
 
 from axolotl_plugin.labels import CACHE_SUFFIX, label_columns, try_load_from_hub
 

@@ -18,10 +18,10 @@ from axolotl.integrations.config import merge_training_args
 from axolotl.utils.collators import V2BatchSamplerDataCollatorForSeq2Seq
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset, load_from_disk
+from helpers.axolotl_recipes import PLUGIN
+from helpers.toys import QUIET, id_rows, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
-from recipes import PLUGIN
 from torch.utils.data import SequentialSampler
-from toys import QUIET, id_rows, tiny_model, tiny_tokenizer
 from transformers import Trainer, TrainingArguments
 
 from axolotl_plugin import labels

@@ -8,9 +8,9 @@ import json
 import os
 from pathlib import Path
 
-import forked
 import pytest
-from recipes import ENVIRONMENT
+from helpers import forked
+from helpers.axolotl_recipes import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 ROWS = 150

@@ -9,7 +9,17 @@
 import itertools
 
 import pytest
-from recipes import axolotl, launch, make_rows, recipe, result, save_model, seen, write_recipe, write_rows
+from helpers.axolotl_recipes import (
+    axolotl,
+    launch,
+    make_rows,
+    recipe,
+    result,
+    save_model,
+    seen,
+    write_recipe,
+    write_rows,
+)
 from safetensors.torch import load_file
 
 KILLED_IN_SECOND_EPOCH = 2

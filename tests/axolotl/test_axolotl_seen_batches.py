@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from recipes import launch, recipe, result, seen, write_recipe, write_rows
+from helpers.axolotl_recipes import launch, recipe, result, seen, write_recipe, write_rows
 
 QUESTIONS = {
     "capital": "What is the capital city of {}?",

@@ -15,8 +15,8 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from helpers.axolotl_recipes import ENVIRONMENT, PLUGIN, launch, result, save_model, seen, write_recipe, write_rows
 from pydantic import AliasChoices, BaseModel
-from recipes import ENVIRONMENT, PLUGIN, launch, result, save_model, seen, write_recipe, write_rows
 
 from commonit_trl import load_grouper
 from commonit_trl.cli.demo import FAMILIES
@@ -250,7 +250,7 @@ def on_a_cpu(path: Path, folder: Path, minilm: str) -> dict[str, Any]:
         rows = {"all": [row for of_topic in rows.values() for row in of_topic]}
     entry = {name: value for name, value in keys["datasets"][0].items() if name != "name"}
     keys |= {
-        "plugins": [*keys["plugins"], "recorder.RecorderPlugin"],
+        "plugins": [*keys["plugins"], "helpers.axolotl_recorder.RecorderPlugin"],
         "base_model": str(folder / "model"),
         "special_tokens": {"pad_token": "<pad>"},
         "datasets": [{**entry, "path": str(write_rows(folder / f"{name}.jsonl", rows[name]))} for name in rows],

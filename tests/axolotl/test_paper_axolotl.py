@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recipes import launch, result, save_model, seen, write_recipe, write_rows
+from helpers.axolotl_recipes import launch, result, save_model, seen, write_recipe, write_rows
 from test_examples import PLUGIN, ROOT, check_command, unknown_keys
 from test_examples import load as load  # the fixture
 
@@ -67,7 +67,7 @@ def test_a_recipe_trains_steps_of_one_group(tmp_path):
     for key in ("deepspeed", "save_steps"):
         del keys[key]
     keys |= {
-        "plugins": [*keys["plugins"], "recorder.RecorderPlugin"],
+        "plugins": [*keys["plugins"], "helpers.axolotl_recorder.RecorderPlugin"],
         "base_model": save_model(tmp_path / "model", "bloom"),
         "datasets": [{**keys["datasets"][0], "path": str(write_rows(tmp_path / "cot.jsonl", rows))}],
         "dataset_prepared_path": str(tmp_path / "prepared"),

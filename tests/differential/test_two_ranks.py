@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import forked
 import pytest
-from kinds import FROZEN, KINDS, Run, change, differences, feed, load, row_groups
+from helpers import forked
+from helpers.kinds import FROZEN, KINDS, Run, change, differences, feed, load, row_groups
 
 KINDS_ON_TWO_RANKS = ["sft", "bert-classes", "dpo", "reward"]
 GEOMETRIES = [(kind, steps) for kind in KINDS_ON_TWO_RANKS for steps in (1, 2)]
@@ -44,7 +44,7 @@ def launched(tmp_path_factory) -> Callable[..., dict[str, list[Run]]]:
         ]
         spec = directory / "runs.json"
         spec.write_text(json.dumps(wanted), encoding="utf-8")
-        worker = Path(__file__).with_name("rank_worker.py")
+        worker = Path(forked.__file__).with_name("rank_worker.py")
         done = forked.run([str(worker), str(spec)], env=dict(os.environ), cwd=directory, world_size=2)
         assert done.returncode == 0, done.stderr[-2000:]
         return {run["name"]: [load(directory / f"{run['name']}.rank{rank}.pt") for rank in (0, 1)] for run in wanted}

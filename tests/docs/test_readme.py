@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from toys import tiny_model, tiny_tokenizer
+from helpers.toys import tiny_model, tiny_tokenizer
 
 from commonit_trl import CommonITSFTTrainer
 from commonit_trl.cli import launch, recipes
@@ -257,7 +257,7 @@ def test_links_lead_somewhere(document):
 
 @every_document
 def test_files_in_backticks_exist(document):
-    """Paths such as `tests/toys.py`, written from the root; `*` matches any name."""
+    """Paths such as `tests/helpers/toys.py`, written from the root; `*` matches any name."""
     folders = "commonit_trl|axolotl_plugin|tests|benchmarks|docs|example_configs|constraints"
     for path in re.findall(rf"`((?:{folders})/[\w/.*-]*)`", read(document)):
         assert list(ROOT.glob(path.rstrip("/"))), path
@@ -275,7 +275,7 @@ def test_the_layout_lists_every_module():
     listed = re.findall(r"^ +(\w+\.py) ", read(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
     files = [file for package in ("commonit_trl", "axolotl_plugin") for file in (ROOT / package).rglob("*.py")]
     modules = {file.name for file in files} - {"__init__.py", "__main__.py"}
-    assert set(listed) == modules | {"toys.py"}
+    assert set(listed) == modules
 
 
 def test_the_options_table_is_the_config():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toys import tiny_model, tiny_tokenizer
+from helpers.toys import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from bad_input import acting, check_refusal, files_in, record, timed
 from datasets import Dataset, DatasetDict, IterableDataset
-from helpers import Seen, as_argv, make_trainer, rows_of_task, write_jsonl
+from helpers.bad_input import acting, check_refusal, files_in, record, timed
+from helpers.toys import id_rows
+from helpers.trainers import Seen, as_argv, make_trainer, rows_of_task, write_jsonl
 from safetensors.numpy import save_file
-from toys import id_rows
 
 from commonit_trl.cli import main as cli
 from commonit_trl.config import OPTIONS

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import Seen, make_trainer, train
-from toys import id_rows
+from helpers.toys import id_rows
+from helpers.trainers import Seen, make_trainer, train
 from trl import SFTTrainer
 
 from commonit_trl import Rows, load_grouper

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset
-from helpers import as_argv
+from helpers.trainers import as_argv
 from safetensors.torch import load_file
 
 from commonit_trl import CommonITSFTTrainer, __version__

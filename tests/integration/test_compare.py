@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import Seen, as_argv, make_trainer, rows_of_task, write_jsonl
+from helpers.toys import QUIET, row_losses
+from helpers.trainers import Seen, as_argv, make_trainer, rows_of_task, write_jsonl
 from safetensors.numpy import load_file
-from toys import QUIET, row_losses
 
 from commonit_trl.cli import main as cli
 from commonit_trl.compare import one_run

@@ -7,8 +7,8 @@ import json
 from collections import Counter
 
 import pytest
-from launch import launch
-from toys import id_rows, plan_of, recorded
+from helpers.launch import launch
+from helpers.toys import id_rows, plan_of, recorded
 
 SIZES = [1, 5, 6, 12, 13, 30]  # W*A = 6, S = 12
 

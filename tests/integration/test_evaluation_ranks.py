@@ -4,10 +4,10 @@ import json
 import os
 from pathlib import Path
 
-import forked
 import pytest
+from helpers import forked
 
-WORKER = Path(__file__).with_name("evaluation_worker.py")
+WORKER = Path(forked.__file__).with_name("evaluation_worker.py")
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=lambda world_size: f"W{world_size}")

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from launch import launch
+from helpers.launch import launch
+from helpers.toys import recorded
 from safetensors.torch import load_file
-from toys import recorded
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from helpers import rows_of_task, write_jsonl
+from helpers.trainers import rows_of_task, write_jsonl
 
 from commonit_trl import load_grouper
 from commonit_trl.cli import main as cli

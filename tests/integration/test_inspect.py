@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import Dataset
-from helpers import rows_of_task, write_jsonl
-from toys import tiny_tokenizer
+from helpers.toys import tiny_tokenizer
+from helpers.trainers import rows_of_task, write_jsonl
 
 from benchmarks.mixture import REFERENCE, read_mixture
 from commonit_trl import CommonITSFTTrainer

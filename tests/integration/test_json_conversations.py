@@ -9,8 +9,8 @@ import json
 
 import pytest
 from datasets import load_dataset
-from helpers import QUIET, groups_of_steps, train
-from toys import tiny_tokenizer
+from helpers.toys import tiny_tokenizer
+from helpers.trainers import QUIET, groups_of_steps, train
 from trl import SFTTrainer
 
 from commonit_trl.cli import main as cli

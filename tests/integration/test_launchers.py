@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from toys import id_rows, plan_of, recorded, tiny_model, tiny_tokenizer
+from helpers.toys import id_rows, plan_of, recorded, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ def free_port():
 def launch(line, launcher, flags, environment):
     """Run `line` from the repository's root, with a recorder around `commonit_trl` and `flags` at the end."""
     assert " commonit_trl sft " in line
-    line = line.replace("--nproc_per_node 4 ", "").replace(" commonit_trl ", " cli_worker ")
+    line = line.replace("--nproc_per_node 4 ", "").replace(" commonit_trl ", " helpers.cli_worker ")
     line = line.replace(launcher, f"{launcher} {ON_TWO_RANKS[launcher]} {free_port()}", 1)
     program, *arguments = shlex.split(line)
     command = [str(Path(sys.executable).with_name(program)), *arguments]
@@ -103,7 +103,7 @@ def test_two_ranks_train_the_plan(example, launcher, stage, tmp_path):
         "HF_DATASETS_CACHE": str(tmp_path / "cache"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
         "TOKENIZERS_PARALLELISM": "false",
     }
     if stage is None:

@@ -9,9 +9,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from helpers import make_trainer
-from launch import launch
-from toys import QUIET, id_rows, recorded, row_losses
+from helpers.launch import launch
+from helpers.toys import QUIET, id_rows, recorded, row_losses
+from helpers.trainers import make_trainer
 
 SIZES = [13, 9, 2]
 LOGGING_STEPS = 2

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import groups_of_steps, make_trainer, train, without_run_times
+from helpers.trainers import groups_of_steps, make_trainer, train, without_run_times
 from trl import SFTTrainer
 
 from commonit_trl import CommonITSFTTrainer

@@ -6,10 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-import forked
 import pytest
 import torch
-from toys import tiny_model, tiny_tokenizer
+from helpers import forked
+from helpers.toys import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset
-from helpers import Seen, as_argv, groups_of_steps
-from toys import tiny_model, tiny_tokenizer
+from helpers.toys import tiny_model, tiny_tokenizer
+from helpers.trainers import Seen, as_argv, groups_of_steps
 
 from commonit_trl.cli import launch
 from commonit_trl.cli import main as cli

@@ -6,7 +6,7 @@
 
 import pytest
 from datasets import Dataset
-from toys import QUIET, tiny_tokenizer
+from helpers.toys import QUIET, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 

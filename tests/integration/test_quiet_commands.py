@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import rows_of_task, write_jsonl
+from helpers.trainers import rows_of_task, write_jsonl
 
 OWN_LINE = re.compile(
     r"(INFO|WARNING) commonit: |Library messages: |commonit: error: |none@42: done|task@42: done|runs ━+ 2/2 "

@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 
 import pytest
 from datasets import IterableDataset
-from helpers import make_trainer
-from toys import id_rows
+from helpers.toys import id_rows
+from helpers.trainers import make_trainer
 from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig
 

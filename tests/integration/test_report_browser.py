@@ -13,8 +13,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hostile import HOSTILE, hostile_inspection
-from made_runs import compared, result
+from helpers.hostile import HOSTILE, hostile_inspection
+from helpers.made_runs import compared, result
 
 from commonit_trl.compare.view import write_html as write_comparison
 from commonit_trl.report import html, write_html

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
-from launch import launch
+from helpers.launch import launch
+from helpers.toys import recorded
 from safetensors.torch import load_file
-from toys import recorded
 
 SIZES = [1, 5, 7, 13, 31]
 SAVE_EVERY = 3

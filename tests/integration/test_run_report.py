@@ -6,8 +6,8 @@ import re
 from collections import Counter
 
 import pytest
-from helpers import make_trainer
-from toys import id_rows, plan_of
+from helpers.toys import id_rows, plan_of
+from helpers.trainers import make_trainer
 from transformers import TrainerCallback
 
 from commonit_trl import load_grouper

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from bad_input import acting
 from datasets import Dataset
-from hostile import HOSTILE
+from helpers.bad_input import acting
+from helpers.hostile import HOSTILE
 
 import commonit_trl
 from commonit_trl.cli import main as cli

@@ -9,9 +9,9 @@ import math
 from collections import Counter
 
 import pytest
-from helpers import without_run_times
-from launch import launch
-from toys import QUIET, id_rows, plan_of, recorded
+from helpers.launch import launch
+from helpers.toys import QUIET, id_rows, plan_of, recorded
+from helpers.trainers import without_run_times
 
 B = QUIET["per_device_train_batch_size"]
 

@@ -9,9 +9,9 @@ from itertools import pairwise
 import pytest
 import torch
 from datasets import Dataset
-from helpers import QUIET, Seen, groups_of_steps, make_trainer, train, without_run_times
+from helpers.toys import id_rows, tiny_model, tiny_tokenizer
+from helpers.trainers import QUIET, Seen, groups_of_steps, make_trainer, train, without_run_times
 from peft import LoraConfig
-from toys import id_rows, tiny_model, tiny_tokenizer
 from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTTrainer
 

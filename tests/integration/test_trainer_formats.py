@@ -10,8 +10,8 @@ from collections import Counter
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import groups_of_steps, train
-from toys import tiny_tokenizer
+from helpers.toys import tiny_tokenizer
+from helpers.trainers import groups_of_steps, train
 from trl import SFTTrainer
 
 GROUP_SIZES = {"g1": 9, "g2": 6, "g3": 5}

@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hostile import HOSTILE, SHOWN_SCRIPT
-from made_runs import ROWS, STRATEGIES, compared, result
+from helpers.hostile import HOSTILE, SHOWN_SCRIPT
+from helpers.made_runs import ROWS, STRATEGIES, compared, result
 from rich.console import Console
 
 from commonit_trl.compare.strategies import runs_of

@@ -124,7 +124,7 @@ def check_lossless(read):
         least, most = np.ceil(np.floor(quotas) / capacity), np.ceil(np.ceil(quotas) / capacity)
         assert (partitions >= least).all() and (partitions <= most + slack).all()
         assert partitions.sum() <= most.sum() + slack
-        assert (trained >= np.floor(quotas - 1e-6)).all()
+        assert (trained >= np.floor(quotas - 1e-6)).all() and trained.sum() >= len(group_ids)
         repeats = trained - np.ceil(quotas + 1e-6)
         assert (repeats < np.where(partitions > 0, read.per_partition + slack, 1)).all()
         largest, smallest = np.zeros_like(sizes), np.full_like(sizes, capacity + 1)

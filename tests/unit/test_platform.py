@@ -10,8 +10,8 @@ from dataclasses import fields
 
 import pytest
 from accelerate import skip_first_batches
+from helpers.toys import id_rows, tiny_model, tiny_tokenizer
 from torch.utils.data import DataLoader
-from toys import id_rows, tiny_model, tiny_tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 

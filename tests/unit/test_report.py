@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from toys import id_rows, tiny_tokenizer
+from helpers.toys import id_rows, tiny_tokenizer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from commonit_trl.config import CommonITArguments

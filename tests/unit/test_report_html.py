@@ -9,7 +9,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from hostile import HOSTILE, hostile_inspection
+from helpers.hostile import HOSTILE, hostile_inspection
 
 from commonit_trl.report import charts, html, write_html
 from commonit_trl.report.analysis import MapPoint

@@ -7,7 +7,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from hostile import HOSTILE, hostile_inspection, hostile_rows
+from helpers.hostile import HOSTILE, hostile_inspection, hostile_rows
 from rich.console import Console
 
 from commonit_trl.grouping import TaskGrouper

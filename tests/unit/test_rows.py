@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Json, LargeList, List, Value, concatenate_datasets, load_dataset
+from helpers.toys import tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import tiny_model, tiny_tokenizer
 
 from commonit_trl.rows import Rows, split_conversation
 

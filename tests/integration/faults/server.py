@@ -34,7 +34,7 @@ import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 import transformers.modeling_utils  # noqa: E402
 from accelerate import PartialState  # noqa: E402
-from toys import QUIET, id_rows, read_ids, tiny_model, tiny_tokenizer  # noqa: E402
+from helpers.toys import QUIET, id_rows, read_ids, tiny_model, tiny_tokenizer  # noqa: E402
 from transformers import TrainerCallback, TrainerState  # noqa: E402
 
 import commonit_trl.grouping.fit  # noqa: E402

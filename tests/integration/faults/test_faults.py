@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers.toys import id_rows
 from safetensors.torch import load_file
-from toys import id_rows
 
 SIZES = [1, 5, 7, 26, 62]
 TASKS = id_rows(SIZES)["task"]

@@ -4,8 +4,8 @@ import shutil
 from collections import Counter
 
 import pytest
-from helpers import Seen, make_trainer, train
-from toys import id_rows
+from helpers.toys import id_rows
+from helpers.trainers import Seen, make_trainer, train
 
 SIZES = [13, 7, 9, 2]
 ROWS = id_rows(SIZES)

@@ -6,7 +6,7 @@ import statistics
 import psutil
 import pytest
 from datasets import Dataset
-from helpers import make_trainer
+from helpers.trainers import make_trainer
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 EPOCHS, STEPS = 50, 2000

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from helpers import Seen, make_trainer, train
-from toys import id_rows
+from helpers.toys import id_rows
+from helpers.trainers import Seen, make_trainer, train
 
 from commonit_trl.trainer.checkpoint import last_checkpoint, read_checkpoint
 

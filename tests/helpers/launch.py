@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import forked
+from helpers import forked
 
 WORKER = Path(__file__).with_name("train_worker.py")
 

@@ -63,7 +63,7 @@ RECORD = "COMMONIT_BAD_INPUT_RECORD=bad.jsonl"
 COMMANDS = (
     f"{RECORD} .venv/bin/python -m pytest tests/integration/test_bad_input.py",
     f"{RECORD} .venv-lowest/bin/python -m pytest tests/axolotl/test_axolotl_bad_input.py",
-    "PYTHONPATH=. .venv/bin/python tests/bad_input.py bad.jsonl",
+    "PYTHONPATH=.:tests .venv/bin/python -m helpers.bad_input bad.jsonl",
 )
 TEMPORARY = re.compile(r"/[^ '\"]*/pytest-\d+/[^/]*/")
 SAYS = """\

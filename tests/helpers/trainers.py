@@ -8,12 +8,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
-import toys
-from toys import ID_BASE, ID_DIGITS, tiny_model, tiny_tokenizer
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer
+from helpers import toys
+from helpers.toys import ID_BASE, ID_DIGITS, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
 gc.collect()

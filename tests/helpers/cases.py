@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kinds import KINDS, Kind, _with_mask, tiny_tokenizer
 from transformers import DataCollatorForLanguageModeling
+
+from helpers.kinds import KINDS, Kind, _with_mask, tiny_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

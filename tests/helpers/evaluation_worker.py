@@ -8,11 +8,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from toys import QUIET, id_rows, row_losses, tiny_model, tiny_tokenizer
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer
+from helpers.toys import QUIET, id_rows, row_losses, tiny_model, tiny_tokenizer
 
 TRAIN, EVAL = id_rows([8, 4]), id_rows([9, 6, 2], seed=1)
 

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import forked
 import yaml
-from toys import tiny_model, tiny_tokenizer
 
-WORKER = Path(__file__).with_name("worker.py")
+from helpers import forked
+from helpers.toys import tiny_model, tiny_tokenizer
+
+WORKER = Path(__file__).with_name("axolotl_worker.py")
 PLUGIN = "axolotl_plugin.CommonITPlugin"
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -65,7 +66,7 @@ def recipe(directory: Path, datasets: Any, **keys: Any) -> dict[str, Any]:
         datasets = [{"path": str(datasets), "type": "alpaca"}]
     model = directory / "model"
     keys = {
-        "plugins": [PLUGIN, "recorder.RecorderPlugin"],
+        "plugins": [PLUGIN, "helpers.axolotl_recorder.RecorderPlugin"],
         "base_model": str(model) if model.exists() else save_model(model),
         "special_tokens": {"pad_token": "<pad>"},
         "datasets": datasets,
@@ -109,7 +110,7 @@ def axolotl(
         start: how the program is started: as a fork, or `process`, as a shell does it.
     """
     environment = {**os.environ, **ENVIRONMENT}
-    paths = [str(WORKER.parent), str(WORKER.parents[1]), environment.get("PYTHONPATH", "")]
+    paths = [str(WORKER.parents[1]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if record is not None:
         environment["COMMONIT_TEST_RECORD"] = str(record)
@@ -125,7 +126,7 @@ def process(command: list[str], **options: Any) -> subprocess.CompletedProcess[s
 def launch(
     runs: list[dict[str, Any]], directory: Path, world_size: int = 1, code: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """Do the `runs` (see `worker.py`) in one launch, which must end with `code` (-9: by SIGKILL)."""
+    """Do the `runs` (see `axolotl_worker.py`) in one launch, which must end with `code` (-9: by SIGKILL)."""
     spec = directory / f"{runs[0]['name']}.runs.json"
     spec.write_text(json.dumps(runs), encoding="utf-8")
     environment = {**os.environ, **ENVIRONMENT}

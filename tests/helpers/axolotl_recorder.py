@@ -19,7 +19,7 @@ _run: dict[str, Any] = {}
 
 
 def start(path: str | Path, run: dict[str, Any] | None = None) -> None:
-    """Let the next training write to `path` with suffixes; `run` as in `worker.py`."""
+    """Let the next training write to `path` with suffixes; `run` as in `axolotl_worker.py`."""
     _run.clear()
     _run.update(run or {}, path=str(path))
 

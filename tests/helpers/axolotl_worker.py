@@ -1,6 +1,6 @@
 """Trains Axolotl recipes one after the other, as `axolotl train` does, recording what the model sees.
 
-    python worker.py runs.json          torchrun --nproc_per_node 2 worker.py runs.json
+    python axolotl_worker.py runs.json          torchrun --nproc_per_node 2 axolotl_worker.py runs.json
 
 `runs.json` is a list of runs, each with `recipe` (path of a YAML file), `name` (of what it leaves beside that file),
 and any of: `rank_recipes` (rank -> recipe that only it has), `kill_at` (optimizer step in which this process kills
@@ -17,7 +17,7 @@ import sys
 import traceback
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 if __name__ == "__main__":  # not in the processes that datasets starts to save rows, which read this file again
     RUNS = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     USES_DEEPSPEED = any(run.get("deepspeed") for run in RUNS)
@@ -34,13 +34,14 @@ if __name__ == "__main__":  # not in the processes that datasets starts to save 
 
     import axolotl.train
     import axolotl.utils.distributed
-    import recorder
     import torch
     from accelerate.state import AcceleratorState
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg
     from axolotl.cli.train import do_train
     from axolotl.integrations.base import PluginManager
+
+    from helpers import axolotl_recorder as recorder
 
 
 def train(run: dict) -> None:

@@ -31,11 +31,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from toys import QUIET, Recorder, id_rows, tiny_model, tiny_tokenizer  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer  # noqa: E402
+from helpers.toys import QUIET, Recorder, id_rows, tiny_model, tiny_tokenizer  # noqa: E402
 
 
 class KillAt(TrainerCallback):

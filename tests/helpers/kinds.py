@@ -21,7 +21,6 @@ import torch
 import transformers
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from toys import tiny_tokenizer
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
@@ -46,6 +45,7 @@ from trl import (
 )
 
 from commonit_trl import CommonITArguments, CommonITMixin, CommonITSFTConfig, CommonITSFTTrainer
+from helpers.toys import tiny_tokenizer
 
 gc.collect()
 gc.freeze()  # the Trainer collects garbage when training starts; it need not walk the imports again

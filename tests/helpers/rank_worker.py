@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from kinds import KINDS, save, train
+
+from helpers.kinds import KINDS, save, train
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """`python -m commonit_trl`, recording what the model sees; for the launchers to start in its place.
 
-    torchrun --nproc_per_node 2 -m cli_worker sft ...          accelerate launch ... -m cli_worker sft ...
-    deepspeed --num_gpus 2 --module cli_worker sft ...
+    torchrun --nproc_per_node 2 -m helpers.cli_worker sft ...
+    accelerate launch ... -m helpers.cli_worker sft ...
+    deepspeed --num_gpus 2 --module helpers.cli_worker sft ...
 
 `COMMONIT_RECORD` names the file: `<file>.rank<r>` gets the rows (see `toys.Recorder`), `<file>.json` what the
 model was wrapped in, with its ZeRO stage. `DS_ACCELERATOR=cpu` is for a real DeepSpeed engine on CPU ranks; the
@@ -23,9 +24,8 @@ if os.environ.get("DS_ACCELERATOR") == "cpu":
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does; this is compiled first, a minute
     PartialState(backend="gloo")
 
-from toys import Recorder
-
 from commonit_trl import CommonITSFTTrainer
+from helpers.toys import Recorder
 
 RECORD = os.environ["COMMONIT_RECORD"]
 
