@@ -114,7 +114,7 @@ def test_a_second_call_loads_the_result(metric: str, tmp_path: Path, caplog: Any
         assert grouper.description() == expected.description()
         np.testing.assert_array_equal(group_ids, expected.assign(some_rows()))
         assert group_ids.dtype == np.int64
-        group_ids[0] = 0  # writeable
+        group_ids[0] = 0  # writable
         assert grouper.notices == expected.notices
     assert metric == "embedding" or expected.notices
 
