@@ -297,7 +297,7 @@ def test_other_front_ends_come_from_installed_packages(tmp_path, monkeypatch, ca
         "from commonit_trl.config import CommonITArguments\n"
         "from commonit_trl.cli.recipes import Recipe\n"
         "from commonit_trl.rows import Rows\n"
-        "from toys import id_rows\n"
+        "from helpers.toys import id_rows\n"
         "def pack(grouper, group_ids, world_size):\n"
         "    assert grouper.names == ['g000', 'g001']\n"
         "    return group_ids[::2], np.full(len(group_ids[::2]), 64)\n"

@@ -94,7 +94,7 @@ def test_arguments_without_options(tmp_path, config):
         ),
         (
             {"commonit_weights": {"g000": 1, "g001": 1, "g02": 1}},
-            ["commonit_weights names 'g02'", "did you mean 'g002'"],
+            ["commonit_weights: 'g02'", "'g002'"],
         ),
         ({"commonit_weights": {"g000": 1, "g001": 1}}, ["commonit_weights", "'g002'"]),
     ],
