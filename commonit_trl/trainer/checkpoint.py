@@ -32,7 +32,6 @@ from commonit_trl.grouping import load_grouper
 from commonit_trl.grouping.fit import fingerprint
 from commonit_trl.plan import PlanSpec
 from commonit_trl.plan.spec import weights_by_id
-from commonit_trl.report import ledger
 from commonit_trl.trainer.run import row_costs
 
 logger = logging.getLogger(__name__)
@@ -85,8 +84,7 @@ def _fingerprint_rows(dataset: Dataset) -> str | None:
 def save(trainer: Any, directory: Path, run_id: str) -> None:
     """Write the groups and the manifest of the run into `directory`."""
     run = trainer.commonit
-    plan = run.spec.whole.plan(0)
-    run.grouping.grouper.save(directory, ledger=ledger(plan, run.grouping.names, run.grouping.dropped))
+    run.grouping.grouper.save(directory, ledger=run.summary())
     if run.spec.remaining_rows is not None:
         write_arrays(directory / REMAINING_FILE, {"rows": run.spec.remaining_rows})
     write_text(directory / MANIFEST, json.dumps({**describe(trainer), "run id": run_id}, indent=2))

@@ -13,7 +13,6 @@ from commonit_trl.report import (
     Inspection,
     LossRecord,
     inspect_groups,
-    ledger,
     ledger_table,
     model_card_section,
     optional,
@@ -29,17 +28,11 @@ _CARD_SETTINGS = ("commonit_metric", "commonit_purity", "commonit_remainder", "c
 _GROUPS_NAMED = 5
 
 
-def epoch_summary(trainer: Any) -> dict[str, Any]:
-    """Return what a complete first epoch trains, leaves out and repeats, as JSON values."""
-    run = trainer.commonit
-    return ledger(run.spec.whole.plan(0), run.grouping.names, run.grouping.dropped)
-
-
 def log_summary(trainer: Any) -> None:
     """Log the epoch summary, and warn of samples that are dropped, left out or repeated."""
     args, log = trainer.args, trainer.commonit_logger
     with optional("the epoch summary", log):
-        entry = epoch_summary(trainer)
+        entry = trainer.commonit.summary()
         log.info(
             "commonit_metric=%s: %d groups, %d steps per epoch (plain batches: %d), %d samples, %d left out, "
             "%d repeated, %d rows dropped.\n%s",
@@ -127,6 +120,6 @@ def extend_model_card(trainer: Any) -> None:
     with optional(f"the section of {path}", trainer.commonit_logger):
         if path.exists():
             settings = {name: getattr(trainer.args, name) for name in _CARD_SETTINGS}
-            section = model_card_section(epoch_summary(trainer), settings)
+            section = model_card_section(trainer.commonit.summary(), settings)
             card = path.read_text(encoding="utf-8").partition("\n## CommonIT\n")[0].rstrip()
             write_text(path, f"{card}\n\n{section}")

@@ -16,6 +16,7 @@ from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN
 from commonit_trl.grouping.fit import Grouping, data_seed, fit_grouping
 from commonit_trl.grouping.tracing import TracedRows
 from commonit_trl.plan import EpochPlan, PlanSpec
+from commonit_trl.report import ledger
 from commonit_trl.rows import Rows
 from commonit_trl.trainer import validate
 from commonit_trl.trainer.evaluation import RowLosses
@@ -52,6 +53,8 @@ class Run:
     row_losses: RowLosses | None = None
     """Of the evaluation that is under way."""
 
+    _summary: tuple[PlanSpec, dict[str, Any]] | None = None
+
     @functools.cached_property
     def metrics(self) -> GroupMetrics:
         return GroupMetrics(self.grouping.names)
@@ -59,6 +62,12 @@ class Run:
     def plan(self, epoch: int) -> EpochPlan:
         """Return the plan of `epoch`."""
         return self.spec.plan(epoch)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a complete first epoch trains, leaves out and repeats, as JSON values."""
+        if self._summary is None or self._summary[0] is not self.spec:
+            self._summary = self.spec, ledger(self.spec.whole.plan(0), self.grouping.names, self.grouping.dropped)
+        return self._summary[1]
 
     def restart(self) -> None:
         """Forget the progress of an earlier `train`."""

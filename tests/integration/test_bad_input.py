@@ -25,7 +25,6 @@ from safetensors.numpy import save_file
 from commonit_trl.cli import main as cli
 from commonit_trl.config import OPTIONS
 from commonit_trl.report import ledger_table
-from commonit_trl.trainer.reports import epoch_summary
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
@@ -789,7 +788,7 @@ def test_what_is_odd_but_right_trains(name, tmp_path):
         assert trainer.commonit_grouper.names == names
     written = {path.name for path in files_in(tmp_path)}
     assert written <= {"report.html", "groups.json", "run.json"}
-    assert not acting(ledger_table(epoch_summary(trainer)), but="\n")
+    assert not acting(ledger_table(trainer.commonit.summary()), but="\n")
 
 
 @pytest.mark.parametrize("name", FINE)
