@@ -8,7 +8,7 @@ from typing import get_type_hints
 from pydantic import TypeAdapter
 from safetensors.numpy import load_file
 
-from commonit_trl.config import DEFAULT_NUM_GROUPS, DEFAULT_TASK_COLUMNS, CommonITArguments, nearest
+from commonit_trl.config import DEFAULT_NUM_GROUPS, DEFAULT_TASK_COLUMNS, CommonITArguments
 from commonit_trl.grouping.base import ARRAYS_FILE, FORMAT, GROUPS_FILE, Grouper
 from commonit_trl.grouping.embedding import EmbeddingGrouper
 from commonit_trl.grouping.length import LengthGrouper
@@ -75,8 +75,8 @@ def resolve_task_columns(options: CommonITArguments, columns: Sequence[str]) -> 
     for column in given:
         if column not in columns:
             raise ValueError(
-                f"commonit_task_column={column!r}: not a column of the dataset, which has: {', '.join(columns)}. Did "
-                f"you mean {nearest(column, columns)!r}?"
+                f"commonit_task_column={column!r}: not a column of the dataset, which has: {', '.join(columns)}. Name "
+                "one of them."
             )
     return list(given)
 

@@ -214,6 +214,11 @@ def _replan(
     run.replanned += 1
     plan = run.plan(epoch)
     run.first_step = epoch * plan.num_steps + plan.first_step
+    if 0 < trainer.args.max_steps <= run.first_step:
+        raise ValueError(
+            f"max_steps={trainer.args.max_steps}: with these settings the checkpoint's epoch resumes at step "
+            f"{run.first_step}. Raise max_steps."
+        )
     trainer.commonit_logger.info(
         "commonit_resume='replan': epoch %d has %d samples left, planned anew in %d steps that repeat %d; training "
         "resumes at step %d, with %d per epoch. Differences from the checkpoint: %s.",

@@ -58,7 +58,7 @@ def log_summary(trainer: Any) -> None:
             if affected:
                 log.warning(
                     "commonit_remainder=%s, commonit_weights=%s: an epoch %s %d of %d samples, in %d groups (most: "
-                    "%s).",
+                    "%s). commonit_min_group_size merges small groups.",
                     args.commonit_remainder,
                     args.commonit_weights,
                     verb,

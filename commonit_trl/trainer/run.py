@@ -132,14 +132,15 @@ class Run:
         return self.eval_groups[dataset]
 
     def evaluated_groups(self, trainer: Any) -> dict[str, list[str]]:
-        """Return the metric prefix and the names of the groups of each evaluation set."""
+        """Return metric prefix -> groups of each evaluation set; no groups where they cannot be assigned."""
         given = trainer.eval_dataset
         sets = given if isinstance(given, dict) else {} if given is None else {None: given}
         assigned = {name: self.assign_eval(trainer, dataset) for name, dataset in sets.items()}
         return {
-            "eval" if name is None else f"eval_{name}": list(map(self.grouping.name_of, np.unique(group_ids).tolist()))
+            "eval" if name is None else f"eval_{name}": []
+            if group_ids is None
+            else list(map(self.grouping.name_of, np.unique(group_ids).tolist()))
             for name, group_ids in assigned.items()
-            if group_ids is not None
         }
 
     def check_dataset(self, dataset: Any) -> None:
@@ -191,8 +192,8 @@ def start_run(trainer: Any) -> Run:
     )
     trainer.commonit_fit_spec()
     run.plan(0)  # refuses too few samples and a remainder='drop' without a step
-    if args.metric_for_best_model is not None:
-        validate.check_best_metric(args, grouping.names, run.evaluated_groups(trainer))
+    if args.metric_for_best_model is not None and trainer.compute_metrics is None:  # which may log any loss
+        validate.check_best_metric(args.metric_for_best_model, grouping.names, run.evaluated_groups(trainer))
     return run
 
 

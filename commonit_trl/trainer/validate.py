@@ -120,29 +120,27 @@ def check_class(trainer_class: type, mixin: type, known: Sequence[type]) -> None
         )
 
 
-def check_best_metric(args: Any, names: Sequence[str], evaluated: Mapping[str, Sequence[str]] | None) -> None:
-    """Refuse a `metric_for_best_model` that names no group, or a group that no evaluation row is in.
+def check_best_metric(metric: str, names: Sequence[str], evaluated: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a `metric_for_best_model` that is the loss of no group of an evaluation set.
 
     Args:
+        metric: the option.
         names: of the groups.
-        evaluated: metric prefix (`eval`, or `eval_<set>`) -> groups of that evaluation set; None when unknown.
+        evaluated: metric prefix (`eval`, or `eval_<set>`) -> groups of that set, none where it cannot be grouped.
     """
-    metric = args.metric_for_best_model
-    if metric is None:
-        return
     key = metric if metric.startswith("eval_") else f"eval_{metric}"
-    for name in names:
-        if key == f"eval_loss_{name}":
-            raise ValueError(
-                f"metric_for_best_model={metric!r}: the loss of a group is named eval_<group>_loss; write "
-                f"'eval_{name}_loss'."
-            )
-        for prefix, present in (evaluated or {}).items():
-            if key == f"{prefix}_{name}_loss" and name not in present:
-                raise ValueError(
-                    f"metric_for_best_model={metric!r}: no row of the evaluation set is in the group {name!r}; name a "
-                    f"group that it has: {', '.join(map(repr, present))}."
-                )
+    if key.startswith("eval_loss_") and key.removeprefix("eval_loss_") in names:
+        raise ValueError(
+            f"metric_for_best_model={metric!r}: the loss of a group is named eval_<group>_loss. Write "
+            f"'eval_{key.removeprefix('eval_loss_')}_loss'."
+        )
+    losses = [f"{prefix}_loss" for prefix in evaluated]
+    losses += [f"{prefix}_{name}_loss" for prefix, present in evaluated.items() for name in present]
+    if evaluated and key.endswith("_loss") and key not in losses:
+        raise ValueError(
+            f"metric_for_best_model={metric!r}: the evaluation logs no such loss, only "
+            f"{', '.join(map(repr, losses))}. Name one of these."
+        )
 
 
 def data_parallel_rank(trainer: Any) -> tuple[int, int]:

@@ -156,7 +156,7 @@ RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a data file that breaks off": (data("broken.jsonl"), ("--axolotl bad.yml", "datasets", "has rows")),
     "a column that is not there": (
         {**TASK, "commonit_task_column": "kind"},
-        ("rows.jsonl", "commonit_task_column='kind'", "Did you mean"),
+        ("rows.jsonl", "commonit_task_column='kind'", "Name one"),
     ),
     "labels that are lists": ({**TASK, **data("lists.jsonl")}, ("lists.jsonl", "list<", "name a column")),
     "labels that are mappings": ({**TASK, **data("mappings.jsonl")}, ("mappings.jsonl", "struct<", "name a column")),

@@ -196,7 +196,8 @@ def test_best_model_by_the_loss_of_a_group(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("metric", "fix"), [("eval_loss_g001", "'eval_g001_loss'"), ("g003_loss", "'g000', 'g001', 'g002'")]
+    ("metric", "fix"),
+    [("eval_loss_g001", "'eval_g001_loss'"), ("g003_loss", "'eval_g000_loss'"), ("eval_g01_loss", "'eval_loss'")],
 )
 def test_best_model_by_a_loss_that_is_not_logged(tmp_path, metric, fix):
     """The name of an earlier version, and a group that no evaluation row is in, are refused before training."""

@@ -44,7 +44,7 @@ def refusal(tmp_path, model, rows=ROWS, **options):
         ),
         ({"dataloader_drop_last": True}, ["dataloader_drop_last=True", "commonit_remainder='drop'"]),
         ({"ignore_data_skip": True}, ["ignore_data_skip=True", "set it to False"]),
-        ({"commonit_task_column": "taks"}, ["commonit_task_column='taks'", "Did you mean 'task'"]),
+        ({"commonit_task_column": "taks"}, ["commonit_task_column='taks'", "task, row"]),
     ],
     ids=str,
 )

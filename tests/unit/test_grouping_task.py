@@ -189,7 +189,7 @@ def test_an_unknown_label_column_is_an_error_with_a_fix() -> None:
         resolve_task_columns(CommonITArguments(commonit_metric="task"), ["text", "kind"])
     assert "\n" not in str(caught.value)
     options = CommonITArguments(commonit_metric="task", commonit_task_column=["text", "knd"])
-    with pytest.raises(ValueError, match=r"commonit_task_column='knd': .*has: text, kind\. Did you mean 'kind'"):
+    with pytest.raises(ValueError, match=r"commonit_task_column='knd': .*has: text, kind\. Name one"):
         resolve_task_columns(options, ["text", "kind"])
 
 
