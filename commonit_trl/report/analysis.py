@@ -415,12 +415,13 @@ def _advice(inspection: Inspection, sample_sizes: NDArray[np.int64]) -> list[str
     largest = max(inspection.groups, key=lambda group: group.rows)
     if len(inspection.groups) == 1:
         advice.append(
-            f"All rows are in one group, {largest.name!r}: grouping has no effect. Choose another metric, or more groups."
+            f"All rows are in one group, {largest.name!r}: grouping has no effect. Choose another "
+            "metric, or more groups."
         )
     elif largest.share > _MOST_ROWS:
         advice.append(
-            f"The group {largest.name!r} holds {largest.share:.0%} of the rows, so most steps equal the "
-            "baseline's. Choose another metric, or more groups, to split it."
+            f"The group {largest.name!r} holds {largest.share:.0%} of the rows, so most steps equal "
+            "the baseline's. Choose another metric, or more groups, to split it."
         )
     if small and inspection.remainder == "keep":
         advice.append(
