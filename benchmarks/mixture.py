@@ -22,7 +22,7 @@ FILES = ("gsm8k_train.jsonl", "codealpaca.jsonl", "apibench.jsonl")
 REFERENCE = "mmlu_dev.jsonl"
 VOCABULARY = 8_000
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-"""A Llama for counting, not for timing."""
+"""Config of the Llama for counting, not for timing."""
 
 
 def read_mixture(folder: Path) -> list[dict[str, str]]:

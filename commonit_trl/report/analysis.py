@@ -463,18 +463,18 @@ def _advice(inspection: Inspection, sample_sizes: NDArray[np.int64]) -> list[str
 def _order(plan: EpochPlan, sizes: NDArray[np.int64], present: NDArray[np.int64]) -> dict[str, Any]:
     """Return the fields `order_groups`, `order` and `steps_per_window` of a `Drawing`."""
     largest = np.sort(present[np.argsort(-sizes[present], kind="stable")[:CHART_GROUPS]])
-    shown = largest.tolist() + ([-1] if len(largest) < len(present) else [])
+    listed = largest.tolist() + ([-1] if len(largest) < len(present) else [])
     line_of_group = np.full(len(sizes), len(largest))
     line_of_group[largest] = np.arange(len(largest))
     windows = min(plan.num_steps, ORDER_WINDOWS)
     steps = np.arange(plan.num_micro_steps) // plan.accumulation_steps
     window_of_step = steps * windows // plan.num_steps
     lines = line_of_group[plan.micro_batch_groups]
-    cells = np.bincount((lines * windows + window_of_step[:, None]).ravel(), minlength=len(shown) * windows)
-    counts = cells.reshape(len(shown), windows)
+    cells = np.bincount((lines * windows + window_of_step[:, None]).ravel(), minlength=len(listed) * windows)
+    counts = cells.reshape(len(listed), windows)
     shares = (counts / counts.sum(axis=0)).round(3)
     return {
-        "order_groups": tuple(shown),
+        "order_groups": tuple(listed),
         "order": tuple(map(tuple, shares.tolist())),
         "steps_per_window": plan.num_steps / windows,
     }

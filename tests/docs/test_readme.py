@@ -146,11 +146,11 @@ def check_commonit(words, monkeypatch):
         monkeypatch.setattr(recipes, "read_foreign_recipe", lambda front_end, path: given.update(recipe=path))
         monkeypatch.setattr(group, "load_grouper", lambda folder: SimpleNamespace(metric="length"))
         own = {"inspect": inspecting, "group": group}[command].add_arguments
-        asked, _ = cli.read_recipe(command, own, options)
-        assert asked.axolotl is None or (ROOT / given["recipe"]).is_file()
+        own_options, _ = cli.read_recipe(command, own, options)
+        assert own_options.axolotl is None or (ROOT / given["recipe"]).is_file()
     elif command == "compare":
-        asked, (_, _, model, _), _ = cli.read_comparison(options)
-        assert parse_strategies(asked.metrics) and model.model_name_or_path
+        own_options, (_, _, model, _), _ = cli.read_comparison(options)
+        assert parse_strategies(own_options.metrics) and model.model_name_or_path
     elif command == "sft":
         (_, training, model, _), launch_flags = cli.parse_sft(options)
         assert training.commonit_on and model.model_name_or_path
