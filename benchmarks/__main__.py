@@ -1,8 +1,8 @@
 """Run benchmarks: `python -m benchmarks [NAME ...] [--size quick|full|gpu] [--data FOLDER]`.
 
-Without names, all that have the size. Each runs in a process of its own, and one that cannot run here says why in a
-line. Reports go to benchmarks/results, or to `--out`. `--set NAME=VALUE` changes a parameter of the size (they are in
-`SIZES` of each module). Under torchrun every rank takes part and rank 0 writes.
+Without names, run all benchmarks of the size, each in its own process; skipped ones print the reason. Reports go to
+benchmarks/results, or to `--out`. `--set NAME=VALUE` changes a parameter of the size (see `SIZES` of each module).
+Under torchrun every rank runs the benchmark and rank 0 writes the report.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def run(name: str, size: str, given: list[str], folder: Path | None, out: Path) 
     """Run one benchmark and write its report.
 
     Raises:
-        Skipped: when it cannot run here.
+        Skipped: if it cannot run here.
     """
     benchmark = importlib.import_module(f"benchmarks.{name}")
     if size not in benchmark.SIZES:
@@ -62,7 +62,7 @@ def run(name: str, size: str, given: list[str], folder: Path | None, out: Path) 
 
 
 def parameter(text: str) -> tuple[str, Any]:
-    """The name and the value of NAME=VALUE; the value is JSON where it can be read as such, else a word."""
+    """Parse NAME=VALUE; the value is JSON if it is valid JSON, else text."""
     name, _, value = text.partition("=")
     try:
         return name, json.loads(value)
@@ -78,14 +78,14 @@ def main() -> None:
         "--data",
         type=Path,
         default=os.environ.get("COMMONIT_REAL_DATA") or None,
-        help="folder of the real data, which benchmarks/mixture.py describes (default: COMMONIT_REAL_DATA)",
+        help="directory of the real data, see benchmarks/mixture.py (default: COMMONIT_REAL_DATA)",
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a parameter")
     args = parser.parse_args()
     unknown = set(args.names) - set(NAMES)
     if unknown:
-        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+        parser.error(f"unknown benchmark {', '.join(sorted(unknown))}: choose from {', '.join(NAMES)}")
     if args.set and len(args.names) != 1:
         parser.error("--set changes one benchmark: name it")
 

@@ -1,11 +1,10 @@
-"""One epoch on real instruction data with Axolotl, grouped by task, packed and not, beside Axolotl's own batches.
+"""Train an epoch of real instruction data with Axolotl by task, packed or not, and compare with its own batches.
 
 Steps: (1) write a random slice of the mixture (GSM8K, CodeAlpaca, APIBench), in which every task keeps its share, as
 three entries of `datasets:`; (2) train a byte-level BPE on the mixture and make a tiny random Llama; (3) train one
-epoch of each recipe below through Axolotl's entry points, with the plugin and without; (4) tell from the tokens that
-reach the model's forward pass which rows it sees, and from their responses of which task they are, and count; (5) let
-Axolotl prepare the whole mixture, and pack it as the plugin does and as Axolotl does, in several geometries; (6) write
-a report.
+epoch of each recipe below through Axolotl's entry points, with the plugin and without; (4) identify rows by the tokens
+of the model's forward pass, their tasks by the responses, and count; (5) let Axolotl prepare the whole mixture, and
+pack it as the plugin does and as Axolotl does, in several geometries; (6) write a report.
 
     python -m benchmarks axolotl_real_data --data FOLDER --set rows=1000
 
@@ -58,7 +57,7 @@ PACKER = {"group_size": 100_000, "bin_size": 200, "num_processes": 1, "mp_start_
 
 
 def write_entries(data: Path, folder: Path, count: int | None, seed: int = 0) -> list[dict[str, Any]]:
-    """Write a slice of `count` rows (None: all) as one file for each of the data's; returns its rows."""
+    """Write a slice of `count` rows (None: all), split like the data files, and return its rows."""
     rows = []
     for file in FILES:
         with (data / file).open(encoding="utf-8") as stream:
@@ -73,7 +72,7 @@ def write_entries(data: Path, folder: Path, count: int | None, seed: int = 0) ->
 
 
 def write_recipe(folder: Path, name: str, keys: dict[str, Any]) -> Path:
-    """A recipe of one epoch over the files in `folder`, with the model in its parent folder."""
+    """Write a recipe of one epoch over the files in `folder`, with the model in its parent directory."""
     recipe = {
         "base_model": str(folder.parent / "model"),
         "special_tokens": {"pad_token": "<pad>"},
@@ -107,7 +106,7 @@ def write_recipe(folder: Path, name: str, keys: dict[str, Any]) -> Path:
 
 
 def train_epoch(recipe: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Train a recipe as `axolotl train` does; returns the figures of what its model saw."""
+    """Train a recipe as `axolotl train` does, and return figures of the rows in the model's forward passes."""
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg
     from axolotl.cli.train import do_train
@@ -115,7 +114,7 @@ def train_epoch(recipe: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     from transformers import TrainerCallback
 
     class Recorder(BasePlugin, TrainerCallback):
-        """Tells rows by their tokens as they enter the model, so it depends on no sampler, collator or column."""
+        """Identify rows by the tokens of the forward pass, independent of sampler, collator and columns."""
 
         def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
             self.trainer = trainer
@@ -123,7 +122,7 @@ def train_epoch(recipe: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
             self.tokens = [tuple(ids) for ids in trainer.train_dataset["input_ids"]]
             self.row_of_tokens = {tokens: row for row, tokens in enumerate(self.tokens)}
             if len(self.row_of_tokens) < len(self.tokens):
-                raise ValueError("Two rows have the same tokens and cannot be told apart: remove one of them.")
+                raise ValueError("Two rows have the same tokens: remove one of them.")
             self.steps: list[list[int]] = []
             self.padded_tokens = 0
             trainer.add_callback(self)
@@ -149,12 +148,12 @@ def train_epoch(recipe: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
             self.seconds = time.process_time() - self.start
 
     manager = PluginManager.get_instance()
-    manager.plugins.clear()  # it keeps those of the last recipe
+    manager.plugins.clear()  # a singleton with the plugins of the previous recipe
     cfg = load_cfg(str(recipe))
     recorder = manager.plugins["recorder"] = Recorder()
     do_train(cfg, TrainerCliArgs())
 
-    # The task of each prepared row, told by its response: Axolotl shuffles rows and drops their columns.
+    # Find tasks by the responses: Axolotl shuffles rows and drops their columns.
     task_of_output = {row["output"].strip(): row["task"] for row in rows}
     dataset, tokenizer = recorder.trainer.train_dataset, recorder.trainer.processing_class
     responses = ([token for token in labels if token != -100] for labels in dataset["labels"])
@@ -173,7 +172,7 @@ def train_epoch(recipe: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def train_all(rows: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
-    """The figures of each of RECIPES, with the plugin (`ours`) and without (`axolotl`)."""
+    """Return the figures of all RECIPES, with the plugin (`ours`) and without (`axolotl`)."""
     results: dict[str, dict[str, Any]] = {}
     for number, (name, keys) in enumerate(RECIPES.items()):
         results[name] = {}
@@ -186,7 +185,7 @@ def train_all(rows: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, A
 
 
 def prepare(recipe: Path) -> tuple[NDArray[np.int64], dict[str, NDArray[np.int64]]]:
-    """Let Axolotl prepare a recipe's data: (rows,) tokens, and (rows,) group ids by task and by length."""
+    """Let Axolotl prepare a recipe's data; return (rows,) tokens and (rows,) group ids by task and by length."""
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_datasets
     from axolotl.integrations.base import PluginManager
@@ -210,7 +209,7 @@ def prepare(recipe: Path) -> tuple[NDArray[np.int64], dict[str, NDArray[np.int64
 
 
 def axolotls_efficiency(lengths: NDArray[np.int64], capacity: int, bins_per_micro_batch: int) -> float:
-    """Share of the bins' capacity that holds tokens, where Axolotl packs all rows together."""
+    """Return the filled share of the bins' capacity if Axolotl packs all rows together."""
     import torch
     from axolotl.utils.samplers import MultipackBatchSampler
     from torch.utils.data import RandomSampler
@@ -228,7 +227,7 @@ def our_efficiency(
     bins_per_micro_batch: int,
     micro_batches_per_step: int,
 ) -> float:
-    """The same, of the bins that an epoch trains: each of one group, and with bins that are trained twice."""
+    """Return the filled share of the bins in an epoch: each bin holds one group, and repeated bins count again."""
     from axolotl_plugin.packing import pack_groups
     from commonit_trl import plan_epoch
 
@@ -255,7 +254,7 @@ def our_efficiency(
 
 
 def pack_all(lengths: NDArray[np.int64], groups: dict[str, NDArray[np.int64]]) -> list[dict[str, Any]]:
-    """Packing efficiency in each geometry: Axolotl's, and ours by each metric and number of micro-batches a step."""
+    """Return the packing efficiency in each geometry: Axolotl's, and ours by metric and micro-batches per step."""
     results = []
     for micro_batch_size in MICRO_BATCH_SIZES:
         for real_batches in (False, True) if micro_batch_size > 1 else (False,):
@@ -282,7 +281,7 @@ def pack_all(lengths: NDArray[np.int64], groups: dict[str, NDArray[np.int64]]) -
 
 
 def parts(trained: dict[str, dict[str, Any]], packed: list[dict[str, Any]]) -> Iterator[Table | str]:
-    """Tables and what their columns mean."""
+    """Yield tables and explanations of their columns."""
     yield Table(
         heading="Seen by the model, one rank",
         header=[
@@ -307,7 +306,7 @@ def parts(trained: dict[str, dict[str, Any]], packed: list[dict[str, Any]]) -> I
     )
     yield (
         "*Axolotl's*: the same recipe without `plugins:` and `commonit_metric:`, counted in the same way. "
-        "*pure steps*: optimizer steps in which all rows are of one task. *tokens computed*: with padding, for each "
+        "*pure steps*: optimizer steps in which all rows have one task. *tokens computed*: with padding, for each "
         "token of the rows that are trained. *CPU seconds*: of training, without preparation."
     )
     yield Table(
@@ -324,17 +323,17 @@ def parts(trained: dict[str, dict[str, Any]], packed: list[dict[str, Any]]) -> I
         ],
     )
     yield (
-        f"Tokens of the data for each place in the bins that an epoch trains, at `sequence_len: {SEQUENCE_LEN}`. "
-        "*Axolotl's*: all rows packed together, as `MultipackBatchSampler.efficiency()` says. *by task, 8*: each task "
+        f"Filled share of the bins in an epoch, at `sequence_len: {SEQUENCE_LEN}`. "
+        "*Axolotl's*: all rows packed together, by `MultipackBatchSampler.efficiency()`. *by task, 8*: each task "
         "packed alone, for steps of 8 micro-batches (ranks × `gradient_accumulation_steps`); likewise by response "
         "length, 8 groups. A step takes up to 8 × `micro_batch_size` × `sequence_len` tokens of one group, and the "
-        "last step of a group holds what is left."
+        "last step of a group holds its remaining bins."
     )
 
 
 def run(settings: Settings) -> Report:
     if installed("axolotl") is None:
-        raise Skipped("axolotl is not installed; it has an environment of its own: CONTRIBUTING.md")
+        raise Skipped("axolotl is not installed; CONTRIBUTING.md describes its environment")
     data = settings.data
     import torch
 

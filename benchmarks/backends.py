@@ -1,14 +1,13 @@
-"""Would another backend of sentence-transformers encode faster than torch does?
+"""Compare the speed of sentence-transformers' backends with torch.
 
 Steps: (1) take distinct prompts of the mixture; (2) export MiniLM to each backend; (3) encode the prompts in rounds
 over all cases, and compare the embeddings with those of torch in float32: the lowest cosine, and the share of texts
-that are nearest to the same one of 32 centroids of k-means.
+with the same nearest of 32 k-means centroids.
 
     python -m benchmarks backends --size full --data FOLDER
 
-The packages behind the backends ask for an older transformers than this project does, so this benchmark imports nothing
-of the project and runs in an environment of its own, which `make bench-full` makes. Cost: two minutes for each round of
-4,000 prompts on two cores.
+The backends require an older transformers than this project, so this benchmark imports nothing of the project and runs
+in its own environment, which `make bench-full` creates. Cost: two minutes for each round of 4,000 prompts on two cores.
 """
 
 import tempfile
@@ -104,7 +103,7 @@ def run(settings: Settings) -> Report:
         cases = {}
         for name, function in functions.items():
             encode = function(Path(folder))
-            encode(texts[:64])  # what is made once in a process
+            encode(texts[:64])  # one-time setup of the process
             cases[name] = partial(timed, encode, texts, kept, name)
         results = medians(paired_rounds(cases, settings["rounds"]), "seconds", EXACT)
     centroids = KMeans(CLUSTERS, n_init=1, random_state=0).fit(kept[EXACT]).cluster_centers_

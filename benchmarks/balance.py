@@ -43,7 +43,7 @@ SIZES = {
 BINS = 8
 Deal = Callable[[Ints, int, int], Ints]
 Search = Callable[[Ints, Ints, int, int], Ints]
-"""From (width, steps) descending lengths, (steps,) samples, micro-steps and ranks to (blocks, steps) sizes."""
+"""(width, steps) descending lengths, (steps,) samples, micro-steps and ranks -> (blocks, steps) sizes"""
 
 
 # --- searches ---------------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def bisection(descending: Ints, counts: Ints, micro_steps: int, world_size: int)
 
 
 def sums_of_ranks(descending: Ints, counts: Ints, micro_steps: int, world_size: int) -> Ints:
-    """The limit holds for a rank: one whose first block ended below its share gets a costlier second block."""
+    """Bisect a limit per rank: a rank with a cheaper first block may get a costlier second block."""
     blocks, every = micro_steps * world_size, np.arange(len(counts))
 
     def fill(limit: Ints) -> tuple[Ints, NDArray[np.bool_]]:
@@ -87,7 +87,7 @@ def sums_of_ranks(descending: Ints, counts: Ints, micro_steps: int, world_size: 
 
 
 def least_padding(descending: Ints, counts: Ints, micro_steps: int, world_size: int, percent: int) -> Ints:
-    """Find the least padded tokens by dynamic programming, with a bound on the peak."""
+    """Minimise padded tokens by dynamic programming, with a bound on the peak."""
     best = bisection(descending, counts, micro_steps, world_size).astype(int)
     most = block_costs(descending, best).max(axis=0) * (100 + percent) // 100
     for step, count in enumerate(counts):
@@ -212,8 +212,8 @@ SEARCHES: dict[str, tuple[Search, Deal, list[Callable[..., object]]]] = {
     },
     "this package: first moves, peak + 5 %": (first_moves, dealt_in_turns, [*MOVES, move_samples]),
 }
-"""The search, how its blocks are dealt, and the functions whose lines count. The package used `best moves, peak + 25 %`
-before, in 98 lines beyond the bisection, which made it ten times as fast as it is here."""
+"""Name -> search, dealing of blocks, and the functions whose lines count. Formerly the package used `best moves, peak
++ 25 %`, in 98 lines beyond the bisection and ten times as fast as here."""
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def pure_steps(groups: Ints, geometry: tuple[int, int, int], seed: int) -> list[
 
 
 def steps_with_mixed_remainders(groups: Ints, geometry: tuple[int, int, int], seed: int) -> list[Ints]:
-    """Cut full pure steps of each group, and mixed steps of what remains, neighbouring groups side by side."""
+    """Cut full pure steps of each group, and mixed steps of the remaining rows of neighbouring groups."""
     capacity, rng = int(np.prod(geometry)), np.random.default_rng(seed)
     steps, remaining = [], []
     for group in range(groups.max() + 1):
@@ -268,7 +268,7 @@ def measure(
 
 
 def compare(units: list[list[Ints]], lengths: Ints, micro_steps: int, world_size: int) -> dict[str, dict[str, float]]:
-    """Compute the figures of every search, as means over the epochs; the time is the least of them."""
+    """Compute the mean figures of every search over the epochs; the time is the minimum."""
     results = {}
     for name, (search, dealt, functions) in SEARCHES.items():
         epochs = []

@@ -1,8 +1,8 @@
-"""Which k-means for real embeddings: how long does a fit take, and how good are its clusters?
+"""Compare k-means implementations on real embeddings by time and inertia.
 
 Steps: (1) take the mixture's prompts, responses and their sentences, and encode the distinct ones; (2) in rounds over
-all cases, each with another seed, fit clusters to them; (3) assign every text to the centroid nearest by cosine, as the
-package does, and take the inertia: the sum of squared distances to the mean of the cluster.
+all cases, each with a different seed, fit clusters to them; (3) assign every text to the centroid nearest by cosine, as
+the package does, and take the inertia: the sum of squared distances to the mean of the cluster.
 
     python -m benchmarks clustering --size full --data FOLDER
 
@@ -31,14 +31,14 @@ SIZES = {
 }
 OURS = "this package"
 SENTENCE_ENDS = re.compile(r"\n+|(?<=[.!?]) ")
-SHORTEST = 20  # characters of a sentence that says something
+SHORTEST = 20  # characters; shorter sentences are ignored
 
 CASES = Cases()
 Vectors = NDArray[np.float32]
 
 
 def read_texts(data: Path, count: int) -> list[str]:
-    """`count` random distinct prompts, responses and sentences of the mixture, or all."""
+    """Return `count` random distinct prompts, responses and sentences of the mixture (None: all)."""
     texts = [row[column] for row in read_mixture(data) for column in ("prompt", "completion")]
     sentences = (sentence.strip() for text in texts for sentence in SENTENCE_ENDS.split(text))
     distinct = list(dict.fromkeys([*texts, *(each for each in sentences if len(each) >= SHORTEST)]))
@@ -53,7 +53,7 @@ def ours(embeddings: Vectors, clusters: int, seed: int) -> Vectors:
 
 
 def scikit_learn(kind: Any, sample: int | None = None, **options: Any) -> Callable[[Vectors, int, int], Vectors]:
-    """A fit to all rows, or to a random sample of them."""
+    """Return a fit to all rows, or to a random sample of them."""
 
     def fit(embeddings: Vectors, clusters: int, seed: int) -> Vectors:
         if sample is not None:
@@ -113,7 +113,7 @@ def run(settings: Settings) -> Report:
     embeddings = EmbeddingGrouper(model=encoder()).encode(texts)
     functions, skipped = CASES.present(len(texts))
     for function in functions.values():
-        function(embeddings[:2_000], clusters, 0)  # what is made once in a process
+        function(embeddings[:2_000], clusters, 0)  # one-time setup of the process
     cases = {name: partial(timed, function, embeddings, clusters) for name, function in functions.items()}
     results = medians(paired_rounds(cases, settings["rounds"]), "seconds", OURS)
     best = min(row["inertia"] for row in results.values())

@@ -1,4 +1,4 @@
-"""What all benchmarks share: cases, paired rounds, and a report of tables, JSON and a plot that names the machine.
+"""Shared parts of the benchmarks: cases, paired rounds, and reports (tables, JSON, plot) that name the machine.
 
 A benchmark is a module of this folder with `TITLE`, `SIZES` (the parameters of each size, by their names) and
 `run(settings) -> Report`; benchmarks/__main__.py runs it. Its cases are functions in a `Cases`:
@@ -8,9 +8,8 @@ A benchmark is a module of this folder with `TITLE`, `SIZES` (the parameters of 
     @CASES("transformers' own", package="transformers")
     def theirs(inputs): ...
 
-A case whose package is not installed, or which is too slow for the size, is left out and the report says why. Cases are
-timed in rounds, each of which runs every case once, and compared inside a round: what slows the machine down for a
-while then slows all of them.
+The report lists skipped cases (package not installed, or too slow for the size) with the reason. Each round runs every
+case once, and cases are compared within a round, so a temporary slowdown of the machine affects all of them.
 """
 
 import json
@@ -27,38 +26,38 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 FLOAT_DIGITS = 6
-WIDE = 50  # times the shortest bar: the axis is logarithmic
+WIDE = 50  # times the shortest bar; beyond, the axis is logarithmic
 
 
 class Skipped(Exception):
-    """A benchmark or case that cannot run here; the message says why in a few words."""
+    """Raised when a benchmark or case cannot run here; the message is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a benchmark is run with."""
+    """Settings of one benchmark run."""
 
     size: str
     """`quick`, `full` or `gpu`."""
     given: dict[str, Any]
-    """The parameters of that size, as changed on the command line."""
+    """Parameters of that size, with changes from the command line."""
     folder: Path | None
-    """Where the real data lie."""
+    """Directory of the real data."""
     out: Path
-    """Where results go."""
+    """Directory of the results."""
 
     def __getitem__(self, name: str) -> Any:
         return self.given[name]
 
     @property
     def data(self) -> Path:
-        """The folder of the real data.
+        """Return the directory of the real data.
 
         Raises:
-            Skipped: when it is not named.
+            Skipped: if it is not set.
         """
         if self.folder is None:
-            raise Skipped("needs real data: name its folder by --data or COMMONIT_REAL_DATA")
+            raise Skipped("needs real data: set --data or COMMONIT_REAL_DATA to its directory")
         return self.folder
 
 
@@ -75,7 +74,7 @@ class Case:
 
 
 class Cases:
-    """The rows of a table, in the order in which they are registered."""
+    """Cases, the rows of a table, in order of registration."""
 
     def __init__(self) -> None:
         self.all: list[Case] = []
@@ -87,8 +86,8 @@ class Cases:
 
         Args:
             name: the row's name.
-            package: the distribution that it needs beyond this project's own.
-            least, most: the sizes of input that it is run with.
+            package: distribution that it needs beyond this project's own.
+            least, most: bounds of the input size.
         """
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,7 +97,7 @@ class Cases:
         return register
 
     def present(self, size: float = float("nan")) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
-        """The cases that can run for inputs of `size`, by default of any, and why the others cannot, by name."""
+        """Return the cases that can run for inputs of `size` (default: any), and name -> reason for the others."""
         functions, skipped = {}, {}
         for case in self.all:
             if case.package is not None and installed(case.package) is None:
@@ -113,7 +112,7 @@ class Cases:
 
 
 def installed(package: str) -> str | None:
-    """The version of a distribution, or None."""
+    """Return the version of a distribution, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -121,11 +120,11 @@ def installed(package: str) -> str | None:
 
 
 Round = dict[str, dict[str, float]]
-"""The figures of each case, by its name and theirs."""
+"""case -> figure -> value"""
 
 
 def paired_rounds(cases: Mapping[str, Callable[[int], dict[str, float]]], rounds: int) -> list[Round]:
-    """Run every case once in each round, with the round's number; each round begins with another case."""
+    """Run every case once per round, with the round's number; each round starts with a different case."""
     names = list(cases)
     results = []
     for number in range(rounds):
@@ -136,8 +135,11 @@ def paired_rounds(cases: Mapping[str, Callable[[int], dict[str, float]]], rounds
 
 
 def medians(rounds: Sequence[Round], ratio_of: str, base: str) -> Round:
-    """The median of each figure over the rounds, and as `ratio` that of `ratio_of` over the case `base`'s, each taken
-    inside its round; `ratio_low` and `ratio_high` are the extremes."""
+    """Return the median of each figure over the rounds.
+
+    `ratio` is the median of `ratio_of` relative to the case `base` in the same round; `ratio_low` and `ratio_high` are
+    the extremes.
+    """
     results = {}
     for name in rounds[0]:
         ratios = [each[name][ratio_of] / each[base][ratio_of] for each in rounds]
@@ -152,16 +154,16 @@ def medians(rounds: Sequence[Round], ratio_of: str, base: str) -> Round:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of a report; with `bars`, its plot as well."""
+    """A table of a report; `bars` are plotted."""
 
     heading: str
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
     skipped: Mapping[str, str] = field(default_factory=dict)
-    """Rows that could not be measured, and why."""
+    """Rows that were not measured, and the reasons."""
     bars: Mapping[str, float] = field(default_factory=dict)
     bars_of: str = ""
-    """What the bars measure."""
+    """Measure and unit of the bars."""
     goal: float | None = None
     """A line across the bars."""
 
@@ -175,22 +177,22 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a benchmark found."""
+    """Result of a benchmark."""
 
     head: Mapping[str, str]
-    """What was measured on what, under a name each."""
+    """Name -> description of data, model and method."""
     parts: Sequence[Table | str]
     """Tables, and Markdown paragraphs between them."""
     results: Any
     """All figures, for the JSON file."""
     packages: Sequence[str] = ()
-    """Distributions whose versions matter beyond those that are always named."""
+    """Distributions whose versions the report names, beyond torch, transformers and TRL."""
     label: str = ""
-    """What tells this result's files from others of the same day."""
+    """Suffix that distinguishes result files of the same day."""
 
 
 def write_report(name: str, title: str, size: str, command: str, report: Report, out: Path) -> Path:
-    """Write `report` as Markdown, JSON and, where matplotlib is installed, a plot; return the Markdown file."""
+    """Write `report` as Markdown, JSON and, if matplotlib is installed, a plot; return the Markdown path."""
     today = date.today().isoformat()
     head = {"command": command, "machine": machine(report.packages), **report.head}
     stem = "-".join(filter(None, (name, today, size, report.label)))
@@ -214,7 +216,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def machine(packages: Sequence[str] = ()) -> str:
-    """Processor, cores, GPU and versions in words."""
+    """Describe processor, cores, GPU and versions."""
     import torch
 
     info = Path("/proc/cpuinfo")
@@ -228,7 +230,7 @@ def machine(packages: Sequence[str] = ()) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats with six significant digits: more would be noise."""
+    """Round floats to `FLOAT_DIGITS` significant digits; more would be noise."""
     if isinstance(value, float):
         return float(f"{value:.{FLOAT_DIGITS}g}")
     if isinstance(value, Mapping):
@@ -237,7 +239,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _plot(title: str, tables: Sequence[Table], path: Path) -> None:
-    """One panel of bars a table; this package's are darker."""
+    """Draw one panel of bars per table; bars of this package are darker."""
     from matplotlib.figure import Figure
 
     heights = [0.8 + 0.3 * len(table.bars) for table in tables]

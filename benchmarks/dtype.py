@@ -1,4 +1,4 @@
-"""How many rows does a reduced precision of the encoder move to another group?
+"""Count the rows that a lower precision of the encoder moves to another group.
 
 Steps: (1) take random rows of each task of the mixture; (2) encode their prompts, responses and both in float32 and in
 bfloat16; (3) find the centroids in float32: the reference tasks of the MMLU dev set, and k-means of the mixture;
@@ -32,14 +32,14 @@ NATIVE = ("avx512_bf16", "amx_bf16")
 
 
 def reference_centroids(folder: Path, rows: Dataset) -> NDArray[np.float32]:
-    """(tasks, dimensions) centroids of the MMLU dev set in float32."""
+    """Return the (tasks, dimensions) centroids of the MMLU dev set in float32."""
     grouper = EmbeddingGrouper(model=encoder(), reference=str(folder / REFERENCE), dtype=EXACT)
     grouper.fit(Rows(rows.select([0])))
     return grouper.centroids
 
 
 def cluster_centroids(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(clusters, dimensions) centroids of k-means with the package's number of clusters."""
+    """Return (clusters, dimensions) k-means centroids, with the package's default number of clusters."""
     found = KMeans(DEFAULT_NUM_GROUPS["embedding"], n_init=1, random_state=0).fit(features).cluster_centers_
     return found / np.linalg.norm(found, axis=1, keepdims=True)
 
@@ -47,18 +47,18 @@ def cluster_centroids(features: NDArray[np.float32]) -> NDArray[np.float32]:
 def moved_rows(
     exact: NDArray[np.float32], reduced: NDArray[np.float32], centroids: NDArray[np.float32]
 ) -> NDArray[np.bool_]:
-    """(rows,) whether the nearest centroid differs between two encodings of the same rows."""
+    """Return (rows,) whether the nearest centroid differs between two encodings."""
     return (exact @ centroids.T).argmax(axis=1) != (reduced @ centroids.T).argmax(axis=1)
 
 
 def margins(features: NDArray[np.float32], centroids: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(rows,) cosine to the nearest centroid, minus the cosine to the second nearest."""
+    """Return (rows,) cosine to the nearest centroid minus cosine to the second nearest."""
     second, first = np.sort(features @ centroids.T, axis=1)[:, -2:].T
     return first - second
 
 
 def summary(kinds: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Sum up the rows of all kinds of text."""
+    """Sum the counts over all kinds of text."""
     rows, moved = (int(sum(kind[key] for kind in kinds.values())) for key in ("rows", "moved"))
     shares = [kind["share"] for kind in kinds.values()]
     return {
@@ -72,7 +72,7 @@ def summary(kinds: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def tables(results: dict[str, dict[str, dict[str, float]]]) -> list[Table]:
-    """One table for each set of centroids."""
+    """Yield one table per set of centroids."""
     return [
         Table(
             heading=name,
@@ -94,7 +94,7 @@ def tables(results: dict[str, dict[str, dict[str, float]]]) -> list[Table]:
 
 
 def bfloat16_support() -> str:
-    """How this machine's device computes in bfloat16."""
+    """Describe this device's support for bfloat16."""
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return f"{torch.cuda.get_device_name()}, {'native' if native else 'emulated'}"

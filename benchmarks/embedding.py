@@ -1,9 +1,9 @@
-"""What does grouping by embedding cost beside a bare encoding of the same texts, and where does the time go?
+"""Measure the cost of grouping by embedding beside a bare encoding of the same texts, and its parts.
 
 Steps: (1) take prompts of the mixture; (2) in rounds over all cases, encode the distinct ones as sentence-transformers
 does, and group all of them with this package in each precision: read, encode, cluster, assign, write the cache; then
-group them again, from the cache; (3) count the rows whose group is that of float32; (4) group many rows with
-stored embeddings in the encoder's place, which leaves what the package itself does.
+group them again, from the cache; (3) count the rows whose group is that of float32; (4) group many rows with stored
+embeddings instead of the encoder, which measures the package's own work.
 
     python -m benchmarks embedding --size full --data FOLDER
 
@@ -46,7 +46,7 @@ CASES = Cases()
 
 
 class Inputs:
-    """The rows of the mixture, and a folder for caches."""
+    """Rows of the mixture, and a directory for caches."""
 
     def __init__(self, data: Path, prompts: int, folder: Path) -> None:
         rows = stratified_slice(read_mixture(data), prompts, seed=0)
@@ -54,7 +54,7 @@ class Inputs:
         self.distinct = list(dict.fromkeys(row["prompt"] for row in rows))
         self.folder = folder
         self.model = SentenceTransformer(encoder())
-        self.model.encode(self.distinct[:64])  # what is made once in a process
+        self.model.encode(self.distinct[:64])  # one-time setup of the process
         self.fitted: dict[str, tuple[Any, NDArray[np.int64]]] = {}
 
     def group(self, name: str, number: int, dtype: str) -> None:
@@ -62,8 +62,10 @@ class Inputs:
         self.fitted[name] = fit_assign_cached(grouper, Rows(self.dataset), self.folder / f"{name}, {number}")
 
     def same_groups(self, name: str) -> tuple[float, float]:
-        """Shares of rows in the group that they have in float32: at float32's centroids, and at those of clusters that
-        were fitted to embeddings of this precision, matched to float32's."""
+        """Return shares of rows in the same group as in float32.
+
+        First with the centroids of float32, then with centroids fitted in this precision and matched to float32's.
+        """
         (exact, exact_groups), (grouper, groups) = self.fitted[EXACT], self.fitted[name]
         nearest = (grouper.encode(list(self.dataset["prompt"])) @ exact.centroids.T).argmax(axis=1)
         return float(np.mean(nearest == exact_groups)), matched_share(groups, exact_groups)
@@ -90,7 +92,7 @@ def reduced(inputs: Inputs, number: int) -> None:
 
 
 def timed(function: Callable[[Inputs, int], None], inputs: Inputs, number: int) -> dict[str, float]:
-    """Seconds of the first run of a round, and of a second one, which finds the first's cache."""
+    """Return the seconds of a run without cache, and of a second run with the first one's cache."""
     start = time.perf_counter()
     function(inputs, number)
     first = time.perf_counter() - start
@@ -101,14 +103,14 @@ def timed(function: Callable[[Inputs, int], None], inputs: Inputs, number: int) 
 
 
 def matched_share(some: NDArray[np.int64], others: NDArray[np.int64]) -> float:
-    """Share of rows in the same group, where groups are named so that most rows are."""
+    """Return the share of rows in the same group under the best matching of groups."""
     count = int(max(some.max(), others.max())) + 1
     together = np.bincount(some * count + others, minlength=count * count).reshape(count, count)
     return float(together[linear_sum_assignment(together, maximize=True)].sum() / len(some))
 
 
 def stored_embeddings(rows: int) -> NDArray[np.float32]:
-    """(rows, DIMENSIONS) around some centres of different weight."""
+    """Return (rows, DIMENSIONS) embeddings around centres of different weight."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((STORED_CLUSTERS, DIMENSIONS), dtype=np.float32)
     weights = 1 / np.arange(1, STORED_CLUSTERS + 1)
@@ -121,15 +123,15 @@ def stored_embeddings(rows: int) -> NDArray[np.float32]:
 
 
 def seconds_without_encoding(inputs: Inputs, rows: int) -> dict[str, float]:
-    """The pipeline over `rows` distinct texts, with embeddings that are stored; and again from the cache."""
+    """Time the pipeline over `rows` distinct texts with stored embeddings, and again from the cache."""
     texts = [f"{number}: {inputs.distinct[number % len(inputs.distinct)]}" for number in range(rows)]
     dataset = Dataset.from_dict({"prompt": texts, "completion": texts})
-    stored, place = stored_embeddings(rows), 0
+    stored, position = stored_embeddings(rows), 0
 
     def encode(model: Any, sentences: list[str], **options: Any) -> NDArray[np.float32]:
-        nonlocal place
-        place += len(sentences)  # each text comes once
-        return stored[place - len(sentences) : place]
+        nonlocal position
+        position += len(sentences)  # each text comes once
+        return stored[position - len(sentences) : position]
 
     taken = {}
     for name in ("grouped", "cached"):

@@ -1,11 +1,11 @@
-"""The time of an evaluation with the loss of each group, beside the parent's, for 1, 60 and 500 groups.
+"""Time an evaluation with the loss of each group, relative to the parent's, for 1, 60 and 500 groups.
 
 Steps: (1) make the demo's model and rows of as many tasks; (2) evaluate them by `SFTTrainer` and by
 `CommonITSFTTrainer` in turns, without and with dataloader workers; (3) take the median of the rounds' ratios.
 
     python -m benchmarks evaluation --size full
 
-Cost: some minutes of one CPU core; nothing is downloaded.
+Cost: a few minutes of one CPU core; nothing is downloaded.
 """
 
 import statistics

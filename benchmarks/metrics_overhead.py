@@ -1,9 +1,9 @@
-"""What the metrics of each group cost: the time of an optimizer step with them and without, paired in one run.
+"""Time an optimizer step with and without the metrics of each group, paired in one run.
 
 Steps: (1) make the demo's model and a larger Llama, and rows of six tasks that all have the same number of tokens, so
-that all steps cost the same; (2) train each, two optimizer steps with the metrics of `trainer/metrics.py` and two
-without by turns, with everything logged after every step, which is the most that they can cost; and once more with
-none, which shows what the comparison itself makes of equal steps; (3) compare the medians of neighbours' differences.
+that all steps cost the same; (2) train each, alternating two optimizer steps with the metrics of `trainer/metrics.py`
+and two without, and log after every step, the most expensive case; repeat without metrics to measure the noise of the
+comparison; (3) compare the medians of differences between neighbours.
 
     python -m benchmarks metrics_overhead --size full
 
@@ -33,12 +33,12 @@ SIZES = {
 }
 WARM_UP = 8
 TURN = 2
-"""Steps with, then as many without. Timed is from the end of the first to that of the second: the first's metrics are
-logged then."""
+"""Steps with metrics, then as many without. The time from the end of the first to the end of the second step counts:
+it includes logging the first step's metrics."""
 
 
 class Toggled(CommonITSFTTrainer):
-    """Leaves the metrics out of every other turn, or of all."""
+    """Trainer that skips the metrics in every other turn, or in all."""
 
     ever = True
 
@@ -66,7 +66,7 @@ class NeverOn(Toggled):
 
 
 def step_times(run: Run, trainer_class: type[Toggled], steps: int) -> tuple[list[float], list[float]]:
-    """Seconds of the steps of either turn, as many of each."""
+    """Return the step seconds of both turns, equally many."""
     _, config_class, options = by_task()
     options |= {"logging_strategy": "steps", "logging_steps": 1}
     _, clock = train(run, trainer_class, config_class, options, max_steps=WARM_UP + steps)

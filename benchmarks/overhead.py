@@ -1,9 +1,9 @@
-"""What does a step of this package cost beyond TRL's, where there is no padding to save?
+"""Measure the overhead of a step relative to TRL's if there is no padding to save.
 
 Steps: (1) make rows of six tasks that all have the same number of tokens, so that every order of samples costs the
-same; (2) in rounds over all cases, train an epoch with TRL's random order and with this package's groups, with the
-arrangement by length and without, metrics of each group included; (3) compare the seconds of a step, and what it takes
-to make a step's batches; all that for the demo's model, whose steps are short, and for a larger one.
+same; (2) in rounds over all cases, train an epoch with TRL's random order and with this package's groups, with and
+without balanced lengths, metrics of each group included; (3) compare the seconds of a step and of making its batches,
+for the demo's model, whose steps are short, and for a larger one.
 
     python -m benchmarks overhead
 
@@ -53,7 +53,7 @@ def equal_rows(rows: int, tokens: int, vocabulary: int) -> Dataset:
 
 
 def runs(folder: Path, rows: int) -> dict[str, Run]:
-    """What is trained, by the model's name."""
+    """Return model name -> run."""
     make_models(folder, generate_rows(seed=0)[0], seed=0)
     tokenizer = AutoTokenizer.from_pretrained(folder / INITIAL_DIR)
     models = {
@@ -75,7 +75,7 @@ def runs(folder: Path, rows: int) -> dict[str, Run]:
 
 
 def figures(run: Run, case: Case, number: int) -> dict[str, float]:
-    """CPU seconds of a step, and of making its batches."""
+    """Return the CPU seconds of a step, and of making its batches."""
     trainer, clock = train(run, *case, seed=number)
     start = time.process_time()
     batches = sum(1 for _ in trainer.get_train_dataloader())

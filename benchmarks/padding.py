@@ -1,9 +1,9 @@
-"""Measure the padding and waiting of a step, for several orders of the samples and several ways to cut a step.
+"""Measure padding and waiting for several orders of the samples and several ways to cut a step.
 
 Steps: (1) read the mixture (GSM8K, CodeAlpaca, APIBench) and tokenise it with a byte-level BPE trained on it; (2) group
-it by task, by response length (8 bins) and by embedding (32 clusters); (3) plan epochs and cut each step in every way
-of `CUTS`: all ways get the same steps; (4) add orders without groups, of transformers and random ones; (5) compute the
-padded tokens of each micro-batch and write a report. benchmarks/balance.py compares searches for the best cut.
+it by task, by response length (8 bins) and by embedding (32 clusters); (3) plan epochs and apply all `CUTS` to the same
+steps; (4) add ungrouped orders: random, and those of transformers; (5) compute the padded tokens of each micro-batch
+and write a report. benchmarks/balance.py compares searches for the best cut.
 
     python -m benchmarks padding --size full --data FOLDER
 
@@ -39,14 +39,14 @@ GROUPERS: dict[str, tuple[str, Callable[[], Grouper], float]] = {
     "length": ("response length, 8 bins", LengthGrouper, 1.06),
     "embedding": ("embedding, 32 clusters", lambda: EmbeddingGrouper(model=encoder()), 1.10),
 }
-"""How each metric is named in the report, its grouper, and the relative cost that we want to stay under."""
+"""Metric -> name in the report, grouper, and upper goal for the relative cost."""
 B, W, A = 8, 4, 2
 BLOCKS = W * A
 STEP = B * BLOCKS
 
 Ints = NDArray[np.int64]
 Batches = tuple[Ints, Ints]
-"""Lengths of the samples in the order step, micro-step, rank; and (steps, A * W) sizes of the micro-batches."""
+"""Sample lengths in the order step, micro-step, rank; and (steps, A * W) micro-batch sizes."""
 CUTS = Cases()
 ORDERS = Cases()
 
@@ -83,7 +83,7 @@ def ours(steps: list[Ints]) -> Batches:
 
 
 def whole_steps(lengths: Ints, rows: Ints) -> Batches:
-    """The rows in this order, cut into equal micro-batches; the last step is left out where it is not full."""
+    """Cut the rows into equal micro-batches in this order; drop the last step if it is not full."""
     rows = rows[: len(rows) // STEP * STEP]
     return lengths[rows], np.full((len(rows) // STEP, BLOCKS), B)
 
@@ -110,12 +110,12 @@ def batch_rebalance(lengths: Ints, seed: int) -> Batches:
 
 
 def with_attention(lengths: Ints) -> Ints:
-    """Cost of each sample with transformers' term for attention, in thousandths of a token."""
+    """Return the cost of each sample with transformers' attention term, in thousandths of a token."""
     return lengths * 1_000 + lengths * lengths
 
 
 def figures(batches: Batches, micro_steps: int = A, world_size: int = W) -> dict[str, float]:
-    """Compute padding, costs and peak of steps that are cut into micro-batches."""
+    """Compute padding, costs and peak of the micro-batches."""
     lengths, sizes = batches
     longest = np.maximum.reduceat(lengths, np.r_[0, np.cumsum(sizes)[:-1]]).reshape(sizes.shape)
     padded = (longest * sizes).reshape(-1, micro_steps, world_size)
@@ -135,7 +135,7 @@ def over_seeds(results: list[dict[str, float]]) -> dict[str, float]:
 
 
 def compare(groups: Ints, lengths: Ints, seeds: int) -> dict[str, dict[str, float]]:
-    """Compute the figures of every way to cut the steps of the same plans."""
+    """Compute the figures of all cuts of the same plans."""
     functions, _ = CUTS.present()
     results: dict[str, list[dict[str, float]]] = {name: [] for name in functions}
     for seed in range(seeds):

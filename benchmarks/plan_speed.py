@@ -1,14 +1,14 @@
-"""How long does it take to plan an epoch and to walk through one rank's micro-batches of it?
+"""Time planning an epoch and reading one rank's micro-batches.
 
 Steps: (1) make group ids (64 groups with Zipf's sizes, in random order) and log-normal token lengths; (2) for each
-number of rows, time the first micro-batch and the whole epoch of each of `CASES`, each in a process of its own, in
+number of rows, time the first micro-batch and the whole epoch of each of `CASES`, each in its own process, in
 several rounds over all cases; (3) divide by the time that `torch.randperm` takes in the same round; (4) measure the
 memory of our plan and what a resume near the end of an epoch costs.
 
     python -m benchmarks plan_speed --size full
 
 A case is a function from `Inputs` and a seed to an iterable of batches of row numbers; inputs (lists of lengths, say)
-are made before the clock starts. Cost: a minute for 10^6 rows, ten for 10^7, of one core.
+are made before timing starts. Cost: a minute for 10^6 rows, ten for 10^7, of one core.
 """
 
 import collections
@@ -46,7 +46,7 @@ MOST_OF_PEERS = 10_000_000
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the cases plan for."""
+    """Inputs of a case."""
 
     rows: int
 
@@ -77,7 +77,7 @@ class Inputs:
         return Dataset.from_dict({"length": self.lengths})["length"]
 
     def make(self) -> None:
-        """Make what cases take before the clock starts."""
+        """Make all inputs before timing starts."""
         for name in ("group_ids", "lengths", *(("length_list", "length_column") if self.rows <= MOST_OF_PEERS else ())):
             getattr(self, name)
 
@@ -109,7 +109,7 @@ def ours_arranged(inputs: Inputs, seed: int) -> Iterable[Any]:
 
 @CASES("stable argsort of 16-bit ids, groups shuffled")
 def argsort(inputs: Inputs, seed: int) -> Iterable[Any]:
-    """A floor for whole steps of one group, in plain numpy; each group's tail is dropped."""
+    """Lower bound for full steps of one group, in numpy; drops each group's tail."""
     rng = np.random.default_rng(seed)
     rows = np.argsort(inputs.group_ids.astype(np.int16), kind="stable").astype(np.int32)
     starts = []
@@ -164,7 +164,7 @@ def proportional(inputs: Inputs, seed: int) -> Iterable[Any]:
 
 @CASES("mosaicml-streaming per_stream", package="mosaicml-streaming", most=MOST_OF_PEERS)
 def per_stream(inputs: Inputs, seed: int) -> Iterable[Any]:
-    """What its StreamingDataset does for an epoch, over streams that have no files; one rank's share."""
+    """Make one rank's share of an epoch as StreamingDataset does, over streams without files."""
     StreamingDataset, generate_work, World = streaming()
     shard = 65_536
     shards = [[shard] * (size // shard) + [size % shard] * (size % shard > 0) for size in inputs.group_sizes.tolist()]
@@ -197,9 +197,9 @@ def per_stream(inputs: Inputs, seed: int) -> Iterable[Any]:
 
 
 def streaming() -> tuple[Any, Any, Any]:
-    """mosaicml-streaming's StreamingDataset, generate_work and World."""
+    """Import mosaicml-streaming's StreamingDataset, generate_work and World."""
     for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
-        if name not in sys.modules:  # only streaming.vision wants it, which is not used here
+        if name not in sys.modules:  # imported only for streaming.vision, unused here
             module = ModuleType(name)
             module.__spec__ = importlib.machinery.ModuleSpec(name, None)
             module.__getattr__ = lambda attribute: type(attribute, (), {})
@@ -213,7 +213,7 @@ def streaming() -> tuple[Any, Any, Any]:
 
 
 def seconds(function: Callable[..., Iterable[Any]], inputs: Inputs, seed: int) -> dict[str, float]:
-    """CPU seconds to the first batch, and to the end of the epoch."""
+    """Return the CPU seconds until the first batch and until the end of the epoch."""
     start = time.process_time()
     batches = iter(function(inputs, seed))
     next(batches)
@@ -223,7 +223,7 @@ def seconds(function: Callable[..., Iterable[Any]], inputs: Inputs, seed: int) -
 
 
 def in_a_process_of_its_own(function: Callable[[], Any]) -> Any:
-    """The result of `function` in a fork: it finds no memory that an earlier case has touched and freed."""
+    """Run `function` in a fork, without memory that earlier cases have touched and freed."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     process = context.Process(target=lambda: results.put(function()))
@@ -234,11 +234,11 @@ def in_a_process_of_its_own(function: Callable[[], Any]) -> Any:
 
 
 def time_cases(inputs: Inputs, rounds: int) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """The figures of each case, and why others are left out."""
+    """Return the figures of each case, and the reasons for skipped ones."""
     functions, skipped = CASES.present(inputs.rows)
     warm_up = Inputs(min(inputs.rows, 200_000))
     for function in functions.values():
-        seconds(function, warm_up, 0)  # imports, and what is made once in a process
+        seconds(function, warm_up, 0)  # imports and one-time setup of the process
     inputs.make()
     cases = {
         name: lambda seed, function=function: in_a_process_of_its_own(partial(seconds, function, inputs, seed))
@@ -248,7 +248,7 @@ def time_cases(inputs: Inputs, rounds: int) -> tuple[dict[str, dict[str, float]]
 
 
 def bytes_per_row(inputs: Inputs, arranged: bool) -> dict[str, float]:
-    """Measure a plan without its arguments: bytes held, and peak while it is built and one rank's batches are read."""
+    """Measure a plan without its arguments: bytes held, and the peak of building it and reading one rank's batches."""
     tracemalloc.start()
     sampler = ours(inputs, 0, arranged)
     held = tracemalloc.get_traced_memory()[0]
@@ -259,7 +259,7 @@ def bytes_per_row(inputs: Inputs, arranged: bool) -> dict[str, float]:
 
 
 def resume_seconds(inputs: Inputs) -> dict[str, float]:
-    """From a planned epoch to the first micro-batch of its last hundredth, through accelerate's wrapper that skips."""
+    """Time a resume in the last hundredth of an epoch, through accelerate's `SkipBatchSampler`."""
     sampler = ours(inputs, 0, arranged=True)
     count = len(sampler) * 99 // 100
     taken = {}
@@ -273,7 +273,7 @@ def resume_seconds(inputs: Inputs) -> dict[str, float]:
 
 
 def measure(rows: int, rounds: int) -> tuple[dict[str, Any], list[Table | str]]:
-    """All figures for this many rows, and what the report says of them."""
+    """Return all figures for this many rows, and their part of the report."""
     inputs = Inputs(rows)
     cases, skipped = time_cases(inputs, rounds)
     plain, arranged = (cases[f"this package, {name}"] for name in ("without lengths", "arranged by length"))
@@ -304,8 +304,8 @@ def measure(rows: int, rounds: int) -> tuple[dict[str, Any], list[Table | str]]:
         f"Arranging adds {added:.2f} µs a sample. Memory without the arguments, in bytes a row: "
         + "; ".join(f"{name}, {each['held']:.1f} held, {each['peak']:.1f} at the peak" for name, each in memory.items())
         + ". First micro-batch of the last hundredth of an epoch with lengths: "
-        f"{resume['walking'] * 1e3:,.0f} ms through a wrapper that skips, {resume['told'] * 1e3:,.1f} ms when the "
-        "sampler is told first."
+        f"{resume['walking'] * 1e3:,.0f} ms through accelerate's wrapper, {resume['told'] * 1e3:,.1f} ms with "
+        "`skip_first`."
     )
     figures = {
         "cases": cases,

@@ -1,12 +1,12 @@
-"""How long does it take to read the token counts and the task of every row out of a `datasets.Dataset`?
+"""Time reading the token counts and tasks of all rows of a `datasets.Dataset`.
 
 Steps: (1) write rows of 50 to 150 random tokens, half of them masked in the labels, and one of 64 tasks, to disk, and
 map them into memory as `datasets` does; (2) shuffle the same rows, which gives the dataset an indices mapping; (3) time
-this package's reading and what peers do for the same answer, in rounds over all cases.
+this package and its peers, in rounds over all cases.
 
     python -m benchmarks reading
 
-Peers read row by row, so they are timed on the first rows only (`peer_rows`) and their times multiplied. Cost: two
+Peers read row by row, so they are timed on the first `peer_rows` rows and scaled. Cost: two
 minutes, 1 GB of memory and of disk for 10^6 rows.
 """
 
@@ -75,7 +75,7 @@ def task(dataset: Dataset) -> Any:
 
 @PEERS("transformers: tokens of each row, no column of lengths")
 def transformers_rows(dataset: Dataset) -> Any:
-    """What group_by_length and batch_rebalance do."""
+    """As group_by_length and batch_rebalance do."""
     return LengthGroupedSampler(32, dataset=dataset, model_input_name="input_ids").lengths
 
 

@@ -1,10 +1,10 @@
-"""One epoch on real instruction data by each metric: which rows did the model see in which optimizer step?
+"""Train one epoch on real instruction data by each metric, and count the rows in the model's forward passes.
 
-Steps: (1) read the mixture (GSM8K, CodeAlpaca, APIBench) as prompt and completion with a `task`, and take a
-random slice in which every task keeps its share; (2) train a byte-level BPE on the mixture and make a tiny
-random Llama; (3) train one epoch with plain batches and one by each metric: task, length, and embedding with
-the MMLU dev set as the reference; (4) tell from the tokens that reach the model's forward pass which rows it
-sees, and count; (5) add the plan's figures for several ranks, which need no training; (6) write a report.
+Steps: (1) read the mixture (GSM8K, CodeAlpaca, APIBench) as prompt and completion with a `task`, and take a random
+slice in which every task keeps its share; (2) train a byte-level BPE on the mixture and make a tiny random Llama; (3)
+train one epoch with baseline batches and one by each metric: task, length, and embedding with the MMLU dev set as the
+reference; (4) identify rows by the tokens of the model's forward pass, and count; (5) add the plan's figures for
+several ranks, which need no training; (6) write a report.
 
     python -m benchmarks real_data --data FOLDER --set rows=2000
 
@@ -38,16 +38,16 @@ TOP_GROUPS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """What one epoch of training did."""
+    """Record of one epoch."""
 
     seen: list[list[int]]
-    """Row numbers of each optimizer step, as the model's forward pass got them."""
+    """Row numbers in the model's forward passes, by optimizer step."""
     padded_tokens: int
     """Tokens that the model computed, padding included."""
     lengths: NDArray[np.int64]
     """(rows,) tokens of each row."""
     groups: NDArray[np.int64] | None
-    """(rows,) group of each row; None for plain batches."""
+    """(rows,) group of each row; None for baseline batches."""
     grouper: Grouper | None
     setup_seconds: float
     """CPU time of tokenising, grouping and planning."""
@@ -59,14 +59,14 @@ class Epoch:
 
 
 class SeenRows:
-    """Tells rows by their tokens as they enter the model, so it depends on no sampler, collator or column."""
+    """Identify rows by the tokens of the forward pass, independent of sampler, collator and columns."""
 
     def __init__(self, trainer: CommonITSFTTrainer) -> None:
         self.trainer = trainer
         tokens = [tuple(ids) for ids in trainer.train_dataset["input_ids"]]
         self.row_of_tokens = dict(zip(tokens, trainer.train_dataset["row"]))
         if len(self.row_of_tokens) < len(tokens):
-            raise ValueError("Two rows have the same tokens and cannot be told apart: remove one of them.")
+            raise ValueError("Two rows have the same tokens: remove one of them.")
         self.steps: list[list[int]] = []
         self.padded_tokens = 0
         trainer.model.register_forward_pre_hook(self._record, with_kwargs=True)
@@ -84,7 +84,7 @@ class SeenRows:
 def train_epoch(
     metric: str, dataset: Dataset, tokenizer: PreTrainedTokenizerFast, folder: Path, **options: Any
 ) -> Epoch:
-    """Train one epoch on CPU; `folder` takes what training writes, `options` go into the config."""
+    """Train one epoch on CPU, with output in `folder` and `options` in the config."""
     config = CommonITSFTConfig(
         output_dir=str(folder / metric),
         commonit_metric=metric,
@@ -116,7 +116,7 @@ def train_epoch(
     trainer.train()
     done = time.process_time()
     if len(trainer.train_dataset) != len(dataset):
-        raise ValueError(f"Preparation left {len(trainer.train_dataset)} of {len(dataset)} rows.")
+        raise ValueError(f"TRL kept only {len(trainer.train_dataset)} of {len(dataset)} rows.")
     return Epoch(
         seen=seen.steps,
         padded_tokens=seen.padded_tokens,
@@ -131,7 +131,7 @@ def train_epoch(
 def train_all(
     dataset: Dataset, tokenizer: PreTrainedTokenizerFast, reference: Path, encoder: str, folder: Path
 ) -> dict[str, Epoch]:
-    """One epoch with plain batches (`none`) and one by each metric."""
+    """Train one epoch with baseline batches (`none`) and one by each metric."""
     embedding = {"commonit_embedding_model": encoder, "commonit_reference_dataset": str(reference)}
     options: dict[str, dict[str, Any]] = {"none": {}, "task": {}, "length": {}, "embedding": embedding}
     return {metric: train_epoch(metric, dataset, tokenizer, folder, **options[metric]) for metric in options}
@@ -141,19 +141,19 @@ def train_all(
 
 
 def pure_share(steps: list[list[int]], groups: NDArray[np.int64]) -> float:
-    """Share of the steps whose rows are all of one group."""
+    """Return the share of steps that hold one group."""
     return float(np.mean([len(set(groups[rows].tolist())) == 1 for rows in steps]))
 
 
 def slowest_rank_cost(plan: EpochPlan, lengths: NDArray[np.int64]) -> float:
-    """Tokens computed for each of the data's, when in every micro-step all ranks wait for the costliest."""
+    """Return computed tokens per token of the data, counting the costliest rank of each micro-step for all ranks."""
     longest = np.maximum.reduceat(lengths[plan.indices], plan.offsets[:-1])
     padded = (longest * np.diff(plan.offsets)).reshape(-1, plan.world_size)
     return float(padded.max(axis=1).sum() * plan.world_size / lengths.sum())
 
 
 def figures(epoch: Epoch, plain: Epoch) -> dict[str, Any]:
-    """The figures of one metric's epoch beside those of plain batches."""
+    """Return the figures of one metric's epoch and of the baseline."""
     assert epoch.groups is not None and epoch.grouper is not None
     names = epoch.grouper.names
     sizes = np.bincount(epoch.groups, minlength=len(names))
@@ -165,7 +165,7 @@ def figures(epoch: Epoch, plain: Epoch) -> dict[str, Any]:
         "world_size": RANKS,
     }
     ranks_plan = plan_epoch(epoch.groups, epoch.lengths, **geometry)
-    # Random batches: all rows are one group, arranged by nothing.
+    # Random batches: one group, lengths not balanced.
     ranks_plain = plan_epoch(np.zeros_like(epoch.groups), **geometry)
     summary = ranks_plan.summary()
     return {
@@ -203,7 +203,7 @@ def figures(epoch: Epoch, plain: Epoch) -> dict[str, Any]:
 
 
 def parts(results: dict[str, dict[str, Any]]) -> Iterator[Table | str]:
-    """Tables and what their columns mean."""
+    """Yield tables and explanations of their columns."""
     yield Table(
         heading="Seen by the model, one rank",
         header=[
@@ -232,8 +232,8 @@ def parts(results: dict[str, dict[str, Any]]) -> Iterator[Table | str]:
     )
     yield (
         "*plain*: the same rows with `commonit_metric: none`, trained and counted in the same way. "
-        "*groups*: those that have rows, of those there could be. "
-        "*pure steps*: optimizer steps in which all rows are of one group. "
+        "*groups*: groups with rows, of all fitted groups. "
+        "*pure steps*: optimizer steps that hold one group. "
         "*tokens computed*: with padding and repeats. *set-up*: tokenising, grouping and planning."
     )
     yield Table(

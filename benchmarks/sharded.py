@@ -1,4 +1,4 @@
-"""Grouping by embedding on two ranks: how much faster is it than on one, and are the groups the same?
+"""Compare grouping by embedding on two ranks with one: time, and equality of the groups.
 
 Steps: (1) write prompts of the mixture to a file; (2) in rounds, run `commonit group` with k-means clusters in one
 process and on two ranks under torchrun, each with one thread and an empty cache; (3) time each from start to end,

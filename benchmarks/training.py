@@ -1,17 +1,17 @@
-"""How many real tokens does training get through in a second, with TRL's orders of samples and with this package's?
+"""Measure training throughput in tokens of the data per second, with TRL's orders of samples and with this package's.
 
 Steps: (1) tokenise a slice of the mixture, in which every task keeps its share, with a byte-level BPE; (2) for each
-order of samples and each form of micro-batches (padded, padding-free, packed) train two steps, which warms up and shows
-what is refused; (3) in rounds over all cases, train one epoch of a random Llama with TRL's trainer and with this
-package's, and divide the tokens of the data by the seconds from the first step to the last.
+order of samples and each form of micro-batches (padded, padding-free, packed) train two steps, which warms up and
+detects unsupported combinations; (3) in rounds over all cases, train one epoch of a random Llama with TRL's trainer and
+with this package's, and divide the tokens of the data by the seconds from the first step to the last.
 
     python -m benchmarks training --size full --data FOLDER
     torchrun --nproc_per_node 2 -m benchmarks training --size full --data FOLDER    # two ranks
     python -m benchmarks training --size gpu --data FOLDER                           # a Llama of 1B parameters
 
-All cases of a round train the same rows, so that their seconds compare. The size `gpu` keeps each case's figures in the
-folder of the results, stops when its minutes are over, and goes on from there when it is run again; the model and the
-batches are in `SIZES`. Cost of quick and full on two cores: five minutes, and an hour.
+All cases of a round train the same rows, so their times are comparable. The size `gpu` saves each case's figures beside
+the results, stops after its time budget and resumes from there in the next run; the model and the batches are in
+`SIZES`. Cost of quick and full on two cores: five minutes, and an hour.
 """
 
 import gc
@@ -73,7 +73,7 @@ FORMS: dict[str, dict[str, Any]] = {
 GOAL = 1.5
 
 Case = tuple[type[SFTTrainer], type[SFTConfig], dict[str, Any]]
-"""A trainer, its config, and options of that."""
+"""Trainer class, config class and options of the config."""
 ORDERS = Cases()
 
 
@@ -107,22 +107,22 @@ def by_length() -> Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What all cases have in common."""
+    """Inputs that all cases share."""
 
     dataset: Dataset
     tokenizer: PreTrainedTokenizerFast
     make_model: Callable[[int], Any]
-    """A fresh model for a seed."""
+    """Seed -> new model."""
     batch: int
     accumulation: int
     folder: Path
-    """For what training writes."""
+    """Output directory of training."""
     now: Callable[[], float]
     """The clock, in seconds."""
 
 
 class Clock(TrainerCallback):
-    """What an epoch took, and what entered the model."""
+    """Record step times and tokens of the forward passes."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self.now = now
@@ -144,7 +144,7 @@ class Clock(TrainerCallback):
 
 
 def wall() -> float:
-    """Seconds, when what the GPU was given to do is done."""
+    """Return the wall time in seconds after the GPU has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -159,7 +159,7 @@ def train(
     seed: int = 0,
 ) -> tuple[SFTTrainer, Clock]:
     """Train one epoch, or `max_steps`."""
-    gc.collect()  # a trainer refers to itself: else the models of earlier cases stay in memory
+    gc.collect()  # trainers hold reference cycles that keep earlier models in memory
     gpu = torch.cuda.is_available()
     config = config_class(
         **{
@@ -195,10 +195,10 @@ def train(
 
 
 def epoch(run: Run, case: Case, tokens: int, number: int) -> dict[str, float]:
-    """The figures of one epoch.
+    """Return the figures of one epoch.
 
     Raises:
-        RuntimeError: when it did not train all tokens of the data.
+        RuntimeError: if it did not train all tokens of the data.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -234,7 +234,7 @@ def over_ranks(*counts: int) -> list[int]:
 def resumed(
     function: Callable[[int], dict[str, float]], name: str, kept_in: Path, deadline: float, number: int
 ) -> dict[str, float]:
-    """The figures that an earlier call kept, or those of `function`, which are kept.
+    """Return the saved figures of an earlier call, or call `function` and save its figures.
 
     Raises:
         Skipped: after the deadline.
@@ -244,7 +244,7 @@ def resumed(
         if (case, round_number) == (name, number):
             return figures
     if time.monotonic() > deadline:
-        raise Skipped(f"its minutes are over with {len(kept)} epochs in {kept_in}: run it again to go on")
+        raise Skipped(f"time budget used with {len(kept)} epochs in {kept_in}: run it again to resume")
     figures = function(number)
     with kept_in.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps([name, number, figures]) + "\n")
@@ -252,12 +252,12 @@ def resumed(
 
 
 def packs_a_micro_batch(run: Run) -> int:
-    """As many tokens as its rows have, about: the mixture's rows have 148 on average."""
+    """Return the packs with about the tokens of a micro-batch; the mixture's rows have 148 on average."""
     return max(1, run.batch * 148 // PACK)
 
 
 def find_cases(run: Run) -> tuple[dict[str, Case], dict[str, str]]:
-    """What each case trains with, and the reason for each that is refused."""
+    """Return the supported cases, and the reasons for unsupported ones."""
     cases, refused = {}, {}
     for form, form_options in FORMS.items():
         for order, function in ORDERS.present()[0].items():

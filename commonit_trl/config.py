@@ -1,9 +1,8 @@
-"""Every `commonit_*` option, once: its type, default, help and validation.
+"""Define every `commonit_*` option: its type, default, help and validation.
 
-`CommonITArguments` is a plain dataclass, so `HfArgumentParser`, `TrlParser` and a subclass of any
-`TrainingArguments` read it as it stands; other front ends derive theirs from its fields. Values are checked
-when the dataclass is made: types by pydantic, choices and combinations here. Every error is a `ValueError` of
-one line that names the option, the value and the way out.
+`CommonITArguments` is a plain dataclass, so it works with `HfArgumentParser`, `TrlParser` and any subclass of
+`TrainingArguments`; other front ends derive their options from its fields. `__post_init__` validates: types with
+pydantic, choices and combinations here. Every error is a one-line `ValueError` with the option, its value and a fix.
 """
 
 import difflib
@@ -30,8 +29,7 @@ _CHOICES = {
     "commonit_remainder": REMAINDERS,
     "commonit_resume": ("exact", "replan"),
 }
-_LARGEST_WEIGHT = 1e100
-"""So that weights have a finite sum."""
+_LARGEST_WEIGHT = 1e100  # keeps the sum of weights finite
 WEIGHT_NAMES = ("proportional", "uniform", "sqrt")
 READ_BY = {
     "commonit_task_column": ("task",),
@@ -47,28 +45,29 @@ READ_BY = {
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The member of `known` that is spelt most like `word`."""
+    """Return the member of `known` closest in spelling to `word`."""
     return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
 
 
 @dataclass(kw_only=True)
 class CommonITArguments:
-    """The `commonit_*` options, to be mixed in: `class MyArgs(CommonITArguments, TrainingArguments)`.
+    """Mix in the `commonit_*` options: `class MyArgs(CommonITArguments, Parent)`.
 
     Raises:
-        ValueError: on a missing metric, an unknown option, a value of the wrong type or out of range, or an
-            option that the chosen metric does not read.
+        ValueError: if the metric is missing, an option is unknown or unused by the metric, or a value is invalid.
     """
 
     commonit_metric: str | None = field(
         default=None,
-        metadata={"help": "Required. How to group the data: 'task', 'length', 'embedding' or 'none' (plain batches)."},
+        metadata={
+            "help": "Required. How to group the data: 'task', 'length', 'embedding' or 'none' (baseline batches)."
+        },
     )
     commonit_task_column: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Metric 'task': the label column, or several to join. Default: the first of "
-            f"{', '.join(DEFAULT_TASK_COLUMNS)} that the dataset has."
+            "help": "Metric 'task': the label column, or several to combine. Default: the "
+            f"dataset's first of {', '.join(DEFAULT_TASK_COLUMNS)}."
         },
     )
     commonit_num_groups: int | None = field(
@@ -92,20 +91,20 @@ class CommonITArguments:
     )
     commonit_embedding_text: str = field(
         default="prompt",
-        metadata={"help": "Metric 'embedding': which text to encode: 'prompt', 'response' or 'both'."},
+        metadata={"help": "Metric 'embedding': text to encode, 'prompt', 'response' or 'both'."},
     )
     commonit_embedding_dtype: str = field(
         default="auto",
         metadata={
             "help": "Metric 'embedding': precision of the encoder, 'float32', 'bfloat16' or 'float16'. Default: "
-            "'bfloat16' where the device computes in it: faster, and a row between two centroids may change group."
+            "'bfloat16' if the device supports it: faster, but rows near two centroids may change group."
         },
     )
     commonit_reference_dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Metric 'embedding': hub name or local file of a reference set; each row joins the "
-            "nearest reference task (the paper's way, with the MMLU dev set). Default: k-means."
+            "help": "Metric 'embedding': hub name or local file of a reference set; each row joins the nearest "
+            "reference task (the paper uses the MMLU dev set). Default: k-means."
         },
     )
     commonit_reference_task_column: str = field(
@@ -116,53 +115,55 @@ class CommonITArguments:
         default="step",
         metadata={
             "help": "Scope within which all samples share a group: an optimizer 'step' (all its micro-batches, on all "
-            "ranks) or each micro-batch alone ('micro')."
+            "ranks) or a single micro-batch ('micro')."
         },
     )
     commonit_remainder: str = field(
         default="keep",
-        metadata={"help": "A group's last, incomplete step: 'keep' it by evening out the group's steps, or 'drop' it."},
+        metadata={
+            "help": "Samples of a group that do not fill a step: 'keep' (its steps differ in size by at most one "
+            "sample) or 'drop'."
+        },
     )
     commonit_min_group_size: int = field(
         default=1,
         metadata={
-            "help": "Merge groups with fewer rows: a length bin with its smaller neighbour, a cluster with "
-            "the nearest centroid, a task with the others into 'other'."
+            "help": "Merge groups with fewer rows: a length bin into its smaller neighbour, a cluster into the "
+            "nearest, small tasks into 'other'."
         },
     )
     # HfArgumentParser reads a union in this order as str.
     commonit_weights: dict[str, Any] | str | None = field(
         default="proportional",
         metadata={
-            "help": "Share of each group in an epoch of unchanged length: 'proportional' to its rows (every "
-            "row once), 'uniform', 'sqrt' of its rows, or a mapping of group name to weight (as JSON on the "
-            "command line)."
+            "help": "Weight of each group in an epoch of unchanged length: 'proportional' to its rows (every row "
+            "once), 'uniform', 'sqrt' of its rows, or a mapping of group name to weight (JSON on the command line)."
         },
     )
     commonit_balance_lengths: bool = field(
         default=True,
         metadata={
-            "help": "Arrange the samples of each step by token length, in micro-batches of different sample "
-            "counts, so that padding is low and ranks cost the same. The step's gradient does not change."
+            "help": "Balance the token lengths in each step: micro-batches with different sample counts, less padding, "
+            "equal cost per rank. The step's gradient does not change."
         },
     )
     commonit_cache_dir: str | None = field(
         default=None,
-        metadata={"help": "Where computed groups are cached. Default: 'commonit' in the datasets cache."},
+        metadata={"help": "Directory of the group cache. Default: 'commonit' in the datasets cache."},
     )
     commonit_report: bool = field(
         default=True,
         metadata={
             "help": "Write a report on groups and batches to <output_dir>/commonit/report.html before training, and "
-            "once more after it with the loss of each group."
+            "update it afterwards with the loss of each group."
         },
     )
 
     commonit_resume: str = field(
         default="exact",
         metadata={
-            "help": "A checkpoint of other settings (ranks, batch size, accumulation, seed, grouping): 'exact' refuses "
-            "it, 'replan' trains what is left of its epoch, each sample once, in a plan with the new settings."
+            "help": "Resume from a checkpoint with other settings (ranks, batch size, accumulation, seed, grouping): "
+            "'exact' fails, 'replan' plans the remaining samples of the epoch with the new settings."
         },
     )
 
@@ -178,7 +179,7 @@ class CommonITArguments:
 
     @property
     def commonit_on(self) -> bool:
-        """Whether a metric is chosen; when not, training is exactly the parent trainer's."""
+        """Whether the metric groups the data; `none` trains exactly as the parent trainer."""
         return self.commonit_metric != "none"
 
 
@@ -191,7 +192,7 @@ _VALIDATORS = {
 
 
 def check_option_names(names: Iterable[str]) -> None:
-    """Raise a `ValueError` with the nearest valid option if one of `names` is an unknown `commonit_*`."""
+    """Raise a `ValueError` with the closest valid option for an unknown `commonit_*` name."""
     for name in names:
         if name.startswith("commonit") and name not in OPTIONS:
             raise ValueError(f"Unknown option {name}: did you mean {nearest(name, OPTIONS)}?")
@@ -206,11 +207,15 @@ def check_choice(option: str, value: Any, choices: Iterable[str]) -> None:
 
 
 def validate_options(options: CommonITArguments) -> None:
-    """Check and normalise all options of `options` in place (see the module's first lines for the errors)."""
+    """Check and normalise all options in place.
+
+    Raises:
+        ValueError: see `CommonITArguments`.
+    """
     if options.commonit_metric is None:
         raise ValueError(
             "commonit_metric is not set: write commonit_metric='task', 'length' or 'embedding', or 'none' to "
-            "train with plain batches."
+            "train with baseline batches."
         )
     if isinstance(options.commonit_task_column, str):
         options.commonit_task_column = [options.commonit_task_column]
@@ -260,7 +265,7 @@ def _check_combinations(options: CommonITArguments) -> None:
         if options.commonit_num_groups is not None:
             raise ValueError(
                 f"commonit_num_groups={options.commonit_num_groups} and commonit_length_edges={edges} both "
-                "say how many bins there are: remove one."
+                "set the number of bins: remove one."
             )
     if options.commonit_cache_dir == "":
         raise ValueError("commonit_cache_dir='' names no directory: name one, or remove the option.")
@@ -294,4 +299,4 @@ def check_weights(weights: Mapping[Any, Any] | str) -> None:
                 f"{_LARGEST_WEIGHT:g}."
             )
     if not any(weights.values()):
-        raise ValueError(f"commonit_weights={weights!r} gives no group a weight above 0: nothing would be trained.")
+        raise ValueError(f"commonit_weights={weights!r} gives no group a weight above 0. Give one a weight.")

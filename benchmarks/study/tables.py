@@ -1,4 +1,4 @@
-"""What the study found, as tables and a plot of differences with their intervals."""
+"""Report the study as tables and a plot of differences with their intervals."""
 
 from collections.abc import Iterator, Mapping
 from datetime import date
@@ -22,12 +22,12 @@ HEADER = (
 def report(
     settings: Settings, parameters: int, comparisons: Mapping[int, Mapping[str, Any]], seconds: Mapping[str, float]
 ) -> Report:
-    """The report of the study.
+    """Return the report of the study.
 
     Args:
-        parameters: weights of the model.
-        comparisons: by accumulation, what `compare.json` has, and the learning rates tried.
-        seconds: that each part took.
+        parameters: number of the model's parameters.
+        comparisons: accumulation -> content of `compare.json`, and the learning rates tried.
+        seconds: part of the study -> wall time.
     """
     one = next(iter(comparisons.values()))
     base_rows = "all" if settings["base_rows"] is None else f"{settings['base_rows']:,}"
@@ -54,22 +54,22 @@ def _parts(settings: Settings, comparisons: Mapping[int, Mapping[str, Any]]) -> 
             header=HEADER,
             rows=[_row(result, comparison["strategies"][0]) for result in comparison["strategies"]],
         )
-        yield f"The rate is the best for plain batches (held-out loss with one seed, by rate: {rates})."
+        yield f"The rate is the best for the baseline (held-out loss with one seed, by rate: {rates})."
         if comparison["failed"]:
             yield "Failed: " + "; ".join(f"{run} ({why})" for run, why in comparison["failed"].items())
     yield (
-        "*less none's*: the paired difference to plain batches, its mean over seeds, and how far the 95 % interval "
-        "reaches to both sides; **bold** where it leaves zero out. Below zero is better for the loss, above zero for "
-        "the accuracy. *steps*: optimizer steps of the epoch; groups that do not fill a step make more of them. "
+        "*less none's*: the paired difference to the baseline, its mean over seeds, and half the width of the 95 % "
+        "interval; **bold** if the interval excludes zero. Below zero is better for the loss, above zero for "
+        "the accuracy. *steps*: optimizer steps of the epoch; more if groups do not fill a step. "
         "*tokens*: of the data, without padding."
     )
     if installed("matplotlib"):
         picture = f"study-{date.today().isoformat()}-{settings.size}-intervals.png"
         draw(comparisons, settings.out / picture)
-        yield f"![Differences to plain batches]({picture})"
+        yield f"![Differences to the baseline]({picture})"
 
 
-def _row(result: Mapping[str, Any], plain: Mapping[str, Any]) -> list[str]:
+def _row(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
     return [
         result["name"].replace("reference_dataset=reference.jsonl", "MMLU reference"),
         f"{result['steps']:,.0f}",
@@ -78,19 +78,19 @@ def _row(result: Mapping[str, Any], plain: Mapping[str, Any]) -> list[str]:
         _difference(result["accuracy"]["difference"]),
         f"{result['lost']} / {result['repeated']}",
         f"{result['padding']:.0%}",
-        f"{result['tokens_per_second'] / plain['tokens_per_second']:.2f}",
+        f"{result['tokens_per_second'] / baseline['tokens_per_second']:.2f}",
     ]
 
 
 def _difference(interval: Mapping[str, float] | None) -> str:
     if interval is None:
         return ""
-    said = f"{interval['value']:+.4f} ± {interval['high'] - interval['value']:.4f}"
-    return said if interval["low"] <= 0 <= interval["high"] else f"**{said}**"
+    difference = f"{interval['value']:+.4f} ± {interval['high'] - interval['value']:.4f}"
+    return difference if interval["low"] <= 0 <= interval["high"] else f"**{difference}**"
 
 
 def draw(comparisons: Mapping[int, Mapping[str, Any]], path: Path) -> None:
-    """A panel of intervals for each accumulation."""
+    """Draw one panel of intervals per accumulation."""
     from matplotlib.figure import Figure
 
     results = {
@@ -110,5 +110,5 @@ def draw(comparisons: Mapping[int, Mapping[str, Any]], path: Path) -> None:
         panel.invert_yaxis()
         panel.tick_params(labelsize=8)
         panel.set_title(f"accumulation {accumulation}", fontsize=9, loc="left")
-    panels[-1].set_xlabel("held-out loss less that of plain batches (left is better), 95 % intervals", fontsize=9)
+    panels[-1].set_xlabel("held-out loss less that of the baseline (left is better), 95 % intervals", fontsize=9)
     figure.savefig(path, dpi=110)

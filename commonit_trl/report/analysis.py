@@ -5,16 +5,16 @@ baseline orders of the same samples in the same geometry: random, and transforme
 (`train_sampling_strategy="group_by_length"`), cut and padded as accelerate does; (3) warn about what the user can
 change; (4) draw a bounded sample for the charts.
 
-Definitions. A micro-batch costs its longest sample times its samples, or with `padding_free` the sum of their tokens.
-`padding_ratio` is the cost of all micro-batches per token of their samples: 1 is no padding. `straggler_ratio` is the
-mean over the optimizer steps of the cost of the slowest rank relative to the mean of the ranks: 1 is no waiting.
+Definitions. The cost of a micro-batch is its longest sample times its sample count, or with `padding_free` the sum of
+their tokens. `padding_ratio` is the cost of all micro-batches per token of their samples: 1 is no padding.
+`straggler_ratio` is the cost of a step's slowest rank relative to the mean rank, averaged over steps: 1 is no waiting.
 
-Cost, 10^6 rows: about 2 s of one CPU core, of which nearly half is `LengthGroupedSampler`; conversations that are
-trained on every turn are rendered once more, to find the responses. The report keeps a bounded part of the rows:
-examples of at most 100 groups, 400 characters each; an embedding map of at most 500 rows, which are encoded for it.
+Cost, 10^6 rows: about 2 s of one CPU core, nearly half of it in `LengthGroupedSampler`. Conversations trained on every
+turn are rendered once more, to find the responses. The size of a report is bounded: examples of at most 100 groups, 400
+characters each, and an embedding map of at most 500 rows, which are encoded again.
 
-Token counts, examples, the baseline by length and the map are optional: where the data make one of them fail, the
-report lacks it and a warning names it.
+Token counts, examples, the baseline by length and the map are optional: if one of them fails, the report omits it and
+logs a warning.
 """
 
 import dataclasses
@@ -75,17 +75,17 @@ class GroupNumbers:
     name: str
     rows: int
     share: float
-    """Of all rows."""
+    """Fraction of all rows."""
     prompt_tokens: Spread | None
     response_tokens: Spread | None
     steps: float
     """Optimizer steps of the epoch; a fraction where a step holds micro-batches of several groups."""
     dropped: int
-    """Rows that training cannot use, not among `rows`."""
+    """Rows that training cannot use; `rows` excludes them."""
     lost: int
     """Samples (rows or packs of rows) that remainder or weights leave out of the epoch."""
     repeated: int
-    """Samples trained again, counted once for each time beyond the first."""
+    """Number of repeats: each time a sample is trained beyond its first."""
     examples: tuple[Example, ...]
 
 
@@ -116,12 +116,12 @@ class MapPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """Data of the charts beyond the numbers, of bounded size."""
+    """Data that only the charts need, of bounded size."""
 
     order_groups: tuple[int, ...]
     """The `CHART_GROUPS` largest groups, by id, and -1 for all others if there are any."""
     order: tuple[tuple[float, ...], ...]
-    """(order groups, windows) the share of a group in the micro-batches of each of at most `ORDER_WINDOWS` windows."""
+    """(order groups, windows) share of each group in a window's micro-batches; at most `ORDER_WINDOWS` windows."""
     steps_per_window: float
     map: tuple[MapPoint, ...]
     """A random sample of at most `MAP_ROWS` rows; empty without embeddings."""
@@ -141,11 +141,11 @@ class Inspection:
     planned: BatchNumbers
     random: BatchNumbers
     by_length: BatchNumbers | None
-    """Of the Trainer's `group_by_length`; None without token counts."""
+    """Baseline of the Trainer's `group_by_length`; None without token counts."""
     longest_run: int
     """Most consecutive steps of the same group."""
     dropped: DroppedRows
-    """Rows that training cannot use, by reason and group; also of groups that have no other row."""
+    """Rows that training cannot use, by reason and group, including groups without other rows."""
     lost: int
     """Samples that remainder or weights leave out of the epoch."""
     repeated: int
@@ -172,7 +172,6 @@ class LossRecord(TypedDict):
     step: int
     """Optimizer step."""
     group: str
-    """The group's name."""
     loss: float
 
 
@@ -197,11 +196,14 @@ def inspect_groups(
         rows: the grouped rows.
         plan: a plan of the rows, or of packs of them.
         options: the options of the run.
-        lengths: (samples of the plan,) tokens that each costs, None if unknown.
+        lengths: (samples,) cost of each sample of the plan in tokens, None if unknown.
         padding_free: whether micro-batches are computed without padding.
         seed: seed of the random batches and of the examples.
-        embed: whether to encode a sample of the rows for the map, if the groups are of an embedding space.
-        dropped: the rows that training cannot use.
+        embed: whether to encode a sample of the rows for the embedding map; metric 'embedding' only.
+        dropped: rows that training cannot use.
+
+    Returns:
+        Numbers, warnings and chart data.
     """
     summary = plan.summary()
     count = len(grouper.names)
@@ -295,7 +297,7 @@ def _spread(tokens: NDArray[np.int64] | None, members: NDArray[np.int64]) -> Spr
 def _examples(
     rows: Rows, members: Sequence[NDArray[np.int64]], present: NDArray[np.int64], rng: np.random.Generator
 ) -> dict[int, tuple[Example, ...]]:
-    """Return random rows of each of the largest groups, in the order of the dataset; none without text."""
+    """Return random rows of each of the largest groups, in dataset order; empty without text."""
     sizes = np.array([len(members[group]) for group in present])
     largest = np.sort(present[np.argsort(-sizes, kind="stable")[:GROUPS_WITH_EXAMPLES]])
     picked = [
@@ -310,11 +312,11 @@ def _examples(
 
 
 def _texts(rows: Rows, numbers: NDArray[np.int64]) -> list[tuple[str, str]] | None:
-    """Return prompt and response of some rows; the response is empty if it repeats the prompt's text."""
+    """Return prompt and response of some rows; a response equal to the prompt is empty."""
     selected = rows.select(numbers)
     try:
         pairs = zip(selected.texts("prompt"), selected.texts("response"), strict=True)
-    except ValueError:  # tokens without text, and no tokenizer
+    except ValueError:  # tokens, but no text and no tokenizer
         return None
     return [(prompt, "" if response == prompt else response) for prompt, response in pairs]
 
@@ -327,7 +329,7 @@ def _example(prompt: str, response: str) -> Example:
 
 
 def _baseline_batches(order: NDArray[np.int64], plan: EpochPlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return `indices` and `offsets`, as in `EpochPlan`, of samples batched in this order.
+    """Return `indices` and `offsets`, as in `EpochPlan`, of samples batched in `order`.
 
     With several ranks, accelerate (`BatchSamplerShard` with `even_batches`) fills the last micro-step with the first
     samples of the epoch.
@@ -362,7 +364,8 @@ def _measure(
     """Measure the micro-batches of `indices` and `offsets`, in the geometry and groups of `plan`.
 
     Args:
-        lengths, tokens: (samples,) tokens that each costs, and that it has.
+        lengths: (samples,) cost of each sample in tokens.
+        tokens: (samples,) tokens of each sample.
     """
     starts = offsets[:-1]
     groups = plan.group_ids[indices]
@@ -403,30 +406,33 @@ def _longest_run(step_groups: NDArray[np.int64]) -> int:
 
 
 def _advice(inspection: Inspection, sample_sizes: NDArray[np.int64]) -> list[str]:
-    """Return warnings about the epoch, each with what to change."""
+    """Return warnings about the epoch, each with a remedy."""
     advice = []
-    plain, planned = inspection.random.steps, inspection.planned.steps
+    baseline, planned = inspection.random.steps, inspection.planned.steps
     micro_batches = 1 if inspection.purity == "micro" else inspection.world_size * inspection.accumulation_steps
     capacity = inspection.micro_batch_size * micro_batches
     small = int(np.count_nonzero((sample_sizes > 0) & (sample_sizes < capacity)))
     largest = max(inspection.groups, key=lambda group: group.rows)
     if len(inspection.groups) == 1:
-        advice.append(f"All rows are in one group, {largest.name!r}: batches are those of the baseline.")
+        advice.append(
+            f"All rows are in one group, {largest.name!r}: grouping has no effect. Choose another "
+            "metric, or more groups."
+        )
     elif largest.share > _MOST_ROWS:
         advice.append(
-            f"The group {largest.name!r} holds {largest.share:.0%} of the rows: most steps are those of the baseline. "
-            "Another metric, or more groups, would split it."
+            f"The group {largest.name!r} holds {largest.share:.0%} of the rows, so most steps equal "
+            "the baseline's. Choose another metric, or more groups, to split it."
         )
     if small and inspection.remainder == "keep":
         advice.append(
-            f"{small} of {len(inspection.groups)} groups have fewer samples than the {capacity} that batches of one "
-            f"group take, and train in smaller ones at the full learning rate: commonit_min_group_size={capacity} "
-            "merges them."
+            f"{small} of {len(inspection.groups)} groups have fewer than the {capacity} samples of a full "
+            f"{'micro-batch' if inspection.purity == 'micro' else 'step'}, and train in smaller ones at the full "
+            f"learning rate: commonit_min_group_size={capacity} merges them."
         )
-    if planned > _FAR_ABOVE * plain:
+    if planned > _FAR_ABOVE * baseline:
         advice.append(
-            f"An epoch takes {planned} steps, {planned / plain:.1f} times the {plain} of the baseline: larger "
-            "groups (commonit_min_group_size) reduce it."
+            f"An epoch takes {planned} steps, {planned / baseline:.1f} times the baseline's {baseline}: larger groups "
+            "(commonit_min_group_size) take fewer."
         )
     if inspection.dropped.rows:
         dropped = inspection.dropped
@@ -434,19 +440,19 @@ def _advice(inspection: Inspection, sample_sizes: NDArray[np.int64]) -> list[str
         most = sorted(dropped.by_group.items(), key=lambda item: -item[1])[:5]
         advice.append(
             f"Training cannot use {dropped.rows:,} of {inspection.rows + dropped.rows:,} rows ({reasons}), most in "
-            f"{', '.join(f'{name!r} ({count:,})' for name, count in most)}: raise max_length, or check the rows."
+            f"{', '.join(f'{name!r} ({count:,})' for name, count in most)}: raise max_length, or check these rows."
         )
     if inspection.lost:
         advice.append(
             f"An epoch leaves out {inspection.lost} of {inspection.samples} samples (commonit_remainder="
             f"{inspection.remainder}, commonit_weights={inspection.weights}): commonit_remainder='keep' with "
-            "commonit_weights='proportional' trains every one."
+            "commonit_weights='proportional' trains all of them."
         )
     if inspection.repeated > _MANY_REPEATS * inspection.samples:
         advice.append(
             f"An epoch repeats samples {inspection.repeated:,} times, {inspection.repeated / inspection.samples:.0%} "
-            f"of {inspection.samples:,}: larger groups (commonit_min_group_size) or fewer micro-batches a step repeat "
-            "less."
+            f"of {inspection.samples:,}: larger groups (commonit_min_group_size) or fewer micro-batches a step "
+            "reduce repeats."
         )
     return advice
 
@@ -457,18 +463,18 @@ def _advice(inspection: Inspection, sample_sizes: NDArray[np.int64]) -> list[str
 def _order(plan: EpochPlan, sizes: NDArray[np.int64], present: NDArray[np.int64]) -> dict[str, Any]:
     """Return the fields `order_groups`, `order` and `steps_per_window` of a `Drawing`."""
     largest = np.sort(present[np.argsort(-sizes[present], kind="stable")[:CHART_GROUPS]])
-    shown = largest.tolist() + ([-1] if len(largest) < len(present) else [])
+    listed = largest.tolist() + ([-1] if len(largest) < len(present) else [])
     line_of_group = np.full(len(sizes), len(largest))
     line_of_group[largest] = np.arange(len(largest))
     windows = min(plan.num_steps, ORDER_WINDOWS)
     steps = np.arange(plan.num_micro_steps) // plan.accumulation_steps
     window_of_step = steps * windows // plan.num_steps
     lines = line_of_group[plan.micro_batch_groups]
-    cells = np.bincount((lines * windows + window_of_step[:, None]).ravel(), minlength=len(shown) * windows)
-    counts = cells.reshape(len(shown), windows)
+    cells = np.bincount((lines * windows + window_of_step[:, None]).ravel(), minlength=len(listed) * windows)
+    counts = cells.reshape(len(listed), windows)
     shares = (counts / counts.sum(axis=0)).round(3)
     return {
-        "order_groups": tuple(shown),
+        "order_groups": tuple(listed),
         "order": tuple(map(tuple, shares.tolist())),
         "steps_per_window": plan.num_steps / windows,
     }
@@ -477,9 +483,9 @@ def _order(plan: EpochPlan, sizes: NDArray[np.int64], present: NDArray[np.int64]
 def _embedding_map(
     grouper: Grouper, group_ids: NDArray[np.int64], rows: Rows, rng: np.random.Generator
 ) -> tuple[MapPoint, ...]:
-    """Project a sample of the rows on the two main directions of their embeddings.
+    """Project the embeddings of a sample of the rows to two dimensions by PCA.
 
-    The sample is encoded again: the cache keeps groups, not embeddings, which at 10^6 rows are gigabytes.
+    The sample is encoded again: the cache holds groups, not embeddings (gigabytes for 10^6 rows).
     """
     if not isinstance(grouper, EmbeddingGrouper) or len(group_ids) < 2:
         return ()
@@ -487,8 +493,8 @@ def _embedding_map(
 
     numbers = np.sort(rng.choice(len(group_ids), min(MAP_ROWS, len(group_ids)), replace=False))
     texts = rows.select(numbers).texts(grouper.options["text"])
-    places = PCA(2, random_state=0).fit_transform(grouper.encode(texts)).round(4).tolist()
+    positions = PCA(2, random_state=0).fit_transform(grouper.encode(texts)).round(4).tolist()
     return tuple(
         MapPoint(x=x, y=y, group=int(group), text=cut(text, MAP_CHARACTERS))
-        for (x, y), group, text in zip(places, group_ids[numbers], texts, strict=True)
+        for (x, y), group, text in zip(positions, group_ids[numbers], texts, strict=True)
     )

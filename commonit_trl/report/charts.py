@@ -1,12 +1,11 @@
 """Draw the charts of the HTML report as plotly figures: sizes, lengths, map, order and losses of the groups.
 
-Plotly draws SVG: a style sheet turns it dark, the text is selectable, and its JavaScript evaluates no strings, so a
-content security policy can forbid everything else. It adds 4.8 MB to each report (Bokeh: 1.3 MB, but a canvas whose
-colours are fixed when the file is written). Text in plotly is a subset of HTML, so all text of the data is escaped,
-once, here.
+Plotly draws SVG, so a style sheet can set a dark theme and text is selectable, and its JavaScript evaluates no strings,
+so a strict content security policy works. It adds 4.8 MB to each report (Bokeh: 1.3 MB, but a canvas whose colours are
+fixed when the file is written). Plotly renders text as a subset of HTML, so this module escapes all text of the data.
 
-Every figure is bounded: `CHART_GROUPS` groups, `MAP_ROWS` points, `ORDER_WINDOWS` columns, `LOSS_POINTS` per line. A
-figure that cannot be drawn is missing from the report, with a warning.
+Every figure is bounded: `CHART_GROUPS` groups, `MAP_ROWS` points, `ORDER_WINDOWS` columns, `LOSS_POINTS` per line. If a
+figure cannot be drawn, the report omits it and logs a warning.
 """
 
 import html
@@ -38,7 +37,7 @@ GREY = "#8c8c8c"
 
 
 def figures(inspection: Inspection, losses: Iterable[LossRecord] = ()) -> dict[str, go.Figure]:
-    """Return title -> figure, of the charts that have data."""
+    """Return title -> figure for the charts that have data."""
     mapped = f"Map of the embeddings, {len(inspection.drawing.map):,} of {inspection.rows:,} rows"
     draw: dict[str, Callable[[], go.Figure | None]] = {
         "Rows of each group": lambda: _sizes(inspection),
@@ -65,7 +64,7 @@ def _hover(text: str) -> str:
 
 
 def _charted(inspection: Inspection) -> list[GroupNumbers]:
-    """Return the groups that have a line or a colour of their own, by id."""
+    """Return the groups with their own line and colour, by id."""
     ids = set(inspection.drawing.order_groups)
     return [group for group in inspection.groups if group.id in ids]
 

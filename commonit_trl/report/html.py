@@ -1,8 +1,8 @@
 """Write the report as one HTML file that needs neither network nor server.
 
-Jinja2 fills `page.html`, which extends `base.html`, and escapes all text; the charts' data are JSON that cannot end
-its element. The content security policy allows two scripts by their hashes, plotly and the lines that draw, and nothing
-else: no other script, no event handler, no request.
+Jinja2 renders `page.html`, which extends `base.html`, and escapes all text; the chart data are JSON that cannot close
+its element. The content security policy allows two scripts by hash, plotly and `_DRAW`: no other script, event handler
+or request.
 
 Cost for any size of data: half a second and about 5 MB, of which 4.8 are plotly's JavaScript.
 """
@@ -31,12 +31,12 @@ for (const [id, figure] of Object.entries(charts)) Plotly.newPlot(id, figure.dat
 
 
 def write_html(path: str | Path, inspections: Sequence[Inspection], losses: Iterable[LossRecord] = ()) -> None:
-    """Write the report on one metric, or several side by side, to `path`.
+    """Write the report on one or several metrics to `path`.
 
     Args:
         path: file to write; its directory is created if missing.
         inspections: results of `inspect_groups`, all on the same rows.
-        losses: after training, the logged losses of the first inspection's groups.
+        losses: logged losses of the first inspection's groups, after training.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def render_html(inspections: Sequence[Inspection], losses: Iterable[LossRecord] 
     sections = []
     for number, inspection in enumerate(inspections):
         drawn = figures(inspection, losses if number == 0 else ())
-        ids = {f"chart-{number}-{place}": title for place, title in enumerate(drawn)}
+        ids = {f"chart-{number}-{position}": title for position, title in enumerate(drawn)}
         charts |= dict(zip(ids, drawn.values(), strict=True))
         kept = tables.largest(inspection.groups, MOST_GROUPS)
         sections.append(
@@ -75,11 +75,11 @@ def render_html(inspections: Sequence[Inspection], losses: Iterable[LossRecord] 
 
 
 def render_page(template: str, charts: Mapping[str, Any], **values: Any) -> str:
-    """Return a page with charts.
+    """Render a template and its charts.
 
     Args:
         template: file name, in this directory, of a template that extends `base.html`.
-        charts: id of an element of the page -> plotly figure to draw in it.
+        charts: element id -> plotly figure.
         values: variables of the template.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -98,7 +98,7 @@ def render_page(template: str, charts: Mapping[str, Any], **values: Any) -> str:
         **values,
         scripts=scripts,
         hashes=list(map(_hash, scripts)),
-        # As in plotly's own pages: in JSON, these characters stand in strings only.
+        # As in plotly's own pages. In JSON, these characters occur in strings only.
         charts=drawn.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"),
     )
 
@@ -107,7 +107,7 @@ def render_page(template: str, charts: Mapping[str, Any], **values: Any) -> str:
 def _plotly() -> str:
     from plotly.offline import get_plotlyjs
 
-    return get_plotlyjs().replace("\r\n", "\n")  # a browser normalises line ends before it hashes
+    return get_plotlyjs().replace("\r\n", "\n")  # browsers normalise line ends before hashing
 
 
 def _hash(script: str) -> str:

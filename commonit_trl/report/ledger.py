@@ -1,4 +1,4 @@
-"""Summarise an epoch by group: as JSON, as a table for the log, and in the model card.
+"""Summarise an epoch by group: as JSON, as a table for the log and in the model card.
 
 Cost: one count over the epoch's micro-batches.
 """
@@ -31,13 +31,13 @@ def ledger(plan: EpochPlan, names: Sequence[str], dropped: DroppedRows = NONE_DR
 
     Args:
         names: group names, by id.
-        dropped: the rows that training cannot use.
+        dropped: rows that training cannot use.
 
     Returns:
-        `samples`, `steps`, `vanilla_steps` (those of the baseline), `lost` (samples that remainder or weights leave
-        out), `repeated` and `dropped` (`rows`, `by_reason`, `by_group`) of the epoch. Under `groups`, those of each
-        group that has samples or dropped rows, `dropped` being the number of rows; a group's `steps` are a fraction
-        where a step holds several groups.
+        Counts of the epoch: `samples`, `steps`, `vanilla_steps` (of the baseline), `lost` (samples that remainder or
+        weights leave out), `repeated` and `dropped` (`rows`, `by_reason`, `by_group`). `groups` has the same counts for
+        each group with samples or dropped rows; `dropped` is a number there, and `steps` a fraction where a step holds
+        several groups.
     """
     summary = plan.summary()
     micro_batches = np.bincount(plan.micro_batch_groups.ravel(), minlength=len(names))
@@ -71,7 +71,7 @@ _NUMBERS = {"samples": "samples", "steps": "steps", "lost": "left out", "repeate
 
 
 def _lines(groups: Sequence[Mapping[str, Any]], numbers: Sequence[str] = tuple(_NUMBERS)) -> list[list[str]]:
-    """Return the cells of the largest groups, and of all others together."""
+    """Return the cells of the largest groups and of the sum of all others."""
     kept = sorted(range(len(groups)), key=lambda number: (-groups[number]["samples"], -groups[number]["dropped"]))
     largest = set(kept[:MOST_GROUPS])
     lines = [
@@ -99,10 +99,10 @@ def ledger_table(entry: Mapping[str, Any]) -> str:
 
 
 def model_card_section(entry: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """Return the model card's section on a run, in Markdown.
+    """Return the model card's section in Markdown.
 
     Args:
-        entry: the epoch summary, as `ledger` returns it.
+        entry: an epoch summary of `ledger`.
         settings: option -> value.
     """
     options = ", ".join(f"`{name}={_markdown(str(value))}`" for name, value in settings.items())

@@ -1,4 +1,4 @@
-"""Keep an error in a part of a report from ending the run."""
+"""Catch errors in optional parts of a report."""
 
 import contextlib
 import logging
@@ -9,9 +9,9 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def optional(part: str, log: logging.Logger = logger) -> Iterator[None]:
-    """Log an error in the block as a warning that `part` is missing from the report.
+    """Log an error in the block as a warning that the report lacks `part`.
 
-    A report describes a run and has no part in it, so whatever the data make it raise is caught here.
+    Catches every `Exception`: a failing report must not end the run.
     """
     try:
         yield

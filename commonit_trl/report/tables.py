@@ -1,6 +1,6 @@
 """Print the numbers of a report as tables, cut to the width of the terminal.
 
-Names and texts of the data are printed as `rich.text.Text`, which reads no markup, without control characters.
+Text of the data is sanitized and printed as `rich.text.Text`, which does not interpret markup.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ NAME_CHARACTERS = 120
 
 
 def overview(inspections: Sequence[Inspection]) -> list[tuple[str, list[str]]]:
-    """Compare the epochs of the metrics: lines of a label and one cell per inspection."""
+    """Return lines that compare the metrics: a label and one cell per inspection."""
     share, ratio = "{:.1%}".format, "{:.2f}".format
     lines: list[tuple[str, Callable[[Inspection], str]]] = [
         ("Groups that have rows", lambda one: f"{len(one.groups):,} of {one.possible_groups:,}"),
@@ -40,7 +40,7 @@ def overview(inspections: Sequence[Inspection]) -> list[tuple[str, list[str]]]:
 
 
 def _beside(one: Inspection, text: Callable[[float], str], name: str) -> str:
-    """Return a measure of the planned batches, and of the baselines in brackets: random and, for ratios, by length."""
+    """Return a measure of the planned batches, and in brackets of the baselines: random and, for ratios, by length."""
     others: list[BatchNumbers | None] = [one.random, one.by_length] if name.endswith("ratio") else [one.random]
     planned = getattr(one.planned, name)
     if planned is None:
@@ -77,7 +77,7 @@ def group_cells(group: GroupNumbers) -> tuple[str, ...]:
 
 
 def dropped_cells(inspection: Inspection, most: int) -> list[tuple[str, ...]]:
-    """Return the cells of at most `most` groups that have dropped rows and no other."""
+    """Return the cells of at most `most` groups of which every row was dropped."""
     present = {group.name for group in inspection.groups}
     counts = [(name, count) for name, count in inspection.dropped.by_group.items() if name not in present]
     counts.sort(key=lambda item: -item[1])
@@ -92,7 +92,7 @@ def _median_and_p95(tokens: Spread | None) -> str:
 
 
 def largest(groups: Sequence[GroupNumbers], most: int) -> list[GroupNumbers]:
-    """Return the `most` groups with most rows, in the order of `groups`."""
+    """Return the `most` largest groups, in the order of `groups`."""
     kept = {group.id for group in sorted(groups, key=lambda group: -group.rows)[:most]}
     return [group for group in groups if group.id in kept]
 
@@ -107,7 +107,7 @@ def geometry(inspection: Inspection) -> str:
 
 
 def print_inspections(inspections: Sequence[Inspection], console: Console | None = None) -> None:
-    """Print the epochs of the metrics side by side, then the groups of each."""
+    """Print a comparison of the metrics, then the groups of each."""
     console = console or Console(highlight=False)
     table = Table(title="An epoch by each metric", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("")
@@ -126,7 +126,7 @@ def _print_groups(inspection: Inspection, console: Console) -> None:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rows = [*map(group_cells, kept), *dropped_cells(inspection, MOST_GROUPS)]
     widths = [max(map(len, (*heading.split("\n"), *cells))) for heading, cells in zip(GROUP_HEADINGS, zip(*rows))]
-    # A narrow terminal cuts the names, not the numbers. A column takes two more characters, the table two.
+    # Narrow terminals cut names, not numbers. Each column adds two characters, and so does the table.
     available = console.width - 2 - sum(width + 2 for width in widths[1:]) - 2
     table.add_column(GROUP_HEADINGS[0], overflow="ellipsis", no_wrap=True, max_width=max(available, 8))
     for heading, width in zip(GROUP_HEADINGS[1:], widths[1:]):
@@ -149,7 +149,7 @@ def _print_groups(inspection: Inspection, console: Console) -> None:
 
 
 def _one_line(example: Example, width: int) -> Text:
-    """Return prompt and response on one line, half of the width each if both are long."""
+    """Return prompt and response on one line; if both are long, each gets half the width."""
     prompt, response = Text(sanitize(example.prompt)), Text(sanitize(example.response))
     for_prompt = width - 5 - min(response.cell_len, (width - 5) // 2)
     prompt.truncate(for_prompt if response else width - 2, overflow="ellipsis")
@@ -166,11 +166,11 @@ def print_sizes(
     dropped: DroppedRows = NONE_DROPPED,
     console: Console | None = None,
 ) -> None:
-    """Print the number of rows of each group, and of the dropped rows by reason.
+    """Print the number of rows per group, and of dropped rows by reason.
 
     Args:
-        group_ids: (rows,) group ids; -1 is a row without a group.
-        dropped: the rows that training cannot use.
+        group_ids: (rows,) group ids, -1 for unassigned rows.
+        dropped: rows that training cannot use.
     """
     console = console or Console(highlight=False)
     sizes = np.bincount(group_ids[group_ids >= 0], minlength=len(grouper.names))
@@ -184,7 +184,7 @@ def print_sizes(
     if len(sizes) > len(order):
         console.print(Text(f"and {len(sizes) - len(order):,} smaller groups."))
     if np.any(group_ids < 0):
-        console.print(Text(f"{np.count_nonzero(group_ids < 0):,} rows belong to none of the groups."))
+        console.print(Text(f"{np.count_nonzero(group_ids < 0):,} rows are unassigned."))
     for reason, count in dropped.by_reason.items():
         groups = [(name, rows) for (other, name), rows in dropped.counts.items() if other == reason]
         most = ", ".join(f"{rows:,} of {name}" for name, rows in sorted(groups, key=lambda item: -item[1])[:5])

@@ -163,7 +163,7 @@ def test_a_misspelt_metric_key_names_it(directory: Path) -> None:
     ("keys", "expected"),
     [
         ({"commonit_metric": "lenght"}, ["commonit_metric='lenght'", "'length'"]),
-        ({"commonit_metric": False}, ["commonit_metric=False", "'none' (plain batches)"]),
+        ({"commonit_metric": False}, ["commonit_metric=False", "'none' (baseline batches)"]),
         ({"commonit_purity": "steps"}, ["commonit_purity='steps'", "'step'"]),
         ({"commonit_num_groups": "many"}, ["commonit_num_groups='many'", "valid integer"]),
         ({"commonit_num_groups": 0}, ["commonit_num_groups=0", "at least 1"]),

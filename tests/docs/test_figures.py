@@ -1,8 +1,8 @@
-"""Measured figures in the pages are those of the result files.
+"""Measured figures in the pages equal those in the result files.
 
-1. A page and its sources agree: `docs/figures.py` rewrites nothing, and would rewrite any other figure.
-2. Every comment that names a source is attached to a figure or a table.
-3. A figure with a unit in prose has a source, or is listed here as one that no run of ours gives.
+1. `docs/figures.py` changes no page, and would correct any changed figure.
+2. Every source comment belongs to a figure or a table.
+3. Every figure with a unit in prose has a source, or is listed in `FROM_NO_RUN`.
 """
 
 import re
@@ -14,8 +14,8 @@ from docs import figures
 FROM_NO_RUN = {
     "choosing-a-metric.md": {"2.1 %", "5.2 %", "3.8 %", "100 %"},  # the paper's
     "compare.md": {"95 %"},
-    "limits.md": {"20 bytes", "65 bytes"},  # sums of array item sizes
-    "speed.md": {"1.05 times"},  # a bound by construction, commonit_trl/plan/balance.py
+    "limits.md": {"20 bytes", "65 bytes"},  # array item sizes
+    "speed.md": {"1.05 times"},  # a bound set in commonit_trl/plan/balance.py
     "study.md": {"95 %"},
 }
 CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
@@ -29,14 +29,13 @@ every_page = pytest.mark.parametrize("page", figures.PAGES, ids=lambda page: str
 
 
 @every_page
-def test_figures_are_those_of_the_results(page):
+def test_figures_equal_the_results(page):
     text = page.read_text(encoding="utf-8")
     assert figures.fill(text) == text, "run `make figures`"
 
 
 @every_page
-def test_a_changed_figure_is_found(page):
-    """The first invariant sees every figure: each is wrong in the changed page, and right after `fill`."""
+def test_changed_figures_are_corrected(page):
     text = page.read_text(encoding="utf-8")
 
     def changed_rows(table):
@@ -58,7 +57,7 @@ def test_every_source_has_a_figure(page):
 
 
 @every_page
-def test_a_figure_with_a_unit_has_a_source(page):
+def test_every_figure_with_a_unit_has_a_source(page):
     text = CODE.sub("", page.read_text(encoding="utf-8"))
     text = figures.FIGURE.sub("", figures.TABLE.sub("", PROJECTION.sub("", text)))
     found = set(WITH_UNIT.findall(LINK_TARGET.sub("]", text)))

@@ -1,4 +1,4 @@
-"""What docs/ says of names, messages and sizes is what the code has."""
+"""Names, messages, options and outputs in docs/ agree with the code."""
 
 import argparse
 import ast
@@ -27,13 +27,13 @@ def read(name):
 
 
 def first_cells(text):
-    """What stands between backticks in the first cell of each line of the tables."""
+    """Return the code spans in the first column of all tables."""
     cells = (line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
     return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
 
 
 def words_of(node):
-    """The text of a string in the code, with a placeholder for each value that is put in; None of other nodes."""
+    """Return the text of a string node with placeholders for its values; None for other nodes."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return re.sub(r"%[sd]|%\.\df", PLACEHOLDER, node.value)
     if isinstance(node, ast.JoinedStr):
@@ -43,7 +43,7 @@ def words_of(node):
 
 
 def keys_of(function):
-    """The keys of the one dictionary in a function."""
+    """Return the keys of the only dictionary literal in a function."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     (made,) = (node for node in ast.walk(tree) if isinstance(node, ast.Dict))
     return [key.value for key in made.keys]
@@ -51,8 +51,8 @@ def keys_of(function):
 
 @pytest.fixture(scope="module")
 def strings():
-    """All strings of both packages."""
-    files = [file for room in ("commonit_trl", "axolotl_plugin") for file in (ROOT / room).rglob("*.py")]
+    """Return all strings of both packages."""
+    files = [file for package in ("commonit_trl", "axolotl_plugin") for file in (ROOT / package).rglob("*.py")]
     nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
     return [text for text in map(words_of, nodes) if text]
 
@@ -60,40 +60,40 @@ def strings():
 MESSAGES = re.findall(r"^\| `([^`]+)` \|", read("troubleshooting.md"), re.MULTILINE)
 
 
-def test_there_are_messages():
+def test_messages_are_found_and_unique():
     assert len(MESSAGES) > 50 and len(set(MESSAGES)) == len(MESSAGES)
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_the_code_has_the_quoted_message(message, strings):
+def test_quoted_messages_are_in_the_code(message, strings):
     pattern = re.compile(".*?".join(map(re.escape, message.split(PLACEHOLDER))), re.DOTALL)
     assert any(pattern.search(text) for text in strings)
 
 
-def test_checkpoints_lists_what_is_compared():
+def test_checkpoints_page_lists_the_compared_settings():
     assert first_cells(read("checkpoints.md")) == keys_of(checkpoint.describe)
 
 
-def test_metrics_lists_what_is_logged():
+def test_metrics_page_lists_the_logged_metrics():
     named = re.findall(r"^\| `([^`]+)` \| (.*) \|$", metrics.__doc__, re.MULTILINE)
     assert first_cells(read("metrics.md")) == [name for name, _ in named]
 
 
-def test_how_to_read_it_has_every_line_of_the_overview():
+def test_metric_page_explains_every_line_of_the_overview():
     explained = read("choosing-a-metric.md").partition("## How to read it")[2]
     for label, _ in tables.overview([]):
         words = label.partition(" (")[0].partition(",")[0]
         assert words in explained, words
 
 
-def test_the_page_shows_an_output_below_each_command():
+def test_metric_page_shows_the_output_of_each_command():
     outputs = re.findall(r"^```text\n(.*?)^```$", read("choosing-a-metric.md"), re.MULTILINE | re.DOTALL)
     assert len(outputs) == 3
     for metric, output in zip(("task", "length", "embedding"), outputs):
         assert f"Groups by {metric} " in output and "Padding ratio" in output
 
 
-def test_the_comparison_has_its_options_and_its_output():
+def test_comparison_page_lists_the_options_and_shows_output():
     page = read("compare.md")
     parser = argparse.ArgumentParser()
     comparing.add_arguments(parser)
@@ -103,7 +103,7 @@ def test_the_comparison_has_its_options_and_its_output():
     assert all(word in output for word in ("Held-out", "vs none", "Groups by task", "intervals of equal"))
 
 
-def test_the_study_shows_its_result():
+def test_study_page_names_command_and_machine():
     page = read("study.md")
     (name,) = re.findall(r"\(\.\./(benchmarks/results/study-[\w-]+\.md)\)", page)
     result = (ROOT / name).read_text(encoding="utf-8")
@@ -111,7 +111,7 @@ def test_the_study_shows_its_result():
     assert command in page and machine in page
 
 
-def test_the_readme_is_short():
+def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < README_LINES
 
 
@@ -122,7 +122,7 @@ def test_pictures_are_small_and_shown(picture):
     assert any(f"({picture.name})" in read(page.name) for page in DOCS.glob("*.md"))
 
 
-def test_the_picture_of_the_batches_is_the_plan():
+def test_picture_of_the_batches_matches_the_plan():
     mixed, pure = make_batches.steps()
     assert sorted(np.ravel(mixed)) == sorted(np.ravel(pure))  # the same samples
     assert all(len(set(groups)) == 1 for groups in pure) and all(len(set(groups)) > 1 for groups in mixed)
@@ -131,5 +131,5 @@ def test_the_picture_of_the_batches_is_the_plan():
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
-def test_the_readme_links_to_every_page(page):
+def test_readme_links_to_every_page(page):
     assert f"(docs/{page.name}" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Files for GitHub, editors and packaging agree with the Makefile, pyproject.toml and the package."""
+"""Files for GitHub and packaging agree with the Makefile, pyproject.toml and the package."""
 
 import re
 import tomllib
@@ -28,7 +28,7 @@ def test_yaml_files_parse(path):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_workflows_call_targets_of_the_makefile(path):
+def test_workflows_call_makefile_targets(path):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = {*re.findall(r"^([\w-]+):", makefile, re.MULTILINE), ".venv/.ready"}
     steps = [step.get("run", "") for job in load(path)["jobs"].values() for step in job["steps"]]
@@ -42,12 +42,12 @@ def test_ci_covers_the_classified_python_versions():
     assert PROJECT["requires-python"] == f">={classified[0]}"
 
 
-def test_the_version_has_one_place():
+def test_version_is_defined_once():
     assert "version" not in PROJECT and "version" in PROJECT["dynamic"]
     assert "version" not in load(ROOT / "CITATION.cff")
 
 
-def test_the_citation_file_cites_the_paper_as_the_model_card_does():
+def test_citation_file_and_model_card_cite_the_same_paper():
     bibtex = dict(re.findall(r'(\w+) = "(.*)"', CITATION))
     paper = load(ROOT / "CITATION.cff")["preferred-citation"]
     authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])

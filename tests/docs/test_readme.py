@@ -1,9 +1,8 @@
-"""The documentation is true: code runs, command lines parse, linked files exist, tables agree with the code.
+"""Code blocks in the documentation run, command lines parse, links resolve, and tables agree with the code.
 
-The Python blocks of a file run one after the other in one namespace, and both sides of a diff run, in a folder with the
-names that they use: `train.jsonl` is a few rows and `Qwen/Qwen3-0.6B` a tiny model. Command lines go through the real
-parsers of the launchers and of `commonit`; they are not run. YAML of Axolotl is part of a recipe:
-tests/axolotl/test_examples.py gives it to Axolotl.
+The Python blocks of a file run in order in one namespace, and so do both sides of a diff, in a directory where
+`train.jsonl` has a few rows and `Qwen/Qwen3-0.6B` is a tiny model. The real parsers of the launchers and of `commonit`
+parse command lines without running them. tests/axolotl/test_examples.py loads Axolotl's YAML.
 """
 
 import json
@@ -29,8 +28,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("do
 PLUGIN_README = ROOT / "axolotl_plugin" / "README.md"  # its blocks: tests/axolotl/test_examples.py
 PAPER_README = ROOT / "example_configs" / "paper" / "README.md"  # its blocks: test_paper_recipes.py and _axolotl.py
 MODEL = "Qwen/Qwen3-0.6B"
-RUN_OR_PARSED = {"python", "bash", "yaml", "diff"}
-ONLY_READ = {"text"}
+CHECKED = {"python", "bash", "yaml", "diff"}
+UNCHECKED = {"text"}
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://)([^)#]*)(?:#([^)]+))?\)")
@@ -60,13 +59,13 @@ def command_lines():
 
 @pytest.fixture
 def bf16(monkeypatch):
-    """Accept bf16, the default of TRL and of the examples, where there is no GPU."""
+    """Accept bf16, the default of TRL and the examples, without a GPU."""
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
 
 
 @pytest.fixture
-def workplace(bf16, tmp_path, monkeypatch):
-    """A working directory with the data and the model that the documentation names."""
+def workspace(bf16, tmp_path, monkeypatch):
+    """Change to a directory with the data and the model that the documentation names."""
     rows = [
         {
             "prompt": f"Say yes {number} times.",
@@ -86,38 +85,38 @@ def workplace(bf16, tmp_path, monkeypatch):
 # --- code ---------------------------------------------------------------------------------------------------
 
 
-def test_every_block_says_its_language():
+def test_every_block_has_a_known_language():
     found = {name for document in DOCUMENTS for name, _ in BLOCK.findall(read(document))}
-    assert RUN_OR_PARSED <= found <= RUN_OR_PARSED | ONLY_READ
+    assert CHECKED <= found <= CHECKED | UNCHECKED
 
 
 def with_sign(diff, sign):
-    """The lines of one side of a diff."""
+    """Return the lines of one side of a diff."""
     return "".join(line[1:] or "\n" for line in diff.splitlines(keepends=True) if line[0] in f"{sign} \n")
 
 
 @pytest.mark.parametrize("diff", blocks("diff"))
 @pytest.mark.parametrize("sign", "-+")
-def test_both_sides_of_a_diff_run(diff, sign, workplace):
-    (workplace / "side.py").write_text(with_sign(diff, sign), encoding="utf-8")
+def test_both_sides_of_a_diff_run(diff, sign, workspace):
+    (workspace / "side.py").write_text(with_sign(diff, sign), encoding="utf-8")
     trainer = runpy.run_path("side.py")["trainer"]
     assert isinstance(trainer, CommonITSFTTrainer) == (sign == "+") and trainer.state.global_step > 0
 
 
-def test_a_diff_changes_three_lines():
+def test_diff_changes_three_lines():
     (diff,) = (block.values[0] for block in blocks("diff"))
     assert [sum(line[0] == sign for line in diff.splitlines() if line) for sign in "-+"] == [3, 3]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
-def test_python_blocks_run(document, workplace):
+def test_python_blocks_run(document, workspace):
     code = "\n".join(text for name, text in BLOCK.findall(read(document)) if name == "python")
-    (workplace / "blocks.py").write_text(code, encoding="utf-8")
+    (workspace / "blocks.py").write_text(code, encoding="utf-8")
     runpy.run_path("blocks.py")
 
 
 @pytest.mark.parametrize("block", blocks("yaml"))
-def test_yaml_blocks_are_configs_that_a_front_end_takes(block, bf16, tmp_path):
+def test_yaml_blocks_are_valid_configs(block, bf16, tmp_path):
     config = yaml.safe_load(block)
     if "plugins" in config:
         assert config.pop("plugins") == [AXOLOTL_PLUGIN]
@@ -147,16 +146,16 @@ def check_commonit(words, monkeypatch):
         monkeypatch.setattr(recipes, "read_foreign_recipe", lambda front_end, path: given.update(recipe=path))
         monkeypatch.setattr(group, "load_grouper", lambda folder: SimpleNamespace(metric="length"))
         own = {"inspect": inspecting, "group": group}[command].add_arguments
-        asked, _ = cli.read_recipe(command, own, options)
-        assert asked.axolotl is None or (ROOT / given["recipe"]).is_file()
+        own_options, _ = cli.read_recipe(command, own, options)
+        assert own_options.axolotl is None or (ROOT / given["recipe"]).is_file()
     elif command == "compare":
-        asked, (_, _, model, _), _ = cli.read_comparison(options)
-        assert parse_strategies(asked.metrics) and model.model_name_or_path
+        own_options, (_, _, model, _), _ = cli.read_comparison(options)
+        assert parse_strategies(own_options.metrics) and model.model_name_or_path
     elif command == "sft":
         (_, training, model, _), launch_flags = cli.parse_sft(options)
         assert training.commonit_on and model.model_name_or_path
         launch.prepare(launch_flags, command, options)
-        unset_hf_deepspeed_config()  # else other tests' models are made for ZeRO-3
+        unset_hf_deepspeed_config()  # otherwise later tests build their models for ZeRO-3
     else:
         assert not options
 
@@ -206,7 +205,7 @@ def check_python(words, monkeypatch):
 
 
 def check_axolotl(words, monkeypatch):
-    """As far as it goes without Axolotl, which is in one of the two environments."""
+    """Check without Axolotl, which only one of the environments has."""
     command, recipe = words
     assert command in ("preprocess", "train")
     assert AXOLOTL_PLUGIN in yaml.safe_load(read(ROOT / recipe))["plugins"]
@@ -235,7 +234,7 @@ def test_command_lines_parse(line, bf16, monkeypatch):
 
 
 def anchors(document):
-    """The anchors of a file's headings, as GitHub makes them."""
+    """Return the anchors that GitHub generates for a file's headings."""
     titles = (re.sub(r"[^\w\- ]", "", title.lower()) for title in HEADING.findall(BLOCK.sub("", read(document))))
     return {title.strip().replace(" ", "-") for title in titles}
 
@@ -248,7 +247,7 @@ every_document = pytest.mark.parametrize(
 
 
 @every_document
-def test_links_lead_somewhere(document):
+def test_links_resolve(document):
     for path, anchor in LINK.findall(read(document)):
         target = document.parent / path if path else document
         assert target.exists(), path
@@ -257,7 +256,7 @@ def test_links_lead_somewhere(document):
 
 @every_document
 def test_files_in_backticks_exist(document):
-    """Paths such as `tests/helpers/toys.py`, written from the root; `*` matches any name."""
+    """Paths such as `tests/helpers/toys.py` are relative to the root; `*` matches any name."""
     folders = "commonit_trl|axolotl_plugin|tests|benchmarks|docs|example_configs|constraints"
     for path in re.findall(rf"`((?:{folders})/[\w/.*-]*)`", read(document)):
         assert list(ROOT.glob(path.rstrip("/"))), path
@@ -265,34 +264,34 @@ def test_files_in_backticks_exist(document):
 
 @every_document
 def test_lines_are_short(document):
-    """Beside tables, outputs, and commands and addresses that cannot be broken."""
+    """Tables, outputs, commands and URLs may be longer."""
     text = re.sub(r"^```(?:text|bash)\n.*?^```$", "", read(document), flags=re.MULTILINE | re.DOTALL)
     long = [line for line in text.splitlines() if len(line) > 120 and line[0] != "|" and "](http" not in line]
     assert [line for line in long if not line.startswith("Machine: ")] == []
 
 
-def test_the_layout_lists_every_module():
+def test_layout_lists_every_module():
     listed = re.findall(r"^ +(\w+\.py) ", read(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
     files = [file for package in ("commonit_trl", "axolotl_plugin") for file in (ROOT / package).rglob("*.py")]
     modules = {file.name for file in files} - {"__init__.py", "__main__.py"}
     assert set(listed) == modules
 
 
-def test_the_options_table_is_the_config():
+def test_options_table_equals_the_config():
     rows = [["option", "default", "meaning"], ["---", "---", "---"]]
     for name, option in OPTIONS.items():
         default = "–" if option.default is None else f"`{json.dumps(option.default)}`".replace('"', "")
         rows.append([f"`{name}`", default, option.metadata["help"]])
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     shown = OPTIONS_TABLE.search(read(ROOT / "docs" / "options.md"))[0]
-    assert shown == table, f"Put this table into docs/options.md:\n{table}"
+    assert shown == table, f"Paste this table into docs/options.md:\n{table}"
 
 
 MEASURED = [ROOT / "docs" / "real-data.md", PLUGIN_README]
 
 
 @pytest.mark.parametrize("document", MEASURED, ids=lambda document: str(document.relative_to(ROOT)))
-def test_the_command_and_machine_are_those_of_the_result(document):
+def test_command_and_machine_equal_the_result(document):
     page = read(document)
     result = read(ROOT / RESULT.search(page)[0])
     measured = re.search(r"^#+ On real data\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)[1]

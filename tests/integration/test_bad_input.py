@@ -316,7 +316,7 @@ YAML_CASES = {
     "a name that is a number": yaml_case("1: 2", "Unknown option 1", "options are names"),
     "an unknown option": yaml_case("commonit_metrics: task", "commonit_metrics", "did you mean commonit_metric?"),
     "a metric that is off": yaml_case(
-        "commonit_metric: off", "commonit_metric=False", "'none' (plain batches)", commonit_metric=None
+        "commonit_metric: off", "commonit_metric=False", "'none' (baseline batches)", commonit_metric=None
     ),
     "a number for a name": yaml_case("output_dir: 3", "output_dir=3", "Change", output_dir=None),
     "a list for a number": yaml_case("max_steps: [1]", "max_steps=[1]", "Change", max_steps=None),

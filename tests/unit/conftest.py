@@ -1,4 +1,4 @@
-"""A way to run hypothesis over broken code: no time goes into making the example that fails a small one."""
+"""A hypothesis profile for mutation tests: no shrinking of failing examples."""
 
 from hypothesis import Phase, settings
 

@@ -1,7 +1,6 @@
-"""The package's imports go one way, and importing it costs little.
+"""Imports within the package have no cycles, and importing the package loads no framework.
 
-config <- text <- grouping; config <- plan <- sampler; both <- trainer <- command line. `trl` stays in the
-trainer and the command line, `axolotl` outside, and nothing unpickles.
+Only the trainer and the command line import `trl`; no module imports `axolotl` or unpickles.
 """
 
 import ast
@@ -18,7 +17,7 @@ PACKAGE = "commonit_trl"
 ROOT = Path(commonit_trl.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-# What each module may import of the package; a new module needs a line here.
+# module -> modules of the package it may import; a new module needs a line here.
 COMMAND_LINE = {"cli", "compare", "__main__"}
 CORE = {
     "config": set(),
@@ -40,7 +39,7 @@ def module_of(file: Path) -> str:
 
 
 def imported(file: Path) -> Iterator[str]:
-    """Dotted names of all that `file` imports, inside functions too."""
+    """Yield the dotted names that `file` imports, inside functions too."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -51,9 +50,9 @@ def imported(file: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_imports_within_the_package_go_one_way(file: Path) -> None:
+def test_imports_within_the_package_have_no_cycles(file: Path) -> None:
     here = module_of(file)
-    assert here in MAY_IMPORT, f"{here}: say in MAY_IMPORT what this module may import"
+    assert here in MAY_IMPORT, f"{here}: add this module to MAY_IMPORT"
     for name in imported(file):
         if name.split(".")[0] == PACKAGE:
             target = name.split(".")[1]
@@ -62,7 +61,7 @@ def test_imports_within_the_package_go_one_way(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_the_frameworks_stay_in_their_rooms(file: Path) -> None:
+def test_frameworks_are_imported_only_where_allowed(file: Path) -> None:
     tops = {name.split(".")[0] for name in imported(file)}
     assert not tops & {
         "axolotl",
@@ -85,14 +84,14 @@ def test_the_frameworks_stay_in_their_rooms(file: Path) -> None:
 
 
 @pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.plan", f"{PACKAGE}.config"])
-def test_importing_the_package_imports_no_framework(module: str) -> None:
+def test_package_import_loads_no_framework(module: str) -> None:
     frameworks = {"torch", "trl", "transformers", "datasets", "sklearn"}
     code = f"import sys, {module}; print(*{frameworks} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
 
-def test_the_public_names_are_where_the_package_says() -> None:
+def test_public_names_resolve() -> None:
     for name in commonit_trl.__all__:
         assert getattr(commonit_trl, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Trainer'"):

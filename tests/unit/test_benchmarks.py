@@ -1,4 +1,4 @@
-"""What the benchmarks share: cases that cannot run say why, rounds are paired, a report names what made it."""
+"""Shared parts of the benchmarks: skipped cases have a reason, rounds are paired, reports are reproducible."""
 
 import json
 
@@ -10,7 +10,7 @@ from benchmarks import dtype, study
 from benchmarks.common import RESULTS, Cases, Report, Settings, Skipped, Table, medians, paired_rounds, write_report
 
 
-def test_a_case_that_cannot_run_is_left_out_with_its_reason():
+def test_skipped_cases_have_a_reason():
     cases = Cases()
     for name, options in {
         "ours": {},
@@ -31,7 +31,7 @@ def test_a_case_that_cannot_run_is_left_out_with_its_reason():
     assert cases.present()[1].keys() == {"absent"}
 
 
-def test_every_round_runs_every_case_once_and_begins_with_another():
+def test_rounds_rotate_their_first_case():
     ran = []
 
     def case(name):
@@ -51,8 +51,8 @@ def test_every_round_runs_every_case_once_and_begins_with_another():
     ]
 
 
-def test_ratios_are_taken_inside_a_round():
-    """A machine that is ten times slower in one round does not change them."""
+def test_ratios_are_computed_within_a_round():
+    """A round that runs ten times slower does not change the ratios."""
     rounds = [
         {"base": {"seconds": 1.0 * slow}, "ours": {"seconds": ratio * slow}}
         for slow, ratio in [(1, 2), (10, 3), (1, 4)]
@@ -61,7 +61,7 @@ def test_ratios_are_taken_inside_a_round():
     assert (ours["ratio"], ours["ratio_low"], ours["ratio_high"], ours["seconds"]) == (3, 2, 4, 4)
 
 
-def test_a_report_names_machine_versions_command_and_what_is_missing(tmp_path):
+def test_report_names_machine_versions_command_and_skipped_cases(tmp_path):
     table = Table(heading="Epochs", header=["", "s"], rows=[["ours", 1]], skipped={"theirs": "x is not installed"})
     report = Report(head={"data": "ten rows"}, parts=[table, "A note."], results={"ours": 1 / 3}, packages=["numpy"])
     path = write_report("speed", "Speed", "quick", "python -m benchmarks speed", report, tmp_path)
@@ -73,7 +73,7 @@ def test_a_report_names_machine_versions_command_and_what_is_missing(tmp_path):
     assert path.stem == f"speed-{content['date']}-quick"
 
 
-def test_without_real_data_a_benchmark_says_so():
+def test_missing_real_data_skips_the_benchmark():
     settings = Settings(size="quick", given={}, folder=None, out=RESULTS)
     with pytest.raises(Skipped, match="COMMONIT_REAL_DATA"):
         _ = settings.data
@@ -85,7 +85,7 @@ def test_all_benchmarks_are_listed():
     assert set(entry.NAMES) == modules - {"__init__", "__main__", "common", "mixture"}
 
 
-def test_moved_rows_are_those_with_another_nearest_centroid():
+def test_moved_rows_change_their_nearest_centroid():
     centroids = np.eye(2, dtype=np.float32)
     exact = np.array([[0.9, 0.1], [0.51, 0.49], [0.2, 0.8]], dtype=np.float32)
     reduced = np.array([[0.8, 0.2], [0.49, 0.51], [0.1, 0.9]], dtype=np.float32)
@@ -94,11 +94,11 @@ def test_moved_rows_are_those_with_another_nearest_centroid():
 
 
 @pytest.mark.parametrize(("text", "value"), [("rows=1e5", 1e5), ("rows=[1, 2]", [1, 2]), ("model=tiny", "tiny")])
-def test_parameters_are_json_or_words(text, value):
+def test_parameters_are_json_or_text(text, value):
     assert entry.parameter(text) == (text.partition("=")[0], value)
 
 
-def test_the_study_marks_the_differences_that_leave_zero_out(tmp_path):
+def test_study_marks_intervals_without_zero(tmp_path):
     def strategy(name, difference):
         measure = {"value": 3.0, "difference": difference}
         numbers = {"steps": 10, "lost": 0, "repeated": 1, "padding": 0.25, "tokens_per_second": 50.0}

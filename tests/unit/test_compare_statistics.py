@@ -1,4 +1,4 @@
-"""The interval of a paired difference has 95 % coverage, detects planted differences, and equals closed forms."""
+"""Intervals of paired differences have 95 % coverage, detect known differences and equal closed forms."""
 
 import numpy as np
 import pytest
@@ -30,13 +30,13 @@ def repeats(noise, seeds, rows=200, shift=0.0):
 @pytest.mark.parametrize("noise", NOISE)
 def test_intervals_of_equal_strategies_contain_zero_in_95_of_100_repeats(noise, seeds):
     containing = sum(interval.has_zero for interval in repeats(noise, seeds))
-    # The count is binomial with 95 %; it leaves these bounds once in 2,000.
+    # The count is binomial with p = 0.95; it exceeds these bounds once in 2,000.
     low, high = stats.binom.ppf((0.00025, 0.99975), REPEATS, 0.95)
     assert low <= containing <= high
 
 
-def test_bootstrap_percentiles_would_be_too_narrow():
-    """The reason for Student's t: resampling three seeds underestimates their spread."""
+def test_bootstrap_percentiles_are_too_narrow():
+    """Resampling three seeds underestimates their spread, hence Student's t."""
     rng, containing = np.random.default_rng(0), 0
     for _ in range(REPEATS):
         sample = rng.standard_normal(3)
@@ -47,7 +47,7 @@ def test_bootstrap_percentiles_would_be_too_narrow():
 
 @pytest.mark.parametrize("shift", [-2.0, 2.0])
 @pytest.mark.parametrize("noise", ["rows", "some"])
-def test_a_planted_difference_is_detected(noise, shift):
+def test_known_differences_are_detected(noise, shift):
     found = list(repeats(noise, 5, shift=shift))
     assert (
         sum(not interval.has_zero and np.sign(interval.value) == np.sign(shift) for interval in found) >= 0.95 * REPEATS
@@ -55,7 +55,7 @@ def test_a_planted_difference_is_detected(noise, shift):
     assert np.mean([interval.value for interval in found]) == pytest.approx(shift, abs=0.1)
 
 
-def test_chance_of_seeds_only_gives_the_t_test_over_seeds():
+def test_seed_noise_alone_gives_the_t_test_over_seeds():
     shifts = np.array([0.1, 0.4, 0.2, 0.9])
     tokens = np.full(50, 7.0)
     found = paired_difference(shifts[:, None] * tokens, np.zeros((4, 50)), tokens)

@@ -1,4 +1,4 @@
-"""Comparisons of runs: which runs are paired, and the sentences, tables and page that show them."""
+"""Comparisons of runs: pairing, verdicts, tables and page."""
 
 import io
 from html.parser import HTMLParser
@@ -19,7 +19,7 @@ def printed(comparison, width=80):
     return console.file.getvalue()
 
 
-def test_verdicts_distinguish_a_difference_from_none():
+def test_verdicts_name_differences_and_their_absence():
     results = [result(name, seed, shift) for seed in range(3) for name, shift in (("none", 0), ("task", -0.2))]
     results += [result("length:num_groups=2", seed) for seed in range(3)]
     comparison = compared(results)
@@ -40,7 +40,7 @@ def test_a_different_number_of_steps_is_noted():
     assert note in printed(many, 200) and "commonit_min_group_size" not in printed(few, 200)
 
 
-def test_a_seed_counts_if_its_baseline_has_finished():
+def test_seeds_without_a_baseline_run_are_ignored():
     results = [result("none", 0), result("none", 1), result("task", 1), result("task", 2), result("task", 0)]
     comparison = compared([*results[:4]], failed={"task@0": "it broke"})
     assert comparison.strategies[1].seeds == [1]
@@ -53,7 +53,7 @@ def test_a_seed_counts_if_its_baseline_has_finished():
     ("key", "name"),
     [("weights", "initial weights"), ("train_rows", "training rows"), ("held_out_rows", "held-out rows")],
 )
-def test_unpaired_runs_are_refused(key, name):
+def test_unpaired_runs_are_an_error(key, name):
     with pytest.raises(ValueError, match=rf"none@0 and task@0 have different {name}.*Name another output_dir"):
         compared([result("none", 0), result("task", 0, **{key: "other"})])
 
@@ -62,12 +62,12 @@ def test_weights_may_differ_between_seeds():
     compared([result("none", 0), result("task", 0), result("none", 1), result("task", 1)])
 
 
-def test_a_comparison_without_a_baseline_is_refused():
+def test_missing_baseline_is_an_error():
     with pytest.raises(ValueError, match=r"'none'.*task@0: it broke"):
         compared([result("task", 1)], failed={"task@0": "it broke"})
 
 
-def test_correct_answers_have_their_own_interval():
+def test_correct_answers_have_an_interval():
     few, many = np.arange(ROWS) % 3 == 0, np.arange(ROWS) % 3 > 0
     results = [result(name, seed, exact=exact) for seed in range(3) for name, exact in (("none", few), ("task", many))]
     comparison = compared(results)
@@ -82,7 +82,7 @@ def test_tables_fit_80_columns():
     assert len(tables) > 20 and max(map(len, tables)) <= 80
 
 
-def test_hostile_text_acts_neither_on_the_page_nor_on_the_terminal():
+def test_hostile_text_is_sanitized():
     results = [result("none", 0), result("task", 0, groups=list(HOSTILE.values())[:2])]
     comparison = compared(results, failed={"task@1": " ".join(HOSTILE.values())})
     page = render(comparison)
@@ -97,7 +97,7 @@ def test_hostile_text_acts_neither_on_the_page_nor_on_the_terminal():
 
     scripts = Scripts()
     scripts.feed(page)
-    assert scripts.count == 3  # the charts' data, plotly, and the code that draws
+    assert scripts.count == 3  # chart data, plotly, drawing code
 
 
 def test_runs_are_ordered_by_seed():

@@ -1,8 +1,8 @@
-"""`CommonITArguments`: what it accepts, what it refuses, and that every refusal says in one line what to do.
+"""`CommonITArguments` validates every option, and errors name a fix in one line.
 
-1. Every option is typed, ranged and, where it is a choice, answered with the nearest one.
-2. An unknown `commonit_*` name is answered with the nearest valid one.
-3. An option that the metric would not read is refused; `none` reads none and takes them all.
+1. Types, ranges and choices are checked; an invalid choice gets the nearest valid one as a suggestion.
+2. An unknown `commonit_*` name gets the nearest valid one as a suggestion.
+3. An option that the metric does not use is an error; `none` accepts all options.
 4. All front ends of the dataclass agree: keyword arguments, the command line, YAML.
 """
 
@@ -57,13 +57,13 @@ def refusal(**options: Any) -> str:
         ({"commonit_metric": "none"}, "none"),
     ],
 )
-def test_a_valid_value_is_read_as_its_type(given: dict[str, Any], read: Any) -> None:
+def test_valid_values_are_converted_to_their_type(given: dict[str, Any], read: Any) -> None:
     value = getattr(CommonITArguments(**given), list(given)[-1])
     assert value == read and type(value) is type(read)
 
 
 @pytest.mark.parametrize(
-    "options, says",
+    "options, parts",
     [
         ({}, ["commonit_metric is not set", "'task', 'length' or 'embedding'", "'none'"]),
         ({"commonit_metric": "lenght"}, ["commonit_metric='lenght'", "did you mean 'length'"]),
@@ -145,13 +145,13 @@ def test_a_valid_value_is_read_as_its_type(given: dict[str, Any], read: Any) -> 
         ({"commonit_metric": "none", "commonit_purity": "batch"}, ["commonit_purity='batch'"]),
     ],
 )
-def test_a_wrong_value_is_refused_in_one_line(options: dict[str, Any], says: list[str]) -> None:
+def test_invalid_values_raise_one_line_errors(options: dict[str, Any], parts: list[str]) -> None:
     message = refusal(**options)
     assert "\n" not in message
-    assert all(part in message for part in says), message
+    assert all(part in message for part in parts), message
 
 
-def test_every_option_has_a_help_and_a_wrong_value_of_each_is_refused() -> None:
+def test_every_option_has_help_and_validates_its_value() -> None:
     for name, option in OPTIONS.items():
         assert option.metadata["help"].endswith("."), name
         message = refusal(**{"commonit_metric": "none", name: object()})
@@ -159,7 +159,7 @@ def test_every_option_has_a_help_and_a_wrong_value_of_each_is_refused() -> None:
         assert "\n" not in message
 
 
-def test_check_weights_takes_what_plan_epoch_takes() -> None:
+def test_check_weights_accepts_names_and_group_ids() -> None:
     check_weights("uniform")
     check_weights({0: 1.0, 1: 0})
     with pytest.raises(ValueError, match="weight None of group 1"):
@@ -179,15 +179,15 @@ def test_check_weights_takes_what_plan_epoch_takes() -> None:
         ("commonit-purity", "commonit_purity"),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_nearest(wrong: str, right: str) -> None:
+def test_unknown_option_suggests_the_nearest(wrong: str, right: str) -> None:
     assert refusal(commonit_metric="none", **{wrong: 1}) == f"Unknown option {wrong}: did you mean {right}?"
 
 
-def test_names_of_others_are_not_ours() -> None:
+def test_options_of_other_libraries_are_accepted() -> None:
     check_option_names(["learning_rate", "commit", *OPTIONS])
 
 
-def test_nearest_always_finds_one() -> None:
+def test_nearest_always_returns_a_member() -> None:
     assert nearest("zzz", ["only"]) == "only"
     assert nearest("", iter(["a", "b"])) in ("a", "b")
 
@@ -208,7 +208,7 @@ READ_BY = {
 
 @pytest.mark.parametrize("metric", ["task", "length", "embedding", "none"])
 @pytest.mark.parametrize("name", READ_BY)
-def test_an_option_that_the_metric_does_not_read_is_refused(metric: str, name: str) -> None:
+def test_option_unused_by_the_metric_is_an_error(metric: str, name: str) -> None:
     value, metrics = READ_BY[name]
     if metric == "none" or metric in metrics:
         assert getattr(CommonITArguments(commonit_metric=metric, **{name: value}), name) == value
@@ -219,12 +219,12 @@ def test_an_option_that_the_metric_does_not_read_is_refused(metric: str, name: s
 
 
 @pytest.mark.parametrize("metric", ["task", "length", "embedding", "none"])
-def test_a_default_given_explicitly_is_no_leftover(metric: str) -> None:
+def test_explicit_defaults_are_accepted(metric: str) -> None:
     defaults = {name: option.default for name, option in OPTIONS.items() if name != "commonit_metric"}
     assert CommonITArguments(commonit_metric=metric, **defaults) == CommonITArguments(commonit_metric=metric)
 
 
-def test_none_is_off_and_the_metrics_are_on() -> None:
+def test_commonit_on_is_false_for_none_only() -> None:
     assert not CommonITArguments(commonit_metric="none").commonit_on
     assert CommonITArguments(commonit_metric="length").commonit_on
 
@@ -246,7 +246,7 @@ class Mixed(CommonITArguments, Parent):
     pass
 
 
-def test_mixed_in_it_checks_its_options_and_lets_the_parent_check_its_own() -> None:
+def test_mixin_validates_and_calls_the_parent() -> None:
     assert Mixed(commonit_metric="task", learning_rate=1.0).checked
     with pytest.raises(ValueError, match="commonit_metric is not set"):
         Mixed(learning_rate=1.0)
@@ -286,21 +286,22 @@ COMMAND_LINES = {
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)
-def test_the_command_line_reads_every_option(line: str) -> None:
+def test_command_line_parses_every_option(line: str) -> None:
     (parsed,) = HfArgumentParser(Mixed).parse_args_into_dataclasses(line.split())
     for name, value in COMMAND_LINES[line].items():
         assert getattr(parsed, name) == value
 
 
-def test_the_command_line_reads_weights_as_json_and_the_lines_above_cover_all_options() -> None:
+def test_command_line_parses_weights_as_json() -> None:
     line = ["--commonit_metric", "task", "--commonit_weights", '{"a b": 0.5, "c": 2}']
     (parsed,) = HfArgumentParser(Mixed).parse_args_into_dataclasses(line)
     assert parsed.commonit_weights == {"a b": 0.5, "c": 2}
+    # COMMAND_LINES covers all options.
     flags = {flag for line in COMMAND_LINES for flag in line.split() if flag.startswith("--")}
     assert flags == {f"--{field.name}" for field in fields(CommonITArguments)}
 
 
-def test_yaml_reads_every_option(tmp_path: Path) -> None:
+def test_yaml_parses_every_option(tmp_path: Path) -> None:
     from trl import TrlParser
 
     file = tmp_path / "config.yaml"

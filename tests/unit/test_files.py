@@ -1,5 +1,4 @@
-"""`files.replacing` and `write_text`: a file is there whole or not at all, with safe permissions, and nothing else is
-left behind."""
+"""`replacing` and `write_text` write atomically, honour the umask and leave no temporary file."""
 
 import os
 import stat
@@ -14,7 +13,7 @@ from commonit_trl.files import replacing, write_text
 
 @pytest.fixture
 def umask():
-    """A umask that takes the others' rights, unlike the usual one."""
+    """Set a umask other than the usual one."""
     before = os.umask(0o027)
     yield 0o027
     os.umask(before)
@@ -24,7 +23,7 @@ def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_text_is_written_whole_and_alone(tmp_path: Path, umask: int) -> None:
+def test_write_text_leaves_one_file(tmp_path: Path, umask: int) -> None:
     path = tmp_path / "file"
     write_text(path, "äöü ✓")
     assert path.read_bytes() == "äöü ✓".encode()
@@ -32,7 +31,7 @@ def test_text_is_written_whole_and_alone(tmp_path: Path, umask: int) -> None:
     assert mode_of(path) == 0o666 & ~umask
 
 
-def test_a_writer_of_another_library_gets_the_same_permissions(tmp_path: Path, umask: int) -> None:
+def test_replacing_honours_the_umask_for_other_writers(tmp_path: Path, umask: int) -> None:
     path = tmp_path / "file.safetensors"
     with replacing(path) as temporary:
         assert temporary.parent == tmp_path
@@ -42,7 +41,7 @@ def test_a_writer_of_another_library_gets_the_same_permissions(tmp_path: Path, u
     assert mode_of(path) == 0o666 & ~umask
 
 
-def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path: Path) -> None:
+def test_replaced_file_keeps_its_permissions(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     path.chmod(0o600)
@@ -52,9 +51,7 @@ def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("before", [None, "old"], ids=["new", "replaced"])
-def test_what_was_there_stays_when_writing_fails(
-    tmp_path: Path, before: str | None, error: type[BaseException]
-) -> None:
+def test_failed_write_leaves_the_old_file(tmp_path: Path, before: str | None, error: type[BaseException]) -> None:
     path = tmp_path / "file"
     if before is not None:
         path.write_text(before)
@@ -64,7 +61,7 @@ def test_what_was_there_stays_when_writing_fails(
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == ({} if before is None else {"file": before})
 
 
-def test_a_reader_meets_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_readers_see_the_old_file_until_the_write_completes(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_text(path, "old")
     with path.open() as reader:
@@ -75,15 +72,15 @@ def test_a_reader_meets_the_old_file_until_the_new_one_is_whole(tmp_path: Path) 
         assert (reader.read(), path.read_text()) == ("old", "new")
 
 
-def test_a_link_is_written_through(tmp_path: Path) -> None:
+def test_write_follows_symbolic_links(tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     link.symlink_to(target)
     write_text(link, "text")
     assert link.is_symlink() and target.read_text() == "text"
 
 
-def test_a_pipe_is_written_to(tmp_path: Path) -> None:
-    """As `--html /dev/stdout` needs it, which must not be replaced by a file."""
+def test_write_to_a_pipe(tmp_path: Path) -> None:
+    """`--html /dev/stdout` must not be replaced by a file."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -93,9 +90,9 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
-@pytest.mark.parametrize("place", ["missing/file", "."], ids=["no directory", "a directory"])
-def test_the_error_names_the_file_that_was_asked_for(tmp_path: Path, place: str) -> None:
-    path = tmp_path / place
+@pytest.mark.parametrize("name", ["missing/file", "."], ids=["no directory", "a directory"])
+def test_error_names_the_target_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
     with pytest.raises(OSError) as error:
         write_text(path, "text")
     assert error.value.filename == str(path)

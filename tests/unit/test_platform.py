@@ -1,7 +1,6 @@
-"""What we build on in TRL, transformers, accelerate and torch beyond their documented surface.
+"""Undocumented behaviour of TRL, transformers, accelerate and torch that the package relies on.
 
-Each test states what would break, silently or late, if that changed; when one fails on a new version, read it
-first.
+Each docstring names the failure, silent or late, that a change would cause; read it when a new version breaks a test.
 """
 
 import inspect
@@ -39,10 +38,11 @@ def parameters(function):
 
 
 def test_prepare_dataset_is_where_trl_prepares_and_packs(tmp_path):
-    """`CommonITSFTTrainer` overrides `SFTTrainer._prepare_dataset` to group rows before they are packed. With
-    another signature construction fails; if TRL called it with another object than the `train_dataset` it was
-    given, before `_tokenizer` and `chat_template` are set, or not at all, packs would be grouped instead of
-    rows."""
+    """`CommonITSFTTrainer` overrides `SFTTrainer._prepare_dataset` to group rows before packing.
+
+    A changed signature fails at construction. If TRL passed another object than `train_dataset`, called it before
+    setting `_tokenizer` and `chat_template`, or not at all, packs would be grouped instead of rows.
+    """
     expected = ["self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"]
     assert parameters(SFTTrainer._prepare_dataset) == expected
     calls = []
@@ -57,9 +57,10 @@ def test_prepare_dataset_is_where_trl_prepares_and_packs(tmp_path):
 
 
 def test_eval_metrics_gather_in_metrics(tmp_path):
-    """The pass for the loss of each group goes through the parent's evaluation loop and puts
-    `SFTTrainer._metrics["eval"]` back afterwards. Were it stored elsewhere, entropy and token accuracy would
-    count every row twice."""
+    """The loss per group runs the parent's evaluation loop and restores `SFTTrainer._metrics["eval"]` afterwards.
+
+    If TRL stored them elsewhere, entropy and token accuracy would count every row twice.
+    """
     trainer = make(tmp_path)
     assert isinstance(trainer._metrics["eval"], defaultdict)
     trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation", True, None, "eval")
@@ -71,8 +72,7 @@ def test_eval_metrics_gather_in_metrics(tmp_path):
 
 
 def test_packed_rows_have_no_other_columns(tmp_path):
-    """An evaluation set is taken for packed when nothing but these columns is left, and then has no loss per
-    group."""
+    """An evaluation set with only these columns counts as packed and has no loss per group."""
     for strategy, columns in (
         ("bfd", {"input_ids", "labels", "seq_lengths"}),
         ("wrapped", {"input_ids", "labels"}),
@@ -83,22 +83,23 @@ def test_packed_rows_have_no_other_columns(tmp_path):
 
 
 def test_train_batch_size_is_the_current_one(tmp_path):
-    """Plans take their micro-batch size from `Trainer._train_batch_size`, which `auto_find_batch_size`
-    lowers; `args` keeps the first one."""
+    """Plans use `Trainer._train_batch_size`, which `auto_find_batch_size` lowers; `args` keeps the initial size."""
     trainer = make(tmp_path, per_device_train_batch_size=3)
     assert trainer._train_batch_size == 3
     trainer._update_auto_batch_size(1)
     assert trainer._train_batch_size == 1 and trainer.args.per_device_train_batch_size == 3
 
 
-def test_trainer_hands_on_our_dataloader_before_each_epoch(tmp_path):
-    """`_EpochStart` finds the sampler through the `train_dataloader` of `on_epoch_begin`, which comes before the
-    epoch's first batch is read. Without it, a resumed run or every later epoch would repeat the order of epoch 0."""
-    begun, epochs = [], []
+def test_trainer_passes_our_dataloader_to_on_epoch_begin(tmp_path):
+    """`_EpochStart` sets the sampler's epoch through the `train_dataloader` of `on_epoch_begin`.
+
+    Otherwise a resumed run and every later epoch would repeat the order of epoch 0.
+    """
+    loaders, epochs = [], []
 
     class Watch(TrainerCallback):
         def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-            begun.append(train_dataloader)
+            loaders.append(train_dataloader)
 
         def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs):
             epochs.append(train_dataloader.commonit_sampler.epoch)
@@ -110,13 +111,15 @@ def test_trainer_hands_on_our_dataloader_before_each_epoch(tmp_path):
     }
     trainer = make(tmp_path, CommonITSFTTrainer, CommonITSFTConfig, callbacks=[Watch()], **options)
     trainer.train()
-    assert [type(loader) for loader in begun] == [CommonITDataLoader] * 2
+    assert [type(loader) for loader in loaders] == [CommonITDataLoader] * 2
     assert sorted(epochs) == epochs and set(epochs) == {0, 1}
 
 
 def test_skip_first_batches_keeps_our_sampler(tmp_path):
-    """A resume in the middle of an epoch wraps our sampler; the rest of the epoch must come from it, in the
-    epoch that was set before. That the wrapped loader has no `set_epoch` is why `_EpochStart` sets it."""
+    """Resuming within an epoch wraps our sampler, which must yield the remaining micro-batches of the epoch set before.
+
+    The wrapped loader has no `set_epoch`, so `_EpochStart` sets it on the sampler.
+    """
     options = {"commonit_metric": "task", "commonit_cache_dir": str(tmp_path / "cache")}
     loader = make(tmp_path, CommonITSFTTrainer, CommonITSFTConfig, **options).get_train_dataloader()
     loader.set_epoch(3)
@@ -128,8 +131,7 @@ def test_skip_first_batches_keeps_our_sampler(tmp_path):
 
 
 def test_dataloader_options_are_known():
-    """`get_train_dataloader` builds our loader from the attributes of the parent's; an option that torch adds
-    would be left behind without a word."""
+    """`get_train_dataloader` copies the attributes of the parent's loader; a new torch option would be ignored."""
     taken = {
         "dataset",
         "collate_fn",
@@ -149,7 +151,7 @@ def test_dataloader_options_are_known():
 
 
 def test_dataloader_options_are_copied(tmp_path):
-    """What the user sets for the dataloader arrives in ours as it does in the parent's."""
+    """Our dataloader has the user's options, as the parent's has."""
     options = {
         "dataloader_num_workers": 2,
         "dataloader_prefetch_factor": 3,
@@ -170,9 +172,10 @@ def test_dataloader_options_are_copied(tmp_path):
 
 
 def test_test_dataloaders_are_not_kept(tmp_path):
-    """With persistent workers the Trainer keeps evaluation loaders by name, so that the loss of a group is
-    computed through `get_test_dataloader`; if that kept loaders too, every group would be given the rows of
-    the first."""
+    """The loss per group uses `get_test_dataloader`: with persistent workers the Trainer caches evaluation loaders.
+
+    If it cached test loaders too, every group would get the rows of the first.
+    """
     trainer = make(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True)
     assert trainer.get_eval_dataloader() is trainer.get_eval_dataloader()
     assert len(trainer.get_test_dataloader(ROWS.select([0])).dataset) == 1
@@ -180,7 +183,7 @@ def test_test_dataloaders_are_not_kept(tmp_path):
 
 
 def test_methods_that_the_mixin_overrides():
-    """The mixin passes these arguments on by position."""
+    """The mixin passes these arguments by position."""
     assert parameters(Trainer.train)[:2] == ["self", "resume_from_checkpoint"]
     assert parameters(Trainer.save_model) == ["self", "output_dir", "_internal_call"]
     assert parameters(Trainer.get_eval_dataloader) == ["self", "eval_dataset"]
@@ -207,14 +210,16 @@ def test_methods_that_the_mixin_overrides():
         "train_sampling_strategy",
     ],
 )
-def test_settings_that_we_refuse_exist(name):
-    """A setting that was renamed would no longer be refused."""
+def test_unsupported_settings_exist(name):
+    """The trainer rejects these settings by name; a renamed one would be accepted."""
     assert name in {option.name for option in fields(TrainingArguments)}
 
 
-def test_whether_the_loss_takes_the_steps_tokens(tmp_path):
-    """Steps are arranged by length only where the loss is normalised by the step's token count, which the
-    Trainer decides by these two attributes, in `_get_num_items_in_batch`."""
+def test_trainer_attributes_select_the_loss_normalisation(tmp_path):
+    """Lengths are balanced only if the loss is normalised by the step's token count.
+
+    The Trainer decides that by these two attributes, in `_get_num_items_in_batch`.
+    """
     trainer = make(tmp_path)
     assert trainer.model_accepts_loss_kwargs is True and trainer.compute_loss_func is None
     source = inspect.getsource(Trainer._get_num_items_in_batch)
@@ -222,8 +227,8 @@ def test_whether_the_loss_takes_the_steps_tokens(tmp_path):
     assert [trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()] == [1, 1, 1]
 
 
-def test_init_training_state_decides_where_the_trainer_resumes():
-    """`CommonITMixin` overrides it; with other arguments, commonit_resume='replan' fails.
+def test_init_training_state_sets_the_resume_position():
+    """`CommonITMixin` overrides it for commonit_resume='replan'.
 
     tests/integration/faults/test_replan.py fails where the Trainer resumes elsewhere.
     """

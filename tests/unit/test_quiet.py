@@ -1,8 +1,8 @@
-"""`quiet_libraries` logs the output of every layer of a library and leaves the terminal to the command.
+"""`quiet_libraries` sends library output to a log and keeps the terminal for the command.
 
-Invariants: (1) stdout and stderr hold what the command prints to its screen, and one line that names the log; (2) the
-log holds what Python, C and child processes write to the descriptors, and moves to the output directory; (3) an empty
-log is removed and not named; (4) on a terminal, one progress bar shows at a time.
+Invariants: (1) stdout and stderr have only the command's output and one line that names the log; (2) the log has the
+output of Python, C and child processes, and moves to the output directory; (3) an empty log is removed and not named;
+(4) a terminal shows one progress bar at a time.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 CHATTER = """
 import logging, os, subprocess, sys, warnings
-handler = logging.StreamHandler()  # a library that keeps the stream it finds
+handler = logging.StreamHandler()  # libraries keep the stream they find at import
 def chatter():
     print("to stdout")
     warnings.warn("a warning", FutureWarning)
@@ -44,7 +44,7 @@ def check_log(text):
     assert all(part in text for part in ("to stdout", "a warning", "a record", "from C", "from a child"))
 
 
-def test_messages_of_every_layer_reach_the_log(tmp_path):
+def test_python_c_and_child_output_is_logged(tmp_path):
     done, (log,) = python(
         "with quiet_libraries() as screen:\n    chatter()\n    print('ours', file=screen.stdout)\nprint('after')",
         tmp_path,
@@ -61,7 +61,7 @@ def test_the_log_moves_to_the_output_directory(tmp_path):
     check_log(Path(tmp_path / "out/libraries.log").read_text(encoding="utf-8"))
 
 
-def test_an_output_directory_that_does_not_exist_keeps_the_log_in_temp(tmp_path):
+def test_missing_output_directory_keeps_the_log_in_temp(tmp_path):
     code = "with quiet_libraries() as screen:\n    screen.log_dir = Path('gone')\n    chatter()"
     done, (log,) = python(code, tmp_path)
     assert done.stderr == f"Library messages: {log}\n"
@@ -106,7 +106,7 @@ def bars_on_a_terminal(tmp_path, show):
     try:
         while part := os.read(reader, 65_536):
             parts.append(part)
-    except OSError:  # the terminal has no writer anymore
+    except OSError:  # the terminal has no more writers
         pass
     os.close(reader)
     return b"".join(parts).decode()
@@ -118,11 +118,11 @@ def test_a_terminal_shows_one_bar_at_a_time(tmp_path):
     assert "inner" not in shown
 
 
-def test_a_command_with_its_own_bars_hides_those_of_libraries(tmp_path):
+def test_commands_with_own_bars_hide_library_bars(tmp_path):
     assert bars_on_a_terminal(tmp_path, False) == ""
 
 
-def test_pipes_and_logs_hold_no_bars(tmp_path):
+def test_pipes_and_logs_have_no_bars(tmp_path):
     done, left = python(BARS.replace("BARS", "True", 1), tmp_path)
     assert (done.stdout, done.stderr, left) == ("", "", [])
 

@@ -1,4 +1,4 @@
-"""The HTML report holds the numbers and charts, stays small, and all text of the data is text in it."""
+"""The HTML report has all numbers and charts, stays small, and escapes all text of the data."""
 
 import base64
 import dataclasses
@@ -19,7 +19,7 @@ PLOTLY = 5_000_000  # bytes, at most
 
 
 class Page(HTMLParser):
-    """The elements and text of a page, read by the rules of HTML."""
+    """Parse the elements and text of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -62,7 +62,7 @@ def rendered(inspection, losses):
     return html.render_html([inspection], losses)
 
 
-def test_all_text_of_the_data_is_text(rendered, inspection):
+def test_data_text_is_escaped(rendered, inspection):
     page = Page(rendered)
     tags = {tag for tag, _ in page.elements}
     assert not tags & {"img", "svg", "a", "b", "circle", "link", "iframe", "object", "base", "form"}
@@ -73,7 +73,7 @@ def test_all_text_of_the_data_is_text(rendered, inspection):
     assert "a notice about <script>" in page.text
 
 
-def test_the_page_asks_for_nothing(rendered):
+def test_page_sends_no_requests(rendered):
     page = Page(rendered)
     for tag, attributes in page.elements:
         assert not {"src", "href", "srcset", "action", "data", "style"} & set(attributes), tag
@@ -88,7 +88,7 @@ def test_the_page_asks_for_nothing(rendered):
     assert [a.get("http-equiv") for _, a in page.elements].index("Content-Security-Policy") < head
 
 
-def test_the_charts_data_cannot_leave_their_element(rendered):
+def test_chart_data_cannot_close_their_element(rendered):
     data = Page(rendered).scripts[0]
     assert not re.search("[<>&]", data)
     figures = json.loads(data)
@@ -106,7 +106,7 @@ def strings(value):
             yield from strings(part)
 
 
-def test_every_chart_has_its_place(rendered, inspection, losses):
+def test_every_chart_has_an_element(rendered, inspection, losses):
     page = Page(rendered)
     assert [a["id"] for tag, a in page.elements if a.get("class") == "chart"] == list(json.loads(page.scripts[0]))
     assert list(charts.figures(inspection, losses)) == [
@@ -124,7 +124,7 @@ def test_every_chart_has_its_place(rendered, inspection, losses):
     assert list(charts.figures(bare)) == ["Rows of each group", "Order of the groups in the epoch"]
 
 
-def test_charts_show_the_numbers(inspection):
+def test_charts_match_the_numbers(inspection):
     figures = charts.figures(inspection)
     bars = figures["Rows of each group"].data[0]
     assert list(bars.x) == [group.rows for group in inspection.groups]
@@ -134,7 +134,7 @@ def test_charts_show_the_numbers(inspection):
     assert [tuple(trace.z[0]) for trace in order] == list(inspection.drawing.order)
 
 
-def test_losses_are_thinned_to_means(inspection):
+def test_long_losses_are_averaged(inspection):
     name = inspection.groups[2].name
     records = [{"step": step, "group": name, "loss": float(step % 2)} for step in range(1, 3001)]
     records += [{"step": 5000, "group": name, "loss": math.nan}, {"step": 1, "group": "gone", "loss": 2.0}]
@@ -144,7 +144,7 @@ def test_losses_are_thinned_to_means(inspection):
     assert known.line.color == charts.figures(inspection)["Rows of each group"].data[0].marker.color[2]
 
 
-def test_more_groups_than_colours(inspection):
+def test_groups_beyond_the_colours_are_summed(inspection):
     many = tuple(dataclasses.replace(inspection.groups[0], id=n, name=f"n{n}", rows=100 - n) for n in range(300))
     ids = (*range(20), -1)
     drawing = dataclasses.replace(inspection.drawing, order_groups=ids, order=((1.0,),) * 21)
@@ -156,7 +156,7 @@ def test_more_groups_than_colours(inspection):
     assert "and 200 smaller groups." in page.text
 
 
-def test_the_file_is_written_where_asked(tmp_path, inspection):
+def test_report_is_written_to_the_path(tmp_path, inspection):
     path = tmp_path / "new" / "commonit" / "report.html"
     write_html(path, [inspection, dataclasses.replace(inspection, metric="length")])
     assert path.stat().st_size < PLOTLY + 300_000

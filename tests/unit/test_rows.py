@@ -1,12 +1,11 @@
-"""`Rows` reads every form of data that TRL trains on.
+"""`Rows` reads every data format that TRL trains on.
 
-1. Prompt and response come out of each form; missing ones are empty; no form is an error with the columns.
-2. Rows come in the dataset's order, through an indices mapping and in any format.
+1. Every format has prompts and responses; missing ones are empty; an unknown format is an error that names the columns.
+2. Rows keep the dataset's order, with an indices mapping and in any `datasets` format.
 3. Token counts equal a count by hand, for any list type, mask and truncation, without padding.
-4. The assistant's tokens are those that the chat template itself marks, and rows that are identical after preparation
-   have identical counts.
-5. Rows that TRL prepared give the text that the user gave.
-6. Values that datasets stores as JSON read as the values that the user wrote.
+4. The assistant's tokens are those that the chat template marks; rows that TRL prepares alike have equal counts.
+5. Rows that TRL prepared have the user's text.
+6. Values that `datasets` stores as JSON are decoded.
 """
 
 import json
@@ -128,12 +127,12 @@ FORMS: dict[str, tuple[list[dict[str, Any]], list[tuple[str, str]]]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_prompt_and_response_of_every_form(form: str) -> None:
+def test_prompt_and_response_of_every_format(form: str) -> None:
     rows, expected = FORMS[form]
     assert texts(Dataset.from_list(rows)) == expected
 
 
-def test_both_is_prompt_and_response_and_a_text_once() -> None:
+def test_both_joins_prompt_and_response() -> None:
     assert Rows(Dataset.from_list(FORMS["instruction, input and output"][0])).texts("both") == [
         "I\nX\nO",
         "I\nO",
@@ -142,11 +141,11 @@ def test_both_is_prompt_and_response_and_a_text_once() -> None:
     assert Rows(Dataset.from_list(FORMS["text"][0])).texts("both") == ["all of it", ""]
 
 
-def test_a_text_field_of_another_name() -> None:
+def test_custom_text_field() -> None:
     assert texts(Dataset.from_dict({"body": ["b"], "text": ["t"]}), text_field="body") == [("b", "b")]
 
 
-def test_tokens_alone_are_decoded_and_the_masked_ones_are_the_prompt() -> None:
+def test_tokens_are_decoded_and_masked_ones_are_the_prompt() -> None:
     tokenizer = tiny_tokenizer()
     prompt, response = tokenizer("Frage: ü?")["input_ids"], tokenizer("Antwort\n")["input_ids"]
     eos = tokenizer.eos_token_id
@@ -179,7 +178,7 @@ PREFERENCE_TOKENS = {
 
 
 @pytest.mark.parametrize("kind", PREFERENCE_TOKENS)
-def test_the_response_of_tokenised_preferences_is_the_chosen_answer(kind: str) -> None:
+def test_response_of_tokenised_preferences_is_the_chosen_one(kind: str) -> None:
     tokenizer = tiny_tokenizer()
     other = {name: value * 2 if isinstance(value, str) else value for name, value in PREFERENCE_TOKENS[kind].items()}
     dataset = Dataset.from_list(
@@ -202,19 +201,19 @@ def test_the_response_of_tokenised_preferences_is_the_chosen_answer(kind: str) -
 
 
 @pytest.mark.parametrize("columns", [["question", "answer"], ["prompt"], ["completion", "label"], ["instruction"]])
-def test_no_form_is_an_error_that_names_the_columns(columns: list[str]) -> None:
+def test_unknown_format_is_an_error_that_names_the_columns(columns: list[str]) -> None:
     with pytest.raises(ValueError, match=f"The dataset has: {', '.join(columns)}") as caught:
         Rows(Dataset.from_dict({column: ["x"] for column in columns})).texts()
     assert "\n" not in str(caught.value)
 
 
-def test_leftover_columns_beside_tokens_do_no_harm() -> None:
+def test_other_columns_beside_tokens_are_ignored() -> None:
     tokenizer = tiny_tokenizer()
     rows = {"prompt": ["p"], "input": ["i"], "input_ids": [tokenizer("both")["input_ids"]]}
     assert texts(Dataset.from_dict(rows), tokenizer) == [("both", "both")]
 
 
-def test_split_conversation_of_nothing_is_empty() -> None:
+def test_empty_conversation_splits_into_empty_texts() -> None:
     assert split_conversation([]) == ("", "")
 
 
@@ -234,7 +233,7 @@ def numbered(rows: int = 50) -> Dataset:
 
 @pytest.mark.parametrize("how", ["shuffle", "select", "repeat", "slice", "none"])
 @pytest.mark.parametrize("format", [None, "numpy", "torch", "arrow", "transform"])
-def test_rows_are_read_in_the_datasets_order_and_in_any_format(how: str, format: str | None, monkeypatch: Any) -> None:
+def test_rows_keep_the_dataset_order_in_any_format(how: str, format: str | None, monkeypatch: Any) -> None:
     monkeypatch.setattr("commonit_trl.rows._ROWS_AT_ONCE", 7)
     dataset = {
         "shuffle": lambda dataset: dataset.shuffle(seed=3),
@@ -263,7 +262,7 @@ LISTS = {"list": List, "large list": LargeList, "int32": List, "bool": List}
 
 @st.composite
 def masked_rows(draw: Any) -> tuple[list[list[int] | None], list[list[int] | None]]:
-    """Token ids and a mask of 0 and 1 of the same length; some rows are empty or null."""
+    """Draw token ids and a 0/1 mask of equal length; some rows are empty or null."""
     sizes = draw(st.lists(st.one_of(st.none(), st.integers(0, 6)), min_size=1, max_size=12))
     ids = [None if size is None else list(range(size)) for size in sizes]
     masks = [
@@ -282,7 +281,7 @@ def masked_rows(draw: Any) -> tuple[list[list[int] | None], list[list[int] | Non
     truncated=st.booleans(),
     data=st.data(),
 )
-def test_token_counts_are_those_of_a_count_by_hand(
+def test_token_counts_equal_a_count_by_hand(
     rows: Any, kind: str, column: str, max_length: int | None, keep_end: bool, truncated: bool, data: Any
 ) -> None:
     ids, masks = rows
@@ -290,7 +289,7 @@ def test_token_counts_are_those_of_a_count_by_hand(
         truncated, kind = (
             False,
             "list" if kind == "bool" else kind,
-        )  # TRL cuts the labels with the tokens, not the masks
+        )  # TRL truncates labels with the tokens, but not masks
         masks = [None if mask is None else [5 if bit else -100 for bit in mask] for mask in masks]
     value = Value({"int32": "int32", "bool": "bool"}.get(kind, "int64"))
 
@@ -301,7 +300,7 @@ def test_token_counts_are_those_of_a_count_by_hand(
     def unmasked(row: list[int]) -> int:
         return sum(value != (-100 if column == "labels" else 0) for value in row)
 
-    before = data.draw(st.integers(1, 6)) if truncated else None  # the tokens were cut before, the mask was not
+    before = data.draw(st.integers(1, 6)) if truncated else None  # earlier truncation of tokens, but not of the mask
     stored = [None if row is None else cut(row, before) for row in ids]
     dataset = Dataset.from_dict(
         {"input_ids": stored, column: masks},
@@ -327,14 +326,14 @@ def test_token_counts_of_lists_of_fixed_size() -> None:
     assert rows.token_counts("response").tolist() == [1, 2]
 
 
-def test_labels_that_mask_nothing_leave_the_word_to_the_masks_of_trl() -> None:
+def test_trl_masks_apply_if_labels_mask_nothing() -> None:
     rows = {"input_ids": [[1, 2, 3]], "labels": [[1, 2, 3]], "completion_mask": [[0, 0, 1, 1]]}
     assert Rows(Dataset.from_dict(rows)).token_counts("response").tolist() == [1]
     rows["labels"] = [[-100, 2, 3]]
     assert Rows(Dataset.from_dict(rows)).token_counts("response").tolist() == [2]
 
 
-def test_rows_in_which_nothing_is_masked_count_whole(caplog: pytest.LogCaptureFixture) -> None:
+def test_unmasked_rows_count_as_response(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "commonit_trl")
     dataset = Dataset.from_dict({"input_ids": [[1, 2], [3], []], "messages": [[turn("assistant", "x")]] * 3})
     for rows in (Rows(dataset.remove_columns("messages")), Rows(dataset), Rows(dataset, object())):
@@ -342,12 +341,12 @@ def test_rows_in_which_nothing_is_masked_count_whole(caplog: pytest.LogCaptureFi
     assert "the response is the whole row" in caplog.text
 
 
-def test_token_counts_of_raw_rows_are_an_error_that_names_the_columns() -> None:
+def test_token_counts_of_raw_rows_raise_with_the_columns() -> None:
     with pytest.raises(ValueError, match=r"input_ids.*has only: text\."):
         Rows(Dataset.from_dict({"text": ["x"]})).token_counts()
 
 
-def test_an_empty_dataset_has_empty_answers() -> None:
+def test_empty_dataset_has_no_texts_labels_or_counts() -> None:
     rows = Rows(numbered().select([]))
     assert rows.token_counts("response").tolist() == rows.texts() == rows.labels(["task"]) == []
 
@@ -370,7 +369,7 @@ CONVERSATIONS = [
 
 
 def conversational(limit: int | None = None, keep_end: bool = False, **columns: Any) -> tuple[Dataset, list[int]]:
-    """Rows as TRL prepares them, trained on every token; and how many tokens the template marks in each."""
+    """Return rows as TRL prepares them, trained on every token, and the number of tokens that the template marks."""
     tokenizer, ids, expected = tiny_tokenizer(), [], []
     part = slice(None) if limit is None else slice(-limit, None) if keep_end else slice(limit)
     for conversation in CONVERSATIONS:
@@ -382,30 +381,30 @@ def conversational(limit: int | None = None, keep_end: bool = False, **columns: 
 
 @pytest.mark.parametrize("limit", [None, 5, 12, 20, 25, 40, 60])
 @pytest.mark.parametrize("keep_end", [False, True])
-def test_the_assistants_tokens_are_those_that_the_template_marks(limit: int | None, keep_end: bool) -> None:
+def test_assistant_tokens_equal_the_template_mask(limit: int | None, keep_end: bool) -> None:
     order = [3, 0, 4, 1, 2]
     dataset, expected = conversational(limit, keep_end)
     rows = Rows(dataset.select(order), tiny_tokenizer(), keep_end=keep_end)
     assert rows.token_counts("response").tolist() == [expected[row] for row in order]
-    whole, _ = conversational()  # truncation that is still to come, as before packing, gives the same
+    whole, _ = conversational()  # later truncation, as before packing, gives the same
     rows = Rows(whole.select(order), tiny_tokenizer(), keep_end=keep_end, max_length=limit)
     assert rows.token_counts("response").tolist() == [expected[row] for row in order]
 
 
-def test_the_first_rows_may_have_no_turn_of_the_assistant() -> None:
+def test_first_rows_may_lack_assistant_turns() -> None:
     dataset, expected = conversational()
     rows = Rows(dataset.select([2, 2]), tiny_tokenizer())
     assert rows.token_counts("response").tolist() == [0, 0] == [expected[2]] * 2
 
 
-def test_many_conversations_each_have_their_own_truncation() -> None:
+def test_truncation_is_detected_per_conversation() -> None:
     whole, cut = conversational(), conversational(5)
     dataset = concatenate_datasets([part.select([0, 4] * 600) for part, _ in (cut, whole, cut)])
     expected = [marked[row] for _, marked in (cut, whole, cut) for row in [0, 4] * 600]
     assert Rows(dataset, tiny_tokenizer()).token_counts("response").tolist() == expected
 
 
-def test_sharegpt_turns_count_like_messages() -> None:
+def test_sharegpt_turns_count_as_messages() -> None:
     conversation = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
     dataset = Dataset.from_dict({"conversations": [conversation], "input_ids": [list(range(99))]})
     template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -413,7 +412,7 @@ def test_sharegpt_turns_count_like_messages() -> None:
     assert rows.token_counts("response").tolist() == [len("hello")]
 
 
-def test_tools_and_template_arguments_are_given_to_the_template() -> None:
+def test_template_receives_tools_and_arguments() -> None:
     template = (
         "{% if tools %}{{ tools[0]['name'] }}{% endif %}{% if thinking %}<think>{% endif %}"
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -432,7 +431,7 @@ def test_tools_and_template_arguments_are_given_to_the_template() -> None:
 
 
 def shipped_template(name: str) -> str:
-    """The chat template of a model family, as TRL ships it."""
+    """Return TRL's chat template of a model family."""
     import trl
 
     return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
@@ -443,7 +442,7 @@ def thought(text: str, answer: str) -> dict[str, Any]:
 
 
 def rendered(conversations: list[list[dict[str, Any]]], template: str, limit: int | None, keep_end: bool) -> Rows:
-    """Conversations as TRL prepares them with this template, trained on every token."""
+    """Return conversations as TRL prepares them with `template`, trained on every token."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     part = slice(None) if limit is None else slice(-limit, None) if keep_end else slice(limit)
@@ -459,16 +458,16 @@ def rendered(conversations: list[list[dict[str, Any]]], template: str, limit: in
 
 @pytest.mark.parametrize("limit", [None, 60, 30])
 @pytest.mark.parametrize("keep_end", [False, True])
-def test_thoughts_that_the_template_drops_do_not_count(limit: int | None, keep_end: bool) -> None:
+def test_thoughts_dropped_by_the_template_do_not_count(limit: int | None, keep_end: bool) -> None:
     last = [turn("user", "b?"), thought("hm", "second")]
     with_thought = [turn("user", "a?"), thought("a long thought " * 9, "first"), *last]
     without = [turn("user", "a?"), turn("assistant", "first"), *last]
     rows = rendered([with_thought, without], shipped_template("qwen3"), limit, keep_end)
     first, second = rows.dataset["input_ids"]
-    assert first == second, "training sees no difference"
+    assert first == second, "the prepared rows are equal"
     counts = rows.token_counts("response").tolist()
     assert counts[0] == counts[1]
-    if limit is None:  # an end of turn is one token
+    if limit is None:  # the end of a turn is one token
         assert counts[0] == len("first") + 1 + len("hm\n</think>\n\nsecond") + 1
     if limit == 60 and not keep_end:
         assert counts[0] == len("first") + 1
@@ -484,7 +483,7 @@ TOOLS = [
 
 
 @pytest.mark.parametrize(("family", "counted"), [("qwen3", True), ("llama3_1", True), ("gptoss", False)])
-def test_tool_calls_count_as_the_assistants_where_the_template_allows_it(family: str, counted: bool) -> None:
+def test_tool_calls_count_if_the_template_supports_it(family: str, counted: bool) -> None:
     rows = rendered([TOOLS], shipped_template(family), None, False)
     response = rows.token_counts("response")[0]
     call = len('{"name": "get", "arguments": {"city": "x"}}')
@@ -492,7 +491,7 @@ def test_tool_calls_count_as_the_assistants_where_the_template_allows_it(family:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_5", "glm4moe", "phi3", "llama3", "gemma3", "deepseekv3"])
-def test_the_assistants_tokens_are_those_that_trl_marks_less_a_fixed_number_per_turn(family: str) -> None:
+def test_assistant_tokens_differ_from_trl_masks_by_a_constant(family: str) -> None:
     marks = shipped_template(f"{family}_training")
     unmarked = []
     for text in ("first", "a longer text"):
@@ -510,7 +509,7 @@ def test_the_assistants_tokens_are_those_that_trl_marks_less_a_fixed_number_per_
 
 @pytest.fixture(scope="module")
 def prepare(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """TRL's own preparation of a training set, and `Rows` on it as the trainer makes them."""
+    """Return a function that prepares rows with TRL and wraps them in `Rows` as the trainer does."""
     from trl import SFTConfig, SFTTrainer
 
     def run(rows: list[dict[str, Any]], truncation_mode: str, **options: Any) -> Rows:
@@ -533,20 +532,20 @@ def prepare(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
-def test_rows_that_trl_prepared_to_be_trained_whole(prepare: Any, mode: str) -> None:
+def test_rows_prepared_by_trl_for_all_tokens(prepare: Any, mode: str) -> None:
     _, expected = conversational(20, mode == "keep_end")
     rows = prepare([{"messages": conversation} for conversation in CONVERSATIONS], mode, max_length=20)
     assert rows.token_counts("response").tolist() == expected
     assert rows.texts("response") == ["hello", "long answer\nc", "", "y", "twice"]
     parts = [{"prompt": "a" * 8, "completion": "b" * 5}, {"prompt": "a", "completion": "b"}]
-    rows = prepare(parts, mode, max_length=9, completion_only_loss=False)  # one token more, <eos>
+    rows = prepare(parts, mode, max_length=9, completion_only_loss=False)  # one more token, <eos>
     assert rows.token_counts("total").tolist() == [9, 3]
     assert rows.token_counts("response").tolist() == [1 if mode == "keep_start" else 6, 2]
     assert rows.texts("both") == ["aaaaaaaa\nbbbbb", "a\nb"]
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_rows_that_trl_prepared_to_be_trained_on_the_response(prepare: Any) -> None:
+def test_rows_prepared_by_trl_for_the_response(prepare: Any) -> None:
     parts = [{"prompt": "a" * 8, "completion": "b" * 5}, {"prompt": "a", "completion": "b"}]
     rows = prepare(parts, "keep_start", max_length=10)
     assert rows.token_counts("response").tolist() == [2, 2]
@@ -559,10 +558,10 @@ def test_rows_that_trl_prepared_to_be_trained_on_the_response(prepare: Any) -> N
     assert rows.token_counts("response").tolist() == [len("plain") + 1]
 
 
-# --- labels of other forms, and padding ---------------------------------------------------------------------
+# --- labels of other models, and padding --------------------------------------------------------------------
 
 
-def test_the_labels_of_seq2seq_are_a_sequence_of_their_own() -> None:
+def test_seq2seq_labels_are_a_separate_sequence() -> None:
     tokenizer = tiny_tokenizer()
     question, answer = tokenizer("q?")["input_ids"], tokenizer("a long answer")["input_ids"]
     dataset = Dataset.from_dict(
@@ -579,7 +578,7 @@ def test_the_labels_of_seq2seq_are_a_sequence_of_their_own() -> None:
     ]
 
 
-def test_the_labels_of_seq2seq_padded_to_the_inputs_length_are_not_capped() -> None:
+def test_padded_seq2seq_labels_may_exceed_the_prompt() -> None:
     rows = {
         "input_ids": [[5, 6, 0, 0], [5, 6, 7, 0]],
         "attention_mask": [[1, 1, 0, 0], [1, 1, 1, 0]],
@@ -616,7 +615,7 @@ ONE_LABEL = {
 
 
 @pytest.mark.parametrize("kind", ONE_LABEL)
-def test_labels_of_rows_rather_than_tokens_mask_nothing(kind: str) -> None:
+def test_labels_per_row_mask_nothing(kind: str) -> None:
     tokenizer = tiny_tokenizer()
     ids = [tokenizer(text)["input_ids"] for text in ("one", "seven")]
     dataset = Dataset.from_dict({"input_ids": ids, "labels": ONE_LABEL[kind]})
@@ -640,7 +639,7 @@ def test_labels_of_rows_rather_than_tokens_mask_nothing(kind: str) -> None:
         ({"assistant_masks": [[1, 1, 1], [1], [], None], "completion_mask": [[0, 0, 1], [1], [], None]}, [1, 0, 0, 0]),
     ],
 )
-def test_trained_tokens_are_the_labels_after_the_first(columns: dict[str, Any], expected: list[int]) -> None:
+def test_trained_tokens_exclude_the_first_label(columns: dict[str, Any], expected: list[int]) -> None:
     dataset = Dataset.from_dict({"input_ids": [[1, 2, 3], [4], [], None], **columns})
     order = [3, 0, 2, 1]
     counts = Rows(dataset.select(order)).trained_counts()
@@ -650,9 +649,7 @@ def test_trained_tokens_are_the_labels_after_the_first(columns: dict[str, Any], 
 
 @settings(max_examples=40, deadline=None)
 @given(rows=masked_rows(), max_length=st.one_of(st.none(), st.integers(1, 7)), keep_end=st.booleans())
-def test_trained_tokens_are_those_that_the_loss_of_a_model_counts(
-    rows: Any, max_length: int | None, keep_end: bool
-) -> None:
+def test_trained_tokens_equal_the_tokens_of_the_loss(rows: Any, max_length: int | None, keep_end: bool) -> None:
     ids, masks = rows
     labels = [None if mask is None else [5 if bit else -100 for bit in mask] for mask in masks]
     features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int64"))})
@@ -707,7 +704,7 @@ JSON_FORMS: dict[str, tuple[list[dict[str, Any]], list[tuple[str, str]]]] = {
 
 
 @pytest.mark.parametrize("form", JSON_FORMS)
-def test_json_is_read_as_what_was_written(form: str, tmp_path: Path) -> None:
+def test_json_values_are_decoded(form: str, tmp_path: Path) -> None:
     rows, expected = JSON_FORMS[form]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + os.linesep for row in rows), encoding="utf-8")

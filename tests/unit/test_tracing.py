@@ -1,8 +1,8 @@
-"""Rows keep their number through a preparation, and the dropped ones are counted by the group that they would have.
+"""Row numbers survive the preparation, and dropped rows are counted by their group.
 
-1. Kept and missing row numbers together are each row of the raw dataset once, whatever order the preparation makes.
-2. Tracing changes neither the columns nor the values of the prepared rows.
-3. Every dropped row is counted in one group, by name.
+1. Kept and missing row numbers together cover the raw dataset once, in any order.
+2. Tracing changes neither columns nor values of the prepared rows.
+3. Every dropped row is counted in one group.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ TEXTS = [f"text {number}" for number in range(20)]
 
 
 def prepare(dataset):
-    """Tokenise, drop the rows whose number is a multiple of 3, and shuffle, as TRL does."""
+    """Tokenise, drop every third row and shuffle, as TRL does."""
     mapped = dataset.map(lambda row: {"input_ids": [len(row["text"])]})
     return mapped.filter(lambda row: int(row["text"].split()[1]) % 3).shuffle(seed=1)
 
@@ -41,7 +41,7 @@ def prepare(dataset):
     ],
     ids=["plain", "shuffled", "formatted", "formatted column"],
 )
-def test_rows_are_traced_through_a_preparation(raw):
+def test_row_numbers_survive_preparation(raw):
     prepared, numbers = split_row_numbers(prepare(with_row_numbers(raw)))
     kept = raw.with_format(None)[:]["text"]
     assert [kept[number] for number in numbers] == prepared.with_format(None)[:]["text"]
@@ -50,13 +50,13 @@ def test_rows_are_traced_through_a_preparation(raw):
     assert prepared.with_format(None)[:] == prepare(raw).with_format(None)[:]
 
 
-def test_a_preparation_that_drops_every_row_leaves_all_numbers_missing():
+def test_dropping_every_row_makes_all_numbers_missing():
     raw = Dataset.from_dict({"text": TEXTS})
     prepared, numbers = split_row_numbers(with_row_numbers(raw).filter(lambda row: False))
     assert len(prepared) == len(numbers) == 0 and missing_rows(20, numbers).tolist() == list(range(20))
 
 
-def test_a_dataset_with_the_column_of_row_numbers_is_refused():
+def test_existing_row_number_column_is_an_error():
     with pytest.raises(ValueError, match=ROW_COLUMN):
         with_row_numbers(with_row_numbers(Dataset.from_dict({"text": TEXTS})))
 
@@ -66,7 +66,7 @@ def traced(reason, **columns):
     return TracedRows(reason=reason, numbers=np.arange(len(rows)), rows=rows)
 
 
-def test_dropped_rows_have_their_task_whether_or_not_it_is_fitted():
+def test_dropped_rows_count_for_fitted_and_unseen_tasks():
     grouper = TaskGrouper(columns=["task"]).fit(Rows(Dataset.from_dict({"task": ["a", "b"]})))
     parts = [traced("one", task=["a", "gone", None, "gone"]), traced("two", task=["b"]), traced("three", task=[])]
     dropped = count_traced(parts, grouper)
@@ -74,7 +74,7 @@ def test_dropped_rows_have_their_task_whether_or_not_it_is_fitted():
     assert dropped.by_reason == {"one": 4, "two": 1}
 
 
-def test_dropped_rows_have_their_length_bin_where_tokens_are_known():
+def test_dropped_rows_count_for_length_bins_if_tokens_are_known():
     grouper = LengthGrouper(edges=[3]).fit(Rows(Dataset.from_dict({"input_ids": [[1], [1] * 5]})))
     known = traced(truncation_reason(700), input_ids=[[1, 1], [1] * 9, [1] * 9])
     assert known.count(grouper).by_group == {"response 3 and more": 2, "response under 3": 1}
