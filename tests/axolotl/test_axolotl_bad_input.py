@@ -101,7 +101,7 @@ def bad_recipe(directory: Path, **keys: Any) -> Path:
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_a_recipe_is_refused(name: str, directory: Path) -> None:
+def test_invalid_key_is_refused(name: str, directory: Path) -> None:
     keys, says = KEYS[name]
     path = bad_recipe(directory, base_model="no/model", **keys)
 
@@ -115,7 +115,7 @@ def test_a_recipe_is_refused(name: str, directory: Path) -> None:
     record("Axolotl", name, "ValueError", line, "anything is loaded", seconds)
 
 
-def test_what_is_no_key_of_ours_is_left_to_axolotl(directory: Path) -> None:
+def test_axolotl_validates_other_keys(directory: Path) -> None:
     path = bad_recipe(directory, base_model="no/model")
     path.write_text(path.read_text(encoding="utf-8") + "3: 4\n", encoding="utf-8")
     with pytest.raises(Exception) as error:
@@ -168,7 +168,7 @@ RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_not_inspected(
+def test_inspect_refuses_bad_recipe(
     name: str, directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It has a model whose weights are not needed, and are not there."""

@@ -66,7 +66,7 @@ def evaluated(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_i8_eval_loss_is_axolotls_and_tasks_have_the_losses_of_their_rows(evaluated, case):
+def test_i8_eval_loss_matches_axolotl_and_task_losses_match_rows(evaluated, case):
     logged, expected = evaluated
     ours = logged[f"{case}-task"]
     assert ours["eval_loss"] == logged[f"{case}-none"]["eval_loss"]

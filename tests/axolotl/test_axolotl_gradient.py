@@ -33,7 +33,7 @@ def directory(tmp_path_factory):
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS[1:])
-def test_the_arrangement_does_not_change_the_gradient(directory, world_size, arrangement):
+def test_balancing_does_not_change_gradient(directory, world_size, arrangement):
     names = [f"lengths-W{world_size}", f"{arrangement}-W{world_size}"]
     ours, other = (seen(directory / name, world_size)[0] for name in names)
     rows, others = (

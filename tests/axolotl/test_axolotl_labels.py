@@ -93,8 +93,8 @@ def assert_labelled(
         if with_labels is not None:
             assert len(with_labels)
             assert tokens(with_labels) == tokens(without)
-            for number, said in labels_of(with_labels):
-                assert said == label(number), number
+            for number, found in labels_of(with_labels):
+                assert found == label(number), number
     return labelled
 
 
@@ -174,7 +174,7 @@ def entries_of_all_types(directory: Path) -> Entries:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_every_type_carries_the_column(directory: Path, processes: int) -> None:
+def test_every_dataset_type_keeps_label_column(directory: Path, processes: int) -> None:
     entries = entries_of_all_types(directory)
     keys = {"sequence_len": 256, "dataset_num_proc": processes, "place": f"{processes} processes"}
     rows, _ = assert_labelled(directory, entries, topic_of, commonit_task_column="topic", **keys)
@@ -186,14 +186,14 @@ def test_every_type_carries_the_column(directory: Path, processes: int) -> None:
     assert "topic" not in rows.column_names, "of rows that were tokenised before; packing would take it for numbers"
 
 
-def test_every_type_is_a_task_by_its_entry(directory: Path) -> None:
+def test_every_dataset_type_can_be_entry_task(directory: Path) -> None:
     entries = entries_of_all_types(directory)
     kinds = list(TYPES)
     rows, _ = assert_labelled(directory, entries, lambda number: kinds[number // 100], sequence_len=256)
     assert label_columns(rows) == ["commonit_task[datasets]"]
 
 
-def test_columns_are_joined(directory: Path) -> None:
+def test_task_columns_are_joined(directory: Path) -> None:
     entry = {"path": write(directory, "joined.jsonl", [rows_of(n, "alpaca") for n in range(12)]), "type": "alpaca"}
     rows, _ = assert_labelled(
         directory,
@@ -205,7 +205,7 @@ def test_columns_are_joined(directory: Path) -> None:
     assert label_columns(rows) == ["commonit_task[topic+level]"]
 
 
-def test_labels_of_every_kind(directory: Path) -> None:
+def test_label_types(directory: Path) -> None:
     """Text, none, numbers, truth values and class labels, as text; a row without one has an empty label."""
     given: dict[str, list[Any]] = {
         "text": ["maths", None, "", "  ", " code "],
@@ -229,7 +229,7 @@ def test_labels_of_every_kind(directory: Path) -> None:
 # --- entries as tasks -------------------------------------------------------------------------------------------------
 
 
-def test_entries_of_one_place_are_told_apart(directory: Path) -> None:
+def test_entries_with_same_path_are_separate_tasks(directory: Path) -> None:
     """By their splits, names and types; the shards in which an entry is prepared are one task."""
     halves = {"easy": range(0, 10), "hard": range(10, 20)}
     splits = {name: Dataset.from_list([rows_of(n, "alpaca") for n in numbers]) for name, numbers in halves.items()}
@@ -262,7 +262,7 @@ def test_entries_of_one_place_are_told_apart(directory: Path) -> None:
     assert len(rows) == 75
 
 
-def test_one_entry_is_read_by_its_first_default_column(directory: Path) -> None:
+def test_single_entry_uses_default_task_column(directory: Path) -> None:
     rows = [{**rows_of(n, "alpaca"), "category": topic_of(n), "source": "one place"} for n in range(12)]
     entry = {"path": write(directory, "default.jsonl", rows), "type": "alpaca", "preprocess_shards": 2}
     prepared, _ = assert_labelled(directory, [entry], topic_of)
@@ -291,7 +291,7 @@ def long_and_short(directory: Path) -> tuple[Entries, Callable[[int], str]]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_labels_stay_with_their_rows(directory: Path, variant: str) -> None:
+def test_labels_stay_with_rows(directory: Path, variant: str) -> None:
     entries, label = long_and_short(directory)
     keys = {"sequence_len": 256, **VARIANTS[variant], "place": variant, "plain_place": f"{variant}, plain"}
     rows, evaluation = assert_labelled(directory, entries, label, **keys)
@@ -304,7 +304,7 @@ def test_the_labels_stay_with_their_rows(directory: Path, variant: str) -> None:
     assert ("position_ids" in rows.column_names) == (variant == "packed")
 
 
-def test_an_evaluation_set_of_its_own_has_labels(directory: Path) -> None:
+def test_separate_test_set_has_labels(directory: Path) -> None:
     entries, label = long_and_short(directory)
     tests = [{**entry, "split": "train"} for entry in entries]
     _, evaluation = assert_labelled(directory, entries, label, test_datasets=tests)
@@ -312,7 +312,7 @@ def test_an_evaluation_set_of_its_own_has_labels(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("processed", ["raw", "tokenized"])
-def test_a_test_set_without_the_label_column_has_no_labels(
+def test_test_set_without_label_column_warns(
     directory: Path, processed: str, axolotl_log: pytest.LogCaptureFixture
 ) -> None:
     """Training goes on: only the losses by group of the evaluation need the labels."""
@@ -333,9 +333,7 @@ def test_a_test_set_without_the_label_column_has_no_labels(
     assert "\n" not in warning and "give the test set the label column" in warning
 
 
-def test_test_sets_named_unlike_the_training_sets_are_warned_of(
-    directory: Path, axolotl_log: pytest.LogCaptureFixture
-) -> None:
+def test_unseen_test_set_name_warns(directory: Path, axolotl_log: pytest.LogCaptureFixture) -> None:
     entries, _ = long_and_short(directory)
     tests = [{**entry, "split": "train"} for entry in entries]
     prepare(directory, entries, test_datasets=tests, dataset_prepared_path=str(directory / "same-names"))
@@ -344,13 +342,13 @@ def test_test_sets_named_unlike_the_training_sets_are_warned_of(
     tests[0] = {**tests[0], "path": renamed}
     keys = {"test_datasets": tests, "dataset_prepared_path": str(directory / "other-names")}
     _, evaluation = prepare(directory, entries, **keys)
-    assert {said for _, said in labels_of(evaluation)} == {"left-heldout", "right"}
+    assert {name for _, name in labels_of(evaluation)} == {"left-heldout", "right"}
     (warning,) = warnings_of(axolotl_log, "test_datasets: ")
     assert "'left-heldout'" in warning and "('left', 'right')" in warning and "commonit_task_column" in warning
 
 
 @pytest.mark.parametrize("validation", [0, 6])
-def test_equal_rows_are_dropped_as_without_labels(directory: Path, validation: int) -> None:
+def test_deduplication_ignores_labels(directory: Path, validation: int) -> None:
     """They may have different tasks, which Axolotl knows nothing of: the first stays, with its task."""
     once = [rows_of(number, "alpaca") for number in range(12)]
     entries = [
@@ -382,7 +380,7 @@ def folders(keys: dict[str, Any]) -> set[str]:
     return {path.name for path in Path(keys["dataset_prepared_path"]).iterdir() if path.is_dir()}
 
 
-def test_rows_with_labels_are_kept_apart(directory: Path, prepared: Any) -> None:
+def test_labelled_rows_have_own_cache(directory: Path, prepared: Any) -> None:
     """A recipe with the metric `task` and one without it do not read each other's rows."""
     entries, keys = prepared
     labelled, _ = prepare(directory, entries, commonit_task_column="topic", **keys)
@@ -398,7 +396,7 @@ def test_rows_with_labels_are_kept_apart(directory: Path, prepared: Any) -> None
     assert folders(keys) == {folder, folder.removesuffix(CACHE_SUFFIX)}
 
 
-def test_rows_without_these_labels_are_refused(directory: Path, prepared: Any) -> None:
+def test_cached_rows_with_other_labels_are_refused(directory: Path, prepared: Any) -> None:
     entries, keys = prepared
     remedy = f"make it again with `axolotl preprocess {directory / 'recipe.yml'}`."
     prepare(directory, entries, metric=None, **keys)
@@ -419,7 +417,7 @@ def test_rows_without_these_labels_are_refused(directory: Path, prepared: Any) -
     assert "\n" not in str(error.value)
 
 
-def test_rows_from_the_hub_are_checked(directory: Path, prepared: Any) -> None:
+def test_hub_rows_are_checked(directory: Path, prepared: Any) -> None:
     entries, keys = prepared
     labelled, _ = prepare(directory, entries, commonit_task_column="topic", **keys)
     (folder,) = folders(keys)
@@ -445,22 +443,22 @@ def test_rows_from_the_hub_are_checked(directory: Path, prepared: Any) -> None:
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_column_that_an_entry_lacks_is_named(directory: Path) -> None:
+def test_missing_task_column_is_refused(directory: Path) -> None:
     rows = [rows_of(number, "alpaca") for number in range(4)]
     with_topic = write(directory, "with.jsonl", rows)
     without = write(directory, "without.jsonl", [{"topics": row.pop("topic"), **row} for row in rows])
     entries = [{"path": path, "type": "alpaca"} for path in (with_topic, without)]
     with pytest.raises(ValueError) as error:
         prepare(directory, entries, commonit_task_column="topic")
-    said = str(error.value)
-    assert said.startswith(f"datasets: path={without!r}: commonit_task_column='topic': not a column"), said
-    assert said.endswith("Did you mean 'topics'?") and "\n" not in said
+    message = str(error.value)
+    assert message.startswith(f"datasets: path={without!r}: commonit_task_column='topic': not a column"), message
+    assert message.endswith("Did you mean 'topics'?") and "\n" not in message
     with pytest.raises(ValueError, match=r"commonit_metric='task': .*task, task_name") as error:
         prepare(directory, entries[1:])
     assert str(error.value).startswith(f"datasets: path={without!r}: ")
 
 
-def test_labels_that_are_lists_are_refused(directory: Path) -> None:
+def test_list_labels_are_refused(directory: Path) -> None:
     rows = [{**rows_of(number, "alpaca"), "topic": ["a"]} for number in range(4)]
     path = write(directory, "lists.jsonl", rows)
     with pytest.raises(ValueError, match="name a column of text, numbers or class labels") as error:
@@ -468,7 +466,7 @@ def test_labels_that_are_lists_are_refused(directory: Path) -> None:
     assert path in str(error.value)
 
 
-def test_a_type_that_makes_rows_of_its_own_needs_an_entry_for_each_task(directory: Path) -> None:
+def test_synthetic_rows_need_one_entry_per_task(directory: Path) -> None:
     made = {"path": "synthetic", "type": "_synthetic", "length": 6, "sequence_length": 16, "max_input_id": 200}
     with pytest.raises(ValueError, match="commonit_metric='task': "):
         prepare(directory, [made])

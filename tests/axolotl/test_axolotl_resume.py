@@ -62,7 +62,7 @@ def runs(request, tmp_path_factory):
     return directory, world_size, per_epoch
 
 
-def test_the_resumed_run_sees_exactly_what_was_left(runs):
+def test_resumed_run_trains_remaining_micro_batches(runs):
     directory, world_size, per_epoch = runs
     whole, killed, resumed = (seen(directory / name, world_size) for name in ("whole", "killed", "resumed"))
     first = per_epoch + KILLED_IN_SECOND_EPOCH
@@ -71,7 +71,7 @@ def test_the_resumed_run_sees_exactly_what_was_left(runs):
     assert {step: killed[step] for step in range(first)} == {step: whole[step] for step in range(first)}
 
 
-def test_the_resumed_run_ends_with_the_same_weights(runs):
+def test_resumed_run_has_same_final_weights(runs):
     directory, world_size, _ = runs
     whole = load_file(directory / "whole-out" / "model.safetensors")
     resumed = load_file(directory / "killed-out" / "model.safetensors")
@@ -80,7 +80,7 @@ def test_the_resumed_run_ends_with_the_same_weights(runs):
         assert difference == 0 if world_size == 1 else difference <= 1e-6, name
 
 
-def test_the_groups_are_saved_with_model_and_checkpoints(runs):
+def test_groups_are_saved_with_model_and_checkpoints(runs):
     directory, _, per_epoch = runs
     for folder in ("whole-out", f"whole-out/checkpoint-{2 * per_epoch}"):
         assert sorted(file.name for file in (directory / folder / "commonit").iterdir()) >= ["groups.json", "run.json"]
@@ -93,7 +93,7 @@ CHECKPOINTS = {
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
+def workspace(tmp_path_factory):
     """A folder in which one recipe trains after another: `train(metric, output folder, **keys)`."""
     directory = tmp_path_factory.mktemp("off")
     data = write_rows(directory / "rows.jsonl", make_rows({"x": 6, "y": 6}))
@@ -115,8 +115,8 @@ def shop(tmp_path_factory):
 
 
 @pytest.mark.parametrize("resume", CHECKPOINTS)
-def test_a_commonit_checkpoint_does_not_resume_without_commonit(shop, resume):
-    directory, train = shop
+def test_none_refuses_commonit_checkpoint(workspace, resume):
+    directory, train = workspace
     checkpoint = directory / "ours" / "checkpoint-2"
     done, trained = train("none", "ours", **CHECKPOINTS[resume](checkpoint))
     assert done.returncode != 0 and not trained
@@ -125,7 +125,7 @@ def test_a_commonit_checkpoint_does_not_resume_without_commonit(shop, resume):
     assert "commonit_metric" in last and "start a new run" in last
 
 
-def test_a_baseline_checkpoint_resumes_without_commonit(shop):
-    directory, train = shop
+def test_none_resumes_baseline_checkpoint(workspace):
+    directory, train = workspace
     done, trained = train("none", "baseline", resume_from_checkpoint=str(directory / "baseline" / "checkpoint-2"))
     assert done.returncode == 0 and trained, done.stderr[-3000:]

@@ -150,18 +150,18 @@ def flat(step):
     return [number for rank in step for micro_batch in rank for number in micro_batch]
 
 
-def test_the_trainer_is_ours_on_all_ranks(case, directory):
-    told = result(directory / case.name)
-    assert (told["trainer"], told["world_size"]) == ("CommonITAxolotlTrainer", case.world_size)
+def test_all_ranks_use_commonit_trainer(case, directory):
+    outcome = result(directory / case.name)
+    assert (outcome["trainer"], outcome["world_size"]) == ("CommonITAxolotlTrainer", case.world_size)
 
 
-def test_every_step_holds_one_group(case, steps):
+def test_each_step_has_one_group(case, steps):
     group_of = GROUPS[case.metric]
     for step in steps.values():
         assert len({group_of[number] for number in flat(step)}) == 1
 
 
-def test_every_row_is_seen_once_an_epoch(case, steps):
+def test_each_row_is_seen_once_per_epoch(case, steps):
     sizes = Counter(GROUPS[case.metric])
     micro_batches = case.world_size * case.accumulation
     for epoch in epochs_of(steps):
@@ -175,14 +175,14 @@ def test_every_row_is_seen_once_an_epoch(case, steps):
                 assert seen_rows < size + micro_batches
 
 
-def test_all_ranks_have_the_same_number_of_micro_batches(case, steps):
+def test_ranks_run_same_number_of_micro_batches(case, steps):
     for step in steps.values():
         assert [len(rank) for rank in step] == [case.accumulation] * case.world_size
         assert all(micro_batch for rank in step for micro_batch in rank)
 
 
-def test_a_run_is_its_epochs_plans_long(case, steps, directory):
-    told = result(directory / case.name)
+def test_run_length_matches_plans(case, steps, directory):
+    outcome = result(directory / case.name)
     sizes = Counter(GROUPS[case.metric]).values()
     capacity = BATCH_SIZE * case.world_size * case.accumulation
     unpacked = sum(-(-size // capacity) for size in sizes)
@@ -191,9 +191,9 @@ def test_a_run_is_its_epochs_plans_long(case, steps, directory):
         assert len(steps) == EPOCHS * unpacked
     else:
         assert EPOCHS * len(sizes) <= len(steps) <= EPOCHS * unpacked
-    assert told["global_step"] == told["max_steps"] == told["scheduler_steps"] == len(steps)
-    assert told["warmup_steps"] == {0: 0, 1: 2}.get(len(steps) // 10, len(steps) // 10)  # Axolotl makes 1 a 2
-    assert [entry["learning_rate"] for entry in told["log"] if "learning_rate" in entry][-1] < 1e-3 / len(steps) * 2
+    assert outcome["global_step"] == outcome["max_steps"] == outcome["scheduler_steps"] == len(steps)
+    assert outcome["warmup_steps"] == {0: 0, 1: 2}.get(len(steps) // 10, len(steps) // 10)  # Axolotl makes 1 a 2
+    assert [entry["learning_rate"] for entry in outcome["log"] if "learning_rate" in entry][-1] < 1e-3 / len(steps) * 2
 
 
 def test_epochs_differ(steps):
@@ -203,7 +203,7 @@ def test_epochs_differ(steps):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.packing != "plain"], ids=lambda case: case.name)
-def test_packed_micro_batches_stay_within_their_capacity(case, directory):
+def test_packed_micro_batches_fit_capacity(case, directory):
     shapes = []
     for rank in range(case.world_size):
         lines = Path(f"{directory / case.name}.ids.rank{rank}").read_text(encoding="utf-8").splitlines()
@@ -216,5 +216,5 @@ def test_packed_micro_batches_stay_within_their_capacity(case, directory):
     assert max(tokens for _, tokens in shapes) > 100  # several rows share a bin
 
 
-def test_the_same_recipe_gives_the_same_batches(directory):
+def test_same_recipe_gives_same_batches(directory):
     assert seen(directory / "again", 2) == seen(directory / "task-packed-A3-W2", 2)

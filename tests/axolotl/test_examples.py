@@ -100,13 +100,13 @@ def load():
 
 
 @every_recipe
-def test_a_recipe_is_valid_and_has_no_key_that_axolotl_ignores(path, load):
+def test_recipe_is_valid_without_unknown_keys(path, load):
     cfg, schema = load(read(path))
     assert PLUGIN in cfg.plugins and cfg.commonit_metric in ("task", "length", "embedding")
     assert unknown_keys(read(path), schema) == []
 
 
-def test_the_check_of_keys_sees_misspelt_ones_at_any_depth(load):
+def test_unknown_keys_finds_nested_keys(load):
     _, schema = load(read(EXAMPLES / "smoke-cpu.yml"))
     keys = {
         "sequence_length": 1,
@@ -122,18 +122,18 @@ def test_the_check_of_keys_sees_misspelt_ones_at_any_depth(load):
     ]
 
 
-def test_where_plugins_does_not_name_it_axolotl_ignores_our_keys(load):
+def test_axolotl_ignores_commonit_keys_without_plugin(load):
     keys = read(EXAMPLES / "length.yml")
     del keys["plugins"]
     assert "commonit_metric" not in load(keys)[0]
 
 
-def test_where_axolotl_cannot_find_it_axolotl_goes_on(load, caplog):
+def test_axolotl_continues_without_unknown_plugin(load, caplog):
     cfg, _ = load(read(EXAMPLES / "length.yml") | {"plugins": ["axolotl_plugins.CommonITPlugin"]})
     assert "Failed to load plugin" in caplog.text and "commonit_metric" not in cfg
 
 
-def test_the_lines_in_the_readme_turn_commonit_on(load):
+def test_readme_keys_enable_commonit(load):
     keys = {key: value for key, value in read(EXAMPLES / "length.yml").items() if not key.startswith("commonit")}
     del keys["plugins"]
     for block in blocks("yaml"):
@@ -175,7 +175,7 @@ def check_command(line: str) -> None:
 
 
 @every_recipe
-def test_the_commands_at_the_top_of_a_recipe_are_axolotls_and_train_it(path, monkeypatch):
+def test_commands_in_recipe_header_are_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = commands(path)
     for line in lines:
@@ -186,7 +186,7 @@ def test_the_commands_at_the_top_of_a_recipe_are_axolotls_and_train_it(path, mon
     assert ("axolotl fetch deepspeed_configs" in lines) == ("deepspeed" in read(path))
 
 
-def test_the_commands_in_the_readme_are_axolotls(monkeypatch):
+def test_commands_in_readme_are_valid(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     assert len(lines) > 4
@@ -197,7 +197,7 @@ def test_the_commands_in_the_readme_are_axolotls(monkeypatch):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_smoke_recipe_trains_by_the_commands_at_its_top(tmp_path):
+def test_smoke_recipe_trains(tmp_path):
     folder = tmp_path / EXAMPLES.relative_to(ROOT)
     folder.mkdir(parents=True)
     for name in ("make_smoke.py", "smoke-cpu.yml"):
@@ -218,12 +218,12 @@ def test_the_smoke_recipe_trains_by_the_commands_at_its_top(tmp_path):
             timeout=300,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    said = re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr)
+    output = re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr)
     for line in "".join(blocks("text")).splitlines():  # what the README says that this recipe prints
-        assert line in said
+        assert line in output
     assert load_grouper(tmp_path / "out/smoke/model/commonit").names == sorted(FAMILIES)
     for family in FAMILIES:
-        before, after = map(float, re.findall(rf"'eval_{family}_loss': '([\d.]+)'", said))
+        before, after = map(float, re.findall(rf"'eval_{family}_loss': '([\d.]+)'", output))
         assert after < before
 
 
@@ -291,7 +291,7 @@ def trained(tmp_path_factory, minilm):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_recipe_trains_steps_of_one_group(name, trained):
+def test_recipe_trains_pure_steps(name, trained):
     """I1: as the topics differ in source, file, response length and meaning, a group of any recipe is of one topic."""
     folder, _ = trained
     steps = seen(folder / name)
@@ -303,7 +303,7 @@ def test_a_recipe_trains_steps_of_one_group(name, trained):
     assert result(folder / name)["trainer"] == "CommonITAxolotlTrainer"
 
 
-def test_recipes_that_evaluate_log_the_loss_of_each_task(trained):
+def test_evaluation_logs_loss_by_task(trained):
     folder, _ = trained
     for name in TRAINED:
         logged = {key for entry in result(folder / name)["log"] for key in entry if re.fullmatch("eval_.+_loss", key)}
@@ -311,8 +311,8 @@ def test_recipes_that_evaluate_log_the_loss_of_each_task(trained):
         assert logged == ({f"eval_{topic}_loss" for topic in TOPICS} if evaluates else set())
 
 
-def test_every_recipe_says_that_commonit_is_on(trained):
-    _, said = trained
+def test_every_recipe_logs_commonit_is_on(trained):
+    _, output = trained
     metrics = [read(EXAMPLES / f"{name}.yml")["commonit_metric"] for name in TRAINED]
-    assert re.findall(r"CommonIT is on: commonit_metric=(\w+)", said) == metrics
-    assert said.count("CommonIT packs each group alone") == 1
+    assert re.findall(r"CommonIT is on: commonit_metric=(\w+)", output) == metrics
+    assert output.count("CommonIT packs each group alone") == 1

@@ -96,11 +96,11 @@ def run_all(names: list[str], runs: int, plan_times: int, kept: str, out: Path) 
         print(*rows[-1].values(), flush=True)
     rows.append(fuzz_plan(plan_times))
     table = Table(heading="Inputs tried", header=list(rows[0]), rows=[list(row.values()) for row in rows])
-    told = (
+    outcome = (
         "`covered` counts the edges of this project's code that the inputs reached, as libFuzzer sees them. The epoch "
         "plan is tried by hypothesis, in up to 100,000 rows and 10,000 groups (tests/unit/test_plan_properties.py)."
     )
-    report = Report(head={}, parts=[table, told], results=rows, packages=("atheris", "safetensors"))
+    report = Report(head={}, parts=[table, outcome], results=rows, packages=("atheris", "safetensors"))
     command = f"make fuzz ARGS='--runs {runs} --plan-times {plan_times}'"
     print(write_report("fuzz", "Damaged files and odd options", "", command, report, out))
     return all(row["found"] == "nothing" for row in rows)

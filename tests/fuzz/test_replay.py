@@ -8,7 +8,7 @@ import targets
 
 
 @pytest.mark.parametrize("name", targets.TARGETS)
-def test_damaged_input_is_read_or_refused_in_one_line(name, tmp_path, caplog):
+def test_damaged_input_is_read_or_refused(name, tmp_path, caplog):
     caplog.set_level(logging.CRITICAL, "commonit_trl")  # what is said of each input
     target = targets.TARGETS[name](tmp_path)
     for seed in target.seeds:

@@ -87,9 +87,9 @@ def table(path: str) -> str:
         early = sum(bool(entry["before"]) for entry in found)
         counts.append([name, len(found), early, f"{times[len(times) // 2]:.0f}", f"{times[-1]:.0f}"])
         rows = [
-            (entry["case"], entry["ends as"], entry["before"] or "training", f"{1000 * entry['seconds']:.0f}", said)
+            (entry["case"], entry["ends as"], entry["before"] or "training", f"{1000 * entry['seconds']:.0f}", line)
             for entry in found
-            for said in [f"`` {TEMPORARY.sub('', entry['line'])[:300].replace('|', '/')} ``"]
+            for line in [f"`` {TEMPORARY.sub('', entry['line'])[:300].replace('|', '/')} ``"]
         ]
         sections += [f"## {name}", markdown_table(["case", "ends as", "seen before", "ms", "line"], rows)]
     heads = ["front end", "cases", "seen before a model is loaded", "median, ms", "most, ms"]

@@ -20,9 +20,9 @@ def launch(
     spec.write_text(json.dumps([{"dir": str(directory), **run} for run in runs]), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = forked.run([str(WORKER), str(spec)], env=environment, cwd=directory, world_size=world_size)
-    said = done.stderr[-4000:]
+    output = done.stderr[-4000:]
     if killed:
-        assert done.returncode == -9, said
+        assert done.returncode == -9, output
     else:
-        assert (done.returncode != 0) == fails, said
-    return said
+        assert (done.returncode != 0) == fails, output
+    return output

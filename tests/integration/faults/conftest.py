@@ -36,7 +36,7 @@ class Server:
             Path(run["dir"]) / f"{run['name']}.{run.get('attempt', 0)}.rank{rank}.log"
             for rank in range(run["world_size"])
         ]
-        return {**answer, "said": [log.read_text(encoding="utf-8", errors="replace") for log in logs]}
+        return {**answer, "output": [log.read_text(encoding="utf-8", errors="replace") for log in logs]}
 
 
 @pytest.fixture(scope="session")

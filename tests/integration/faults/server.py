@@ -1,4 +1,4 @@
-"""Trains runs that die: imports torch and TRL once, then forks the ranks of each run that it is told to do.
+"""Trains runs that die: imports torch and TRL once, then forks the ranks of each run that it is outcome to do.
 
     python server.py < runs    # one JSON object a line; the answer is one line each
 
@@ -209,8 +209,8 @@ def fork_rank(run: dict[str, Any], rank: int, port: int) -> int:
             ranks = str(run["world_size"])
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        said = Path(run["dir"]) / f"{run['name']}.{run.get('attempt', 0)}.rank{rank}.log"
-        descriptor = os.open(said, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        log = Path(run["dir"]) / f"{run['name']}.{run.get('attempt', 0)}.rank{rank}.log"
+        descriptor = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         train(run, rank)

@@ -80,15 +80,15 @@ def live(server, directory, name, run, deaths):
     died = []
     for attempt, death in enumerate([*deaths, *[{}] * 2]):
         answer = server.do(**{**RUN, **run, "name": name, "dir": str(directory), "attempt": attempt, **death})
-        assert not answer["hung"], (death, answer["said"])
+        assert not answer["hung"], (death, answer["output"])
         if not any(answer["codes"]):
             return attempt + 1, died
-        assert -9 in answer["codes"], (death, answer["said"])
+        assert -9 in answer["codes"], (death, answer["output"])
         starts = [begins(directory, name, attempt, rank) for rank in range(len(answer["codes"]))]
         steps = [line["step"] // start["per epoch"] for start, lines in starts for line in lines]
         epoch = max(steps, default=None)
         died.append({**death["kill"], "epoch": epoch, "hung": answer["hung"], "outlived_s": answer["outlived_s"]})
-    raise AssertionError(answer["said"])
+    raise AssertionError(answer["output"])
 
 
 @pytest.fixture(scope="session")
@@ -150,7 +150,7 @@ DIES = {
 
 
 @pytest.mark.parametrize("kind", DIES)
-def test_killed_and_resumed_again(server, whole, kind, tmp_path):
+def test_killed_run_resumes_exactly(server, whole, kind, tmp_path):
     attempts, died = live(server, tmp_path, "run", KINDS[kind], DIES[kind])
     assert len(died) == len(DIES[kind])
     if kind == "W1":
@@ -187,7 +187,7 @@ def assert_nothing_lost(history, announced):
         assert sum(times.values()) - len(times) <= sum(announced[plan, epoch] for plan in plans)
 
 
-def test_ranks_come_and_go(server, tmp_path):
+def test_resume_with_other_ranks_and_settings(server, tmp_path):
     """Each death is followed by a resume with other ranks, batches, seed, purity or metric."""
     attempts, died = live(server, tmp_path, "run", {}, ELASTIC)
     assert [death["epoch"] for death in died] == [0, 0, 0]
@@ -198,7 +198,7 @@ def test_ranks_come_and_go(server, tmp_path):
 
 
 @pytest.mark.faults
-def test_zero_with_other_settings(server, tmp_path):
+def test_zero2_replan(server, tmp_path):
     """A ZeRO-2 engine goes on with other accumulation and seed, at the new count's learning rate; with other ranks it
     is refused, since DeepSpeed cannot read the checkpoint."""
     kind = KINDS["ZeRO-2"]
@@ -222,7 +222,7 @@ def test_zero_with_other_settings(server, tmp_path):
     refused = server.do(**{**RUN, **kind, "name": "run", "dir": str(tmp_path), **changed(), "world_size": 1})
     assert refused["codes"] == [1]
     error = "ValueError: commonit_resume='replan': world size (2 in the checkpoint, 1 now): DeepSpeed's checkpoints"
-    assert error in refused["said"][0]
+    assert error in refused["output"][0]
 
 
 def draw_deaths(seed, world_size, everyone, count):
@@ -247,7 +247,7 @@ DEATHS = 9
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("kind", "everyone", "seed"), LIVES)
-def test_many_deaths(server, whole, figures, kind, everyone, seed, tmp_path):
+def test_many_kills(server, whole, figures, kind, everyone, seed, tmp_path):
     deaths = draw_deaths(seed, KINDS[kind]["world_size"], everyone, DEATHS)
     attempts, died = live(server, tmp_path, "run", KINDS[kind], deaths)
     assert_survived(kind, tmp_path, attempts, whole(kind))
