@@ -1,7 +1,7 @@
-"""The commands as a user types them, `axolotl preprocess`, `train`, `evaluate` and `inference`, a line more or less.
+"""Run `axolotl preprocess`, `train`, `evaluate` and `inference` on recipes with and without CommonIT.
 
-Runs are shared between tests: first Axolotl alone prepares and trains, then the recipes that differ from it. The first
-run is a process of its own; the others are forks (see `forked.py`), which import Axolotl and us as such a process does.
+Tests share runs: Axolotl prepares and trains without the plugin first. That run is a new process; the others are forks
+(see `forked.py`).
 """
 
 import os
@@ -20,7 +20,7 @@ RECORDER = "helpers.axolotl_recorder.RecorderPlugin"
 
 
 class Workspace:
-    """A folder with rows, a model, and recipes that differ in a line."""
+    """A folder with rows, a model and recipes."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -37,13 +37,13 @@ class Workspace:
         return axolotl(command, self.recipe(name, **keys), self.directory / name, *flags)
 
     def trained(self, name: str, **keys: Any) -> str:
-        """Train, and what the run said."""
+        """Train and return the output."""
         done = self.run("train", name, **keys)
         assert done.returncode == 0, output_of(done)[-3000:]
         return output_of(done)
 
     def refused(self, name: str, *flags: str, command: str = "train", **keys: Any) -> str:
-        """Train in vain, and the last line that the run said."""
+        """Run a command that must fail before training, and return the last line of its output."""
         done = self.run(command, name, *flags, **keys)
         assert done.returncode != 0, output_of(done)[-3000:]
         assert not (self.directory / f"{name}.ids.rank0").exists(), "it trained"
@@ -70,7 +70,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture(scope="module")
 def plain(workspace: Workspace) -> str:
-    """What Axolotl alone says; it leaves prepared rows without labels."""
+    """Train without the plugin and return the output; leaves prepared rows without labels."""
     done = axolotl("train", workspace.recipe("plain", plugins=[RECORDER]), workspace.directory / "plain", start=process)
     assert done.returncode == 0, output_of(done)[-3000:]
     return output_of(done)

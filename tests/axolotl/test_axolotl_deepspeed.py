@@ -1,5 +1,7 @@
-"""I1 to I3 and I5 under Axolotl with a real DeepSpeed engine of ZeRO-1, 2 and 3 on two ranks: the same batches as
-without DeepSpeed, and a resumed run goes on with what was left."""
+"""I1 to I3 and I5 with Axolotl and DeepSpeed ZeRO-1, 2 and 3 on two ranks.
+
+The batches are those without DeepSpeed, and a resumed run trains the remaining ones.
+"""
 
 import json
 

@@ -1,4 +1,4 @@
-"""I3 under Axolotl: a rank whose recipe says `commonit_metric: none` and one that groups stop before any batch."""
+"""I3 with Axolotl: ranks with different values of `commonit_metric` stop before the first batch."""
 
 import pytest
 from helpers.axolotl_recipes import axolotl, launch, make_rows, recipe, write_recipe, write_rows

@@ -1,5 +1,4 @@
-"""Axolotl's other features with CommonIT on: padding to a length, packed evaluation, LoRA with checkpointing and token
-counts, `max_steps`; and what a run leaves in its output folder."""
+"""Axolotl features with CommonIT: padding, packed evaluation, LoRA, token counts, `max_steps` and the output folder."""
 
 import json
 import re
@@ -56,7 +55,7 @@ def test_each_step_has_one_task(directory, name):
 
 
 def test_padding_to_fixed_length_keeps_micro_batch_size(directory):
-    """Arranged by their own lengths, short rows would share a micro-batch that is then padded beyond its budget."""
+    """Rows padded to one length must not be balanced by their unpadded lengths."""
     for rows, tokens in shapes(directory, "padded"):
         assert tokens == LENGTH and rows <= 4
     assert {tokens for _, tokens in shapes(directory, "packed-padded")} <= {LENGTH, 2 * LENGTH}

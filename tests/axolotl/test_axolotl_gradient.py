@@ -1,6 +1,6 @@
-"""I6 under Axolotl: which rank or micro-batch of a step holds a row does not change the step's gradient.
+"""I6 with Axolotl: the gradient of a step does not depend on which rank or micro-batch holds a row.
 
-Axolotl alone weighs each micro-batch, and each rank, the same, whatever it holds; see `axolotl_plugin/README.md`.
+Without CommonIT, Axolotl gives each micro-batch and rank the same weight; see `axolotl_plugin/README.md`.
 """
 
 import pytest
@@ -26,7 +26,7 @@ def directory(tmp_path_factory):
                 directory / f"{name}.yml", recipe(directory, data, **keys, output_dir=str(directory / f"{name}-out"))
             )
             runs[size].append({"name": name, "recipe": str(path), "arrange_by": arrangement})
-    for size in WORLD_SIZES:  # one rank prepares the rows that two then load
+    for size in WORLD_SIZES:  # the run on one rank prepares the rows for two
         launch(runs[size], directory, size)
     return directory
 

@@ -1,5 +1,4 @@
-"""`commonit inspect --axolotl` shows what training on the recipe does: the same groups, steps and bins as the run that
-follows, without loading a model."""
+"""`commonit inspect --axolotl` reports the groups, steps and bins of training, without loading a model."""
 
 import json
 import os
@@ -39,16 +38,16 @@ def commonit(*arguments, cwd, start=forked.run):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A recipe of each case: inspected first, then trained for one epoch from what that prepared."""
+    """Inspect the recipe of each case, then train one epoch on the rows that inspection prepared."""
     directory = tmp_path_factory.mktemp("inspect")
     data = write_rows(directory / "rows.jsonl", ROWS)
     runs = []
     for name, keys in CASES.items():
         keys = {"commonit_metric": "task", "num_epochs": 1, "output_dir": str(directory / f"{name}-out"), **keys}
         path = write_recipe(directory / f"{name}.yml", recipe(directory, data, **keys))
-        # with what another machine would train in, and this one does not have
+        # bf16 needs a GPU, which inspection does not
         gpu = write_recipe(directory / f"{name}-gpu.yml", recipe(directory, data, **{**keys, "bf16": True}))
-        start = process if name == "plain" else forked.run  # libraries talk as they are imported, and JSON stays JSON
+        start = process if name == "plain" else forked.run  # in a new process, imports print too; stdout must stay JSON
         inspected = commonit("inspect", "--axolotl", gpu, "--json", cwd=directory, start=start)
         assert inspected.returncode == 0, inspected.stderr[-3000:]
         (directory / f"{name}.inspected.json").write_text(inspected.stdout, encoding="utf-8")
@@ -79,7 +78,9 @@ def test_packing_uses_requested_world_size(directory):
     for world_size in (1, 4):
         group_ids, tokens = read.pack(grouper, grouper.assign(read.rows), world_size)
         bins = np.bincount(group_ids)
-        assert all(count % world_size == 0 or group == 2 for group, count in enumerate(bins)), bins  # z has three rows
+        assert all(count % world_size == 0 or group == 2 for group, count in enumerate(bins)), (
+            bins
+        )  # group 2, z, has three rows
         assert tokens.sum() == read.lengths.sum()
 
 

@@ -1,7 +1,7 @@
-"""The `commonit_*` keys of a recipe, through Axolotl's own validation.
+"""Axolotl's validation of the `commonit_*` keys.
 
-Each is known, checked and kept; what is wrong or conflicts is refused in one line with the way out; recipes that do not
-name the plugin know nothing of it.
+Valid keys are kept; wrong values and conflicts are refused in one line with the fix; recipes without the plugin are
+unchanged.
 """
 
 import importlib
@@ -58,7 +58,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def written(directory: Path, **keys: Any) -> DictDefault:
-    """A recipe as Axolotl reads it from a file: length, and `keys`."""
+    """Return a recipe with metric length and `keys`, as Axolotl reads it from a file."""
     ours = {"commonit_metric": "length", "commonit_cache_dir": None, "commonit_report": None}
     keys = {"plugins": [PLUGIN], **ours, **keys}
     return DictDefault(yaml.safe_load(yaml.safe_dump(recipe(directory, directory / "rows.jsonl", **keys))))
@@ -71,7 +71,7 @@ def validated(directory: Path, **keys: Any) -> DictDefault:
 
 
 def refusal(directory: Path, **keys: Any) -> str:
-    """The one line with which a recipe is refused, before Axolotl validates anything."""
+    """Return the one-line error that refuses a recipe before Axolotl validates it."""
     with pytest.raises(ValueError) as error:
         prepare_plugins(written(directory, **keys))
     assert type(error.value) is ValueError and "\n" not in str(error.value), error.value
@@ -96,7 +96,7 @@ def test_training_arguments_have_all_options(directory: Path) -> None:
 
     @dataclass
     class Arguments(merge_training_args(), TrainingArguments):
-        """As Axolotl makes them."""
+        pass
 
     ours = {field.name: field for field in fields(Arguments) if field.name.startswith("commonit")}
     assert list(ours) == list(OPTIONS)
@@ -111,7 +111,7 @@ def test_validation_keeps_every_key(directory: Path, metric: str) -> None:
     given = {"commonit_metric": metric, **FOR_ALL, **EVERY_OPTION[metric]}
     cfg = validated(directory, **given)
     assert read_options(cfg) == CommonITArguments(**given)
-    again = validate_config(DictDefault(cfg.to_dict()))  # as on a worker of Ray
+    again = validate_config(DictDefault(cfg.to_dict()))  # as on a Ray worker
     assert read_options(again) == CommonITArguments(**given)
 
 
@@ -246,7 +246,7 @@ def test_plugins_with_own_keys_combine(directory: Path, place: int) -> None:
     assert (cfg.commonit_num_groups, cfg.liger_rms_norm, cfg.cut_cross_entropy, cfg.kd_alpha) == (4, True, True, 0.5)
     assert PluginManager.get_instance().load_datasets(cfg) is None
     assert PluginManager.get_instance().get_trainer_cls(cfg).__name__ == "CommonITAxolotlTrainer"
-    with pytest.raises(ValueError, match="fp16/bf16"):  # the others' own checks still run
+    with pytest.raises(ValueError, match="fp16/bf16"):  # checks of other plugins still run
         validated(directory, plugins=plugins, **{**keys, "bf16": False})
 
 
@@ -256,7 +256,7 @@ def test_plugins_with_own_keys_combine(directory: Path, place: int) -> None:
 @pytest.mark.parametrize("others", [[], [DISTILLATION]], ids=["no plugins", "another plugin"])
 @pytest.mark.parametrize("metric", ["task", "length", "none"])
 def test_later_recipe_without_plugin_is_unchanged(directory: Path, metric: str, others: list[str]) -> None:
-    """Axolotl goes on asking the plugins of the process's earlier recipes."""
+    """Axolotl still calls the plugins of earlier recipes in the same process."""
     validated(directory, commonit_metric=metric)
     manager = PluginManager.get_instance()
     later = validated(directory, plugins=others or None, commonit_metric=None)
@@ -269,7 +269,7 @@ def test_later_recipe_without_plugin_is_unchanged(directory: Path, metric: str, 
 
 
 def test_earlier_recipe_without_plugin_has_no_effect(directory: Path) -> None:
-    """Axolotl makes its training arguments once in a process, from the plugins of that moment."""
+    """Axolotl builds its training arguments once per process, from the plugins registered by then."""
     from axolotl.core import training_args
 
     PluginManager.get_instance().plugins.clear()

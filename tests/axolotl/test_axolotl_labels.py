@@ -1,7 +1,7 @@
-"""Task labels through Axolotl's own data preparation.
+"""Task labels in Axolotl's data preparation.
 
-Every prepared row has the label of the raw row that it was made of, which its mark (`#12#`) tells, and the rows are
-those that Axolotl prepares without the plugin, in their order.
+Every prepared row has the label of its raw row, identified by its mark (`#12#`). Rows and their order equal those
+prepared without the plugin.
 """
 
 import json
@@ -34,7 +34,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepare(
     directory: Path, entries: Entries, metric: str | None = "task", training: bool = True, **keys: Any
 ) -> tuple[Any, Any]:
-    """The training and the evaluation rows of `axolotl train`, or of `axolotl evaluate`, which asks no plugin first."""
+    """Return the training and evaluation rows of `axolotl train`, or of `axolotl evaluate` with `training=False`."""
     keys = {"plugins": [PLUGIN] if metric else None, "commonit_metric": metric, **keys}
     path = write_recipe(directory / "recipe.yml", recipe(directory, entries, **keys))
     manager = PluginManager.get_instance()
@@ -59,7 +59,7 @@ def number_of(row: list[int]) -> int:
 
 @pytest.fixture
 def axolotl_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """Catch the messages of the loggers that Axolotl configures not to propagate."""
+    """Capture messages of loggers that Axolotl configures not to propagate."""
     for name in ("axolotl", "axolotl_plugin"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     return caplog
@@ -71,7 +71,7 @@ def warnings_of(log: pytest.LogCaptureFixture, start: str) -> list[str]:
 
 
 def labels_of(dataset: Dataset) -> list[tuple[int, str]]:
-    """(number of the raw row, label) of each row."""
+    """Return the raw row number and label of each row."""
     (column,) = label_columns(dataset)
     return list(zip(map(number_of, dataset["input_ids"]), dataset[column], strict=True))
 
@@ -79,9 +79,9 @@ def labels_of(dataset: Dataset) -> list[tuple[int, str]]:
 def assert_labelled(
     directory: Path, entries: Entries, label: Callable[[int], str], **keys: Any
 ) -> tuple[Dataset, Dataset | None]:
-    """Prepare with the labels and without the plugin, and compare; returns the rows with labels.
+    """Compare rows prepared with labels and without the plugin, and return the labelled rows.
 
-    Axolotl's cache does not tell all recipes apart: `place` and `plain_place` are for those that it takes for others.
+    `place` and `plain_place` name separate cache folders for recipes that share a key in Axolotl's cache.
     """
     ours = {name: keys.pop(name) for name in list(keys) if name.startswith("commonit")}
     place = str(directory / keys.pop("place", "prepared"))
@@ -112,7 +112,7 @@ def topic_of(number: int) -> str:
 
 
 def rows_of(number: int, kind: str) -> dict[str, Any]:
-    """The raw row of this number, as the dataset type `kind` wants it."""
+    """Make the raw row of this number for the dataset type `kind`."""
     mark, answer = f"#{number}#", "a" * (1 + number % 7)
     body = {
         "alpaca": lambda: {"instruction": mark, "input": "", "output": answer},
@@ -206,7 +206,7 @@ def test_task_columns_are_joined(directory: Path) -> None:
 
 
 def test_label_types(directory: Path) -> None:
-    """Text, none, numbers, truth values and class labels, as text; a row without one has an empty label."""
+    """Values of every column type become text; a missing value becomes an empty label."""
     given: dict[str, list[Any]] = {
         "text": ["maths", None, "", "  ", " code "],
         "numbers": [3, 0, None, -1, 10],
@@ -230,7 +230,7 @@ def test_label_types(directory: Path) -> None:
 
 
 def test_entries_with_same_path_are_separate_tasks(directory: Path) -> None:
-    """By their splits, names and types; the shards in which an entry is prepared are one task."""
+    """Split, name and type identify an entry; its shards are one task."""
     halves = {"easy": range(0, 10), "hard": range(10, 20)}
     splits = {name: Dataset.from_list([rows_of(n, "alpaca") for n in numbers]) for name, numbers in halves.items()}
     DatasetDict(splits).save_to_disk(directory / "splits")
@@ -269,7 +269,7 @@ def test_single_entry_uses_default_task_column(directory: Path) -> None:
     assert label_columns(prepared) == ["commonit_task[default]"]
 
 
-# --- what Axolotl does to rows afterwards -----------------------------------------------------------------------------
+# --- shuffling, sharding, packing and splits --------------------------------------------------------------------------
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "in order": {"shuffle_merged_datasets": False, "excess_length_strategy": "truncate", "dataset_num_proc": 2},
@@ -280,7 +280,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def long_and_short(directory: Path) -> tuple[Entries, Callable[[int], str]]:
-    """Two entries, each with rows that are too long for 256 tokens."""
+    """Make two entries, each with rows of more than 256 tokens."""
     entries = []
     for place, name in enumerate(["left", "right"]):
         rows = [rows_of(number, "alpaca") for number in range(30 * place, 30 * place + 30)]
@@ -297,7 +297,7 @@ def test_labels_stay_with_rows(directory: Path, variant: str) -> None:
     rows, evaluation = assert_labelled(directory, entries, label, **keys)
     numbers = [number for number, _ in labels_of(rows)]
     in_all = numbers + ([] if evaluation is None else [number for number, _ in labels_of(evaluation)])
-    expected = {"in order": 60, "a shard": 24}.get(variant, 48)  # of 60 rows, 12 are too long
+    expected = {"in order": 60, "a shard": 24}.get(variant, 48)  # 12 of 60 rows are too long
     assert len(in_all) == len(set(in_all)) == expected
     assert (numbers == sorted(numbers)) == (variant == "in order")
     assert (evaluation is not None) == ("val_set_size" in keys)
@@ -315,7 +315,6 @@ def test_separate_test_set_has_labels(directory: Path) -> None:
 def test_test_set_without_label_column_warns(
     directory: Path, processed: str, axolotl_log: pytest.LogCaptureFixture
 ) -> None:
-    """Training goes on: only the losses by group of the evaluation need the labels."""
     train = [{"path": write(directory, "labelled.jsonl", [rows_of(n, "alpaca") for n in range(12)]), "type": "alpaca"}]
     if processed == "tokenized":
         rows = [{"unlabelled": n, **tokenized(f"#{n}#aa", masked=4)} for n in range(20, 26)]
@@ -349,7 +348,7 @@ def test_unseen_test_set_name_warns(directory: Path, axolotl_log: pytest.LogCapt
 
 @pytest.mark.parametrize("validation", [0, 6])
 def test_deduplication_ignores_labels(directory: Path, validation: int) -> None:
-    """They may have different tasks, which Axolotl knows nothing of: the first stays, with its task."""
+    """Of equal rows with different tasks, the first remains, with its task."""
     once = [rows_of(number, "alpaca") for number in range(12)]
     entries = [
         {"path": write(directory, f"equal-{name}.jsonl", rows), "type": "alpaca"}
@@ -369,7 +368,7 @@ def test_deduplication_ignores_labels(directory: Path, validation: int) -> None:
 
 @pytest.fixture
 def prepared(directory: Path, request: pytest.FixtureRequest) -> tuple[Entries, dict[str, Any]]:
-    """An entry, and a place for what is prepared from it."""
+    """An entry and the keys that set its cache folder."""
     rows = [rows_of(number, "alpaca") for number in range(12)]
     place = directory / f"of-{request.node.name}"
     entry = {"path": write(directory, "prepared.jsonl", rows), "type": "alpaca"}
@@ -381,7 +380,7 @@ def folders(keys: dict[str, Any]) -> set[str]:
 
 
 def test_labelled_rows_have_own_cache(directory: Path, prepared: Any) -> None:
-    """A recipe with the metric `task` and one without it do not read each other's rows."""
+    """Recipes with and without the metric `task` use separate cache folders."""
     entries, keys = prepared
     labelled, _ = prepare(directory, entries, commonit_task_column="topic", **keys)
     (folder,) = folders(keys)

@@ -1,5 +1,4 @@
-"""Bins of one group: every row in exactly one, none over its capacity, as many as the steps need, and packed as
-Axolotl packs."""
+"""Each row is in one bin of its own group, within capacity; groups have enough bins for their steps."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What the plugin takes for granted of Axolotl's private parts; each test says what to look at when one changes."""
+"""Checks of the Axolotl internals that the plugin depends on; a failure names the code to adapt."""
 
 import inspect
 import sys
@@ -27,7 +27,7 @@ from transformers import Trainer, TrainingArguments
 from axolotl_plugin import labels
 from axolotl_plugin.trainer import CommonITAxolotlTrainer, accepts_loss_kwargs
 
-# --- data preparation: what axolotl_plugin/labels.py replaces and calls -----------------------------------------------
+# --- data preparation: functions that axolotl_plugin/labels.py replaces and calls -------------------------------------
 
 CALLERS = [
     (sft._load_and_process_single_dataset, sft, ["get_dataset_wrapper"]),
@@ -60,7 +60,7 @@ def test_replacements_have_original_signatures(name: str) -> None:
 
 
 def test_axolotl_calls_replaced_functions_by_name() -> None:
-    """By its name in that module; what is bound elsewhere would not be replaced."""
+    """Callers must look the function up by name in the module, or replacing it has no effect."""
     replaced = set()
     for caller, module, names in CALLERS:
         caller = inspect.unwrap(caller)
@@ -102,7 +102,7 @@ def test_data_preparation_helpers() -> None:
 
 
 def test_axolotl_ignores_plugin_import_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Why `axolotl_plugin/__init__.py` makes another error of an ImportError."""
+    """Therefore `axolotl_plugin/__init__.py` raises a RuntimeError instead of an ImportError."""
     monkeypatch.syspath_prepend(tmp_path)
     for name, error in {"commonit_lost": "ImportError", "commonit_broken": "RuntimeError"}.items():
         (tmp_path / f"{name}.py").write_text(f"raise {error}('cannot be imported')", encoding="utf-8")
@@ -137,7 +137,7 @@ def test_broken_commonit_import_raises_runtime_error(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_warmup_and_logging_steps_from_recipe(keys: dict[str, Any], expected: dict[str, int]) -> None:
-    """Of a builder that has nothing but `cfg`: `plugin._steps_of_axolotl` calls it so."""
+    """`plugin._steps_of_axolotl` calls the builder's method with an object that only has `cfg`."""
     builder, arguments = SimpleNamespace(cfg=DictDefault(keys)), {}
     assert HFCausalTrainerBuilder._configure_warmup_and_logging(builder, 50, arguments) is None
     assert arguments == expected
@@ -147,7 +147,7 @@ def test_warmup_and_logging_steps_from_recipe(keys: dict[str, Any], expected: di
 
 
 def arguments(tmp_path: Path, **settings: Any) -> Any:
-    """Training arguments as Axolotl makes them for a recipe with our plugin."""
+    """Make training arguments as Axolotl does for a recipe with the plugin."""
     PluginManager.get_instance().register(PLUGIN)
 
     @dataclass
@@ -167,7 +167,7 @@ MODELS = {name: lambda name=name: tiny_model(name) for name in ("llama", "qwen2"
 
 @pytest.mark.parametrize("name", MODELS)
 def test_accepts_loss_kwargs_matches_transformers(tmp_path: Path, name: str) -> None:
-    """`AxolotlTrainer` says of the same models that they do not, which would make a step's loss a mean of means."""
+    """`AxolotlTrainer` sets the flag to False for these models, so a step's loss would be a mean of means."""
     args = arguments(tmp_path)
     rows = id_rows([6, 6]).remove_columns(["task", "row"])
     expected = Trainer(model=MODELS[name](), args=args, train_dataset=rows).model_accepts_loss_kwargs
@@ -207,7 +207,7 @@ def test_bin_capacity_matches_axolotl(tmp_path: Path, real_batches: bool) -> Non
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_packed_rows_keep_every_column(tmp_path: Path, packing: bool) -> None:
-    """Why the labels are taken off before training: the collators of packed rows take each column for numbers."""
+    """Labels are removed before training because collators of packed rows read every column as numbers."""
     args = arguments(tmp_path, sample_packing=packing, max_seq_length=64, dataset_num_proc=1)
     rows = id_rows([6, 6]).remove_columns("row")
     collator = V2BatchSamplerDataCollatorForSeq2Seq(tiny_tokenizer())

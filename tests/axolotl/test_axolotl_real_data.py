@@ -1,7 +1,6 @@
-"""The real mixture as three entries of `datasets:`, by task: what `benchmarks/axolotl_real_data.py` finds.
+"""I1 and I2 on a real mixture with three entries of `datasets:`, by `benchmarks/axolotl_real_data.py`.
 
-I1 every step is of one task. I2 every row is seen once. Rows and tasks are outcome from the tokens that enter the model,
-and the same counting finds Axolotl's own batches mixed.
+Rows and tasks are identified by the model's input tokens; by the same count, Axolotl's own batches are mixed.
 """
 
 import json
@@ -46,7 +45,7 @@ def test_less_padding_without_packing(found):
 
 
 def test_packing_by_task_is_nearly_as_efficient(found):
-    """Where a step is small beside the data, or a micro-batch may hold fewer bins than others."""
+    """For steps that are small relative to the data, or micro-batches that may hold fewer bins."""
     losses = {
         (row["micro_batch_size"], row["multipack_real_batches"], int(micro_batches)): row["axolotl"] - efficiency
         for row in found["packed"]

@@ -1,9 +1,8 @@
 """Resuming under Axolotl.
 
-1. Exact: a run that is killed in its second epoch resumes at the next micro-batch and ends with the weights of a run
-   that was not killed. One rank, unpacked and `auto_resume_from_checkpoints`; two ranks, packed and
-   `resume_from_checkpoint`.
-2. Apart: a CommonIT checkpoint does not resume with `commonit_metric: none`, where the order of rows differs.
+1. Exact: a run killed in its second epoch resumes at the exact next micro-batch and ends with the weights of an
+   uninterrupted run. One rank, unpacked, `auto_resume_from_checkpoints`; two ranks, packed, `resume_from_checkpoint`.
+2. Refused: a CommonIT checkpoint does not resume with `commonit_metric: none`, because the order of rows differs.
 """
 
 import itertools
@@ -31,7 +30,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda world_size: f"W{world_size}")
 def runs(request, tmp_path_factory):
-    """(directory, world size, steps of an epoch) of the runs `whole`, `killed` and `resumed`."""
+    """Directory, world size and steps per epoch of the runs `whole`, `killed` and `resumed`."""
     world_size, directory = request.param, tmp_path_factory.mktemp("resume")
     save_model(directory / "model", dropout=0.1)
     data = write_rows(directory / "rows.jsonl", make_rows({"x": 23, "y": 15, "z": 4}))
@@ -44,7 +43,7 @@ def runs(request, tmp_path_factory):
         return {"name": name, "recipe": str(path)}
 
     whole, killed, resumed = run("whole", "whole-out"), run("killed", "killed-out"), run("resumed", "killed-out")
-    if world_size > 1:  # Axolotl hangs where ranks on CPUs prepare rows
+    if world_size > 1:  # Axolotl hangs when several CPU ranks prepare rows
         prepared = axolotl("preprocess", directory / "whole.yml")
         assert prepared.returncode == 0, prepared.stderr[-3000:]
     launch([whole], directory, world_size)
@@ -54,7 +53,7 @@ def runs(request, tmp_path_factory):
     if "auto_resume_from_checkpoints" not in keys:
         last = directory / "killed-out" / f"checkpoint-{per_epoch + KILLED_IN_SECOND_EPOCH}"
         resumed = run("resumed", "killed-out", resume_from_checkpoint=str(last))
-    else:  # the highest number was not written to its end, and is passed over
+    else:  # the latest checkpoint is incomplete and must be skipped
         torn = directory / "killed-out" / "checkpoint-99"
         torn.mkdir()
         (torn / "trainer_state.json").write_text('{"global_step": 9')
@@ -94,7 +93,7 @@ CHECKPOINTS = {
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A folder in which one recipe trains after another: `train(metric, output folder, **keys)`."""
+    """A folder and a function `train(metric, output folder, **keys)`."""
     directory = tmp_path_factory.mktemp("off")
     data = write_rows(directory / "rows.jsonl", make_rows({"x": 6, "y": 6}))
     names = (f"run{number}" for number in itertools.count())

@@ -1,13 +1,14 @@
-"""I1 to I5 under Axolotl, on what the model really sees: every metric, plain and packed, accumulation 1 and 3, one rank
-and two.
+"""I1 to I5 with Axolotl, checked on the model's inputs.
+
+Cases: every metric, packed and unpacked, accumulation 1 and 3, one and two ranks.
 
 1. Pure: all micro-batches of a step, on all ranks, hold rows of one group.
-2. Lossless: every row once an epoch; only groups with fewer rows than a step has micro-batches repeat rows.
+2. Lossless: every row once per epoch; only groups with fewer rows than a step has micro-batches repeat rows.
 3. Agreed: all ranks have the same number of micro-batches in every step.
 4. Reproducible: the same recipe gives the same batches; epochs differ.
-5. Honest length: a run of N epochs without `max_steps` is N plans long, and the scheduler ends with it.
+5. Honest length: N epochs without `max_steps` run the steps of N plans, and the scheduler ends with the last one.
 
-Which group a row belongs to is known from how the rows are made, not from the groups that were computed.
+The expected group of a row follows from its construction, not from the computed groups.
 """
 
 import json
@@ -25,8 +26,8 @@ QUESTIONS = {
     "poem": "Write a short love poem about {}.",
 }
 WORDS = ["France", "seven", "spring", "Japan", "nine", "the sea", "Peru", "four", "a rose"]
-SIZES = {"capital": 13, "sum": 5, "poem": 1}  # at W = 2, A = 3: one more than a step, one fewer than its micro-batches
-ANSWER_LENGTHS = {5: 12, 20: 6, 35: 1}  # at W = 2, A = 3: a whole step, as many as its micro-batches
+SIZES = {"capital": 13, "sum": 5, "poem": 1}  # at W = 2, A = 3: a step's rows plus one, its micro-batches minus one
+ANSWER_LENGTHS = {5: 12, 20: 6, 35: 1}  # at W = 2, A = 3: a step's rows, its micro-batches
 EDGES = [10, 30]
 EPOCHS = 2
 BATCH_SIZE = 2
@@ -92,7 +93,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory, minilm) -> Path:
-    """All runs of `CASES`, in one launch for each number of ranks."""
+    """Train all `CASES`, in one launch per number of ranks."""
     directory = tmp_path_factory.mktemp("axolotl")
     write_rows(directory / "reference.jsonl", make_reference())
     data = [{"path": str(write_rows(directory / "rows.jsonl", ROWS)), "type": FORMAT}]
@@ -125,7 +126,7 @@ def directory(tmp_path_factory, minilm) -> Path:
     ]
     again = write("again", "task", "packed", gradient_accumulation_steps=3)
     runs.append((2, {"name": "again", "recipe": str(again)}))
-    for world_size in (1, 2):  # one rank prepares the rows that two then load
+    for world_size in (1, 2):  # the run on one rank prepares the rows for two
         launch([run for size, run in runs if size == world_size], directory, world_size)
     return directory
 
@@ -192,13 +193,13 @@ def test_run_length_matches_plans(case, steps, directory):
     else:
         assert EPOCHS * len(sizes) <= len(steps) <= EPOCHS * unpacked
     assert outcome["global_step"] == outcome["max_steps"] == outcome["scheduler_steps"] == len(steps)
-    assert outcome["warmup_steps"] == {0: 0, 1: 2}.get(len(steps) // 10, len(steps) // 10)  # Axolotl makes 1 a 2
+    assert outcome["warmup_steps"] == {0: 0, 1: 2}.get(len(steps) // 10, len(steps) // 10)  # Axolotl turns 1 into 2
     assert [entry["learning_rate"] for entry in outcome["log"] if "learning_rate" in entry][-1] < 1e-3 / len(steps) * 2
 
 
 def test_epochs_differ(steps):
     first, second = epochs_of(steps)
-    if len(first) > 3:  # the order of three steps may come twice
+    if len(first) > 3:  # two epochs of three steps may have the same order
         assert first != second
 
 
