@@ -1,5 +1,7 @@
-"""I3 is checked at run time: two ranks that would train different plans both stop, with the same line, before the first
-batch. In each case, rank 1 has other settings or data."""
+"""I3 at run time: two ranks with different plans stop with the same error before the first batch.
+
+In each case, rank 1 has other settings or data.
+"""
 
 import pytest
 
@@ -71,7 +73,7 @@ def test_ranks_with_different_groups_stop(server, tmp_path, case):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_all_ranks_stop_when_one_disables_commonit(server, tmp_path, packing):
-    """It has no part in what the other one waits for: to compare plans, and with packing already to group the rows."""
+    """Such a rank skips the collectives that compare plans and, with packing, group the rows."""
     run = {**RUN, "options": {**OPTIONS, "packing": packing, "max_length": 64}, "name": "run", "dir": str(tmp_path)}
     answer = server.do(**run, rank_options={"1": {"commonit_metric": "none"}})
     assert_both_stop(answer, tmp_path, ["commonit_metric"])

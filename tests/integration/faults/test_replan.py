@@ -1,4 +1,4 @@
-"""`commonit_resume="replan"`: a run that goes on with other settings trains what its epoch has left, each row once."""
+"""`commonit_resume="replan"`: a run resumed with other settings trains the remaining rows of its epoch once."""
 
 import shutil
 from collections import Counter
@@ -22,7 +22,7 @@ FIRST_RUN = {
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory):
-    """The directory of a run with a checkpoint at every step, and the row numbers of its steps."""
+    """Output directory of a run with a checkpoint at every step, and the row numbers of its steps."""
     directory = tmp_path_factory.mktemp("first_run")
     _, seen = train(directory, ROWS, **FIRST_RUN)
     return directory / "out", numbers(seen)
@@ -33,7 +33,7 @@ def numbers(seen):
 
 
 def resume(directory, checkpoint, rows=ROWS, **options):
-    """Its trainer and the row numbers of its steps."""
+    """Resume; return the trainer and the row numbers of its steps."""
     trainer = make_trainer(directory, rows, **{**FIRST_RUN, "commonit_resume": "replan", **options})
     seen = Seen(trainer)
     trainer.train(resume_from_checkpoint=checkpoint if checkpoint is True else str(checkpoint))
@@ -41,7 +41,7 @@ def resume(directory, checkpoint, rows=ROWS, **options):
 
 
 def assert_trained_once(steps):
-    """Every row, with repeats only in the group of two, which fills a step of up to six micro-batches."""
+    """Check that all rows are trained; only the group of two rows, smaller than a step, may repeat."""
     times = Counter(row for step in steps for row in step)
     assert set(times) == set(range(sum(SIZES)))
     assert {ROWS["task"][row] for row, count in times.items() if count > 1} <= {"g003"}
@@ -61,8 +61,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_remaining_rows_are_trained_once(first_run, tmp_path, change):
-    """From the middle of the first epoch. The second is a whole plan of the new settings, and the learning rate lands
-    where that of a run with these settings lands."""
+    """Replan in the middle of epoch 0; epoch 1 and the learning rate are those of a new run with these settings."""
     directory, steps = first_run
     trainer, resumed = resume(tmp_path, directory / "checkpoint-5", **CHANGES[change])
     plan = trainer.commonit_plan(epoch=1)
@@ -81,14 +80,16 @@ LARGER = {"per_device_train_batch_size": 4}
 
 @pytest.fixture(scope="module")
 def rest(first_run, tmp_path_factory):
-    """The output directory of a run with larger batches from checkpoint 5 on, the steps that came before, the steps of
-    the rest, and the number of its first checkpoint."""
+    """A run resumed from checkpoint 5 with larger batches.
+
+    Returns its output directory, the steps before, its steps in epoch 0, all its steps, and its first checkpoint.
+    """
     directory, steps = first_run
     again = tmp_path_factory.mktemp("rest")
     trainer, resumed = resume(again, directory / "checkpoint-5", **LARGER)
     per_epoch = trainer.state.global_step // 2
     first = trainer.state.global_step - len(resumed) + 1
-    assert first < 5, "its steps are counted below those of the run it goes on from"
+    assert first < 5, "its step numbers must be below those of the first run"
     return again / "out", steps[:5], resumed[:-per_epoch], resumed, first
 
 
@@ -99,7 +100,6 @@ def test_replanned_epoch_resumes_exactly(rest, tmp_path):
 
 
 def test_replan_twice_in_one_epoch(rest, tmp_path):
-    """Settings change twice in one epoch."""
     out, before, own, _, first = rest
     assert len(own) > 2
     trainer, seen = resume(tmp_path, out / f"checkpoint-{first}", per_device_train_batch_size=1, seed=11)
@@ -107,7 +107,7 @@ def test_replan_twice_in_one_epoch(rest, tmp_path):
 
 
 def test_resume_uses_latest_run_not_highest_step(first_run, rest, tmp_path):
-    """In one output directory, checkpoints of the run that was left behind may have higher numbers."""
+    """Checkpoints of the first run in the same output directory may have higher numbers."""
     out = tmp_path / "out"
     for source, step in ((first_run[0], 5), (first_run[0], 6), (rest[0], rest[4])):
         shutil.copytree(source / f"checkpoint-{step}", out / f"checkpoint-{step}")
@@ -116,7 +116,6 @@ def test_resume_uses_latest_run_not_highest_step(first_run, rest, tmp_path):
 
 
 def test_replan_between_epochs_and_at_end(first_run, tmp_path):
-    """There the next epoch is a whole one, or none."""
     directory, steps = first_run
     trainer, seen = resume(tmp_path / "between", directory / f"checkpoint-{len(steps) // 2}", seed=3)
     plan = trainer.commonit_plan(epoch=1)
@@ -131,7 +130,7 @@ def test_replan_without_changes_resumes_exactly(first_run, tmp_path):
 
 
 def test_replan_refuses_other_rows(first_run, tmp_path):
-    """With what differs, and nothing is trained."""
+    """The message names the difference."""
     checkpoint = first_run[0] / "checkpoint-5"
     for rows, what in (
         (id_rows([13, 7, 9, 3]), "rows (31 in the checkpoint, 32 now)"),
@@ -145,14 +144,14 @@ def test_replan_refuses_other_rows(first_run, tmp_path):
 
 
 def test_replan_refuses_other_groups(first_run, tmp_path):
-    """The same tokens, but labels that cannot be those of the checkpoint's plan: what is left cannot be outcome."""
+    """The tokens are equal, but the labels contradict the checkpoint's plan, so remaining rows are unknown."""
     tasks = ["g000" if row < 3 else task for row, task in enumerate(ROWS["task"])]
     with pytest.raises(ValueError, match=r"needs the rows .* their groups or numbers of tokens differ"):
         resume(tmp_path, first_run[0] / "checkpoint-5", ROWS.remove_columns("task").add_column("task", tasks))
 
 
 def test_replan_packed_rows(tmp_path):
-    """Packs are rows of their own: other batches plan them anew, other groups would pack otherwise."""
+    """A replan keeps the packs for other batch sizes, and refuses other groups, which change the packs."""
     packed = {"packing": True, "packing_strategy": "wrapped", "max_length": 48}
     trainer, seen = train(tmp_path, ROWS, **FIRST_RUN, **packed)
     checkpoint = tmp_path / "out" / "checkpoint-3"
@@ -164,7 +163,7 @@ def test_replan_packed_rows(tmp_path):
     second = resumed.commonit_plan(epoch=1).num_steps
     packs = {tuple(tokens) for tokens in trainer.train_dataset["input_ids"]}
     times = Counter(row.tokens for step in seen.steps[:3] + remaining[:-second] for row in step)
-    assert set(times) == packs and max(times.values()) <= 2  # the pack of the group of two rows fills a step
+    assert set(times) == packs and max(times.values()) <= 2  # the pack of the group of two rows fills a whole step
     assert sum(times.values()) < len(packs) + 4
     with pytest.raises(ValueError, match=r"with packing, the same packs, .*: rows \("):
         resume(tmp_path / "refused", checkpoint, commonit_metric="length", commonit_num_groups=2, **packed)
@@ -181,7 +180,7 @@ def test_refused_resume_suggests_replan(first_run, tmp_path):
 
 
 def test_replan_keeps_equal_micro_batches(tmp_path):
-    """A loss that is no sum over tokens has equal micro-batches on two ranks; a replan reads so from the manifest."""
+    """A loss that is not a sum over tokens needs equal micro-batches; a replan reads this from the manifest."""
     run = {"group_sizes": SIZES, "accepts_loss_kwargs": False}
     options = {"commonit_metric": "task", "save_strategy": "steps", "save_steps": 2, "num_train_epochs": 1}
     launch([{**run, "name": "first_run", "options": {**options, "max_steps": 2}}], tmp_path, world_size=2)

@@ -1,4 +1,4 @@
-"""A checkpoint that was not written to its end is never gone on from: it is passed over, or refused with its name."""
+"""Incomplete checkpoints are skipped, or refused when named."""
 
 import shutil
 
@@ -15,7 +15,7 @@ OPTIONS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The output directory of a run, and its steps."""
+    """Output directory and steps of a run."""
     directory = tmp_path_factory.mktemp("run")
     _, seen = train(directory, ROWS, **OPTIONS)
     return directory / "out", seen.steps
@@ -23,7 +23,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def out(run, tmp_path):
-    """Two checkpoints, of steps 2 and 4."""
+    """An output directory with checkpoints of steps 2 and 4."""
     for step in (2, 4):
         shutil.copytree(run[0] / f"checkpoint-{step}", tmp_path / "out" / f"checkpoint-{step}")
     return tmp_path / "out"
@@ -70,7 +70,7 @@ def test_torn_checkpoint_is_skipped_and_refused(run, out, tmp_path, how):
 
 
 def test_checkpoint_without_groups_is_torn(out, tmp_path):
-    """Killed while the model was being written: there is nothing of ours, and still no word of another kind of run."""
+    """Killed while writing the model; the error must not claim that the run has no groups."""
     shutil.rmtree(out / "checkpoint-4" / "commonit")
     (out / "checkpoint-4" / "trainer_state.json").unlink()
     with pytest.raises(ValueError, match="was not written to its end"):
@@ -85,8 +85,10 @@ def test_no_complete_checkpoint(out, tmp_path):
 
 
 def test_overwritten_checkpoint_is_incomplete(out, tmp_path, monkeypatch):
-    """A run that goes on from an earlier checkpoint writes later ones anew. Where it dies in one of them, that must not
-    pass for the whole one that it was, with the new model and the old optimizer."""
+    """A run resumed from an earlier checkpoint overwrites later ones.
+
+    If it is killed then, the checkpoint has the new model and the old optimizer and must count as incomplete.
+    """
 
     def disk_full(*args, **kwargs):
         raise OSError("the disk is full")
