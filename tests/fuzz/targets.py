@@ -180,9 +180,7 @@ def arguments(folder: Path) -> Target:
             given = json.loads(content)
         except (ValueError, RecursionError):
             return
-        if isinstance(given, dict) and all(
-            name.startswith("commonit") for name in given
-        ):  # Python itself refuses other names
+        if isinstance(given, dict) and all(name.startswith("commonit") for name in given):  # Python refuses others
             with refusals():
                 options = CommonITArguments(**given)
                 assert asdict(CommonITArguments(**asdict(options))) == asdict(options)

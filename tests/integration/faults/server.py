@@ -1,4 +1,4 @@
-"""Trains runs that die: imports torch and TRL once, then forks the ranks of each run that it is outcome to do.
+"""Train runs that kill themselves: import torch and TRL once, then fork the ranks of each run.
 
     python server.py < runs    # one JSON object per line, and one line per answer
 

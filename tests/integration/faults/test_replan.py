@@ -79,13 +79,13 @@ LARGER = {"per_device_train_batch_size": 4}
 
 
 @pytest.fixture(scope="module")
-def rest(first_run, tmp_path_factory):
+def replanned(first_run, tmp_path_factory):
     """A run resumed from checkpoint 5 with larger batches.
 
     Returns its output directory, the steps before, its steps in epoch 0, all its steps, and its first checkpoint.
     """
     directory, steps = first_run
-    again = tmp_path_factory.mktemp("rest")
+    again = tmp_path_factory.mktemp("replanned")
     trainer, resumed = resume(again, directory / "checkpoint-5", **LARGER)
     per_epoch = trainer.state.global_step // 2
     first = trainer.state.global_step - len(resumed) + 1
@@ -93,26 +93,26 @@ def rest(first_run, tmp_path_factory):
     return again / "out", steps[:5], resumed[:-per_epoch], resumed, first
 
 
-def test_replanned_epoch_resumes_exactly(rest, tmp_path):
-    out, _, _, resumed, first = rest
+def test_replanned_epoch_resumes_exactly(replanned, tmp_path):
+    out, _, _, resumed, first = replanned
     _, seen = resume(tmp_path, out / f"checkpoint-{first}", **LARGER, commonit_resume="exact")
     assert seen == resumed[1:]
 
 
-def test_replan_twice_in_one_epoch(rest, tmp_path):
-    out, before, own, _, first = rest
+def test_replan_twice_in_one_epoch(replanned, tmp_path):
+    out, before, own, _, first = replanned
     assert len(own) > 2
     trainer, seen = resume(tmp_path, out / f"checkpoint-{first}", per_device_train_batch_size=1, seed=11)
     assert_trained_once(before + own[:1] + seen[: -trainer.commonit_plan(epoch=1).num_steps])
 
 
-def test_resume_uses_latest_run_not_highest_step(first_run, rest, tmp_path):
+def test_resume_uses_latest_run_not_highest_step(first_run, replanned, tmp_path):
     """Checkpoints of the first run in the same output directory may have higher numbers."""
     out = tmp_path / "out"
-    for source, step in ((first_run[0], 5), (first_run[0], 6), (rest[0], rest[4])):
+    for source, step in ((first_run[0], 5), (first_run[0], 6), (replanned[0], replanned[4])):
         shutil.copytree(source / f"checkpoint-{step}", out / f"checkpoint-{step}")
     _, seen = resume(tmp_path, True, **LARGER, commonit_resume="exact")
-    assert seen == rest[3][1:]
+    assert seen == replanned[3][1:]
 
 
 def test_replan_between_epochs_and_at_end(first_run, tmp_path):
