@@ -3,10 +3,10 @@
 try:
     from axolotl_plugin.plugin import CommonITPlugin
 except ImportError as error:
-    # Axolotl prints an ImportError of a plugin and trains on without it (`PluginManager.register`); nothing else.
+    # Axolotl trains without a plugin that raises ImportError (`PluginManager.register`), so raise another error.
     raise RuntimeError(
-        f"axolotl_plugin.CommonITPlugin cannot be imported ({type(error).__name__}: {error}), and training would go on "
-        "with plain batches: install it with pip install 'commonit-trl[axolotl]', or remove it from plugins:."
+        f"axolotl_plugin.CommonITPlugin cannot be imported ({type(error).__name__}: {error}), and training would "
+        "continue with baseline batches. Run pip install 'commonit-trl[axolotl]', or remove the plugin from plugins:."
     ) from error
 
 __all__ = ["CommonITPlugin"]

@@ -23,7 +23,7 @@ def read_options(recipe: Mapping[str, Any]) -> CommonITArguments:
 
 
 def _is_name(key: Any) -> bool:
-    return isinstance(key, str)  # Axolotl checks YAML keys of other types
+    return isinstance(key, str)  # Axolotl rejects keys of other types
 
 
 class _Checked(BaseModel):
@@ -31,7 +31,7 @@ class _Checked(BaseModel):
     @classmethod
     def check_commonit_options(cls, recipe: Any) -> Any:
         if not any(name.startswith("commonit") for name in filter(_is_name, recipe)):
-            return recipe  # a later recipe of the process without the plugin; `register` refuses a missing metric
+            return recipe  # a later recipe without the plugin; `register` refuses a missing metric
         return {**recipe, **asdict(read_options(recipe))}
 
 
@@ -48,7 +48,7 @@ CommonITArgs = create_model("CommonITArgs", __base__=_Checked, __module__=__name
 class CommonITTrainingArgs(CommonITArguments):
     """The options among Axolotl's training arguments.
 
-    The class outlives the recipe, so the default is off for later recipes of the process without the plugin.
+    The class remains for later recipes of the process, so the default is off for those without the plugin.
     """
 
     commonit_metric: str | None = "none"

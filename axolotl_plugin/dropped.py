@@ -1,13 +1,12 @@
 """Count the rows that Axolotl's preparation drops, by reason and group.
 
-Steps: (1) each tokenised entry of `datasets:` is measured against Axolotl's rules for dropping rows; (2) when Axolotl
-saves the prepared dataset, rows that are missing without such a rule are counted too, as duplicates where
-`dataset_exact_deduplication` is set; (3) the counts go into `dataset.info.description`, which datasets saves with the
-rows and copies to every split, shard and selection of them. Rows from Axolotl's cache therefore bring their own counts,
-on every rank, and rows that Axolotl prepares again without CommonIT have none.
+Steps: (1) apply Axolotl's rules for dropping rows to each tokenised entry of `datasets:`; (2) when Axolotl saves the
+prepared dataset, count other missing rows, as duplicates with `dataset_exact_deduplication`; (3) store the counts in
+`dataset.info.description`, which datasets saves with the rows and copies to every split, shard and selection. Cached
+rows therefore have their own counts on every rank, and rows prepared again without CommonIT have none.
 
 Groups are task labels with `commonit_metric: task`, else the entries of `datasets:`. A duplicate's entry is unknown.
-One raw row can become several (`type: completion`); a row that becomes none is then counted only if its group shrinks.
+One raw row can become several (`type: completion`); then a row without tokens is counted only if its group shrinks.
 
 Cost: list lengths and labels, read once through Arrow.
 """
@@ -116,7 +115,7 @@ def trained_counts(dataset: Dataset, max_length: int | None = None) -> NDArray[n
 
 
 def _unusable_rows(tokenized: Dataset, cfg: Any) -> dict[str, NDArray[np.bool_]]:
-    """The rows that `handle_long_seq_in_dataset` and `process_datasets_for_packing` drop, by reason."""
+    """Return the rows that `handle_long_seq_in_dataset` and `process_datasets_for_packing` drop, by reason."""
     if "input_ids" not in tokenized.column_names:
         return {}
     lengths, min_length = Rows(tokenized).token_counts("total"), cfg.min_sample_len or 2

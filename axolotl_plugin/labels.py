@@ -7,7 +7,7 @@ survives all of that. With `commonit_metric: task`:
 1. The raw rows of an entry of `datasets:` get a label column before they are tokenised.
 2. A wrapped strategy copies each raw row's label to its tokenised rows.
 3. De-duplication ignores the labels, so it keeps the rows that Axolotl keeps without them.
-4. Labelled rows have their own cache folder, because Axolotl's own packing fails on the label column.
+4. Labelled rows have their own cache folder, because Axolotl's packing fails on the label column.
 5. Cached rows must have the label column of this recipe; the column's name holds the source of the labels.
 
 With every metric, `axolotl_plugin.dropped` counts the rows of the training set that preparation drops.
@@ -54,7 +54,7 @@ _REPLACED = {
     )
 }
 _ORIGINAL = {name: function for (_, name), function in _REPLACED.items()}
-_count = PreparationCount()  # of the dataset that Axolotl prepares now; it prepares one at a time
+_count = PreparationCount()  # of the dataset in preparation; Axolotl prepares one at a time
 
 
 def replace_in_axolotl() -> None:
@@ -84,19 +84,19 @@ class TaskLabels:
 
     @classmethod
     def of_recipe(cls, cfg: Any) -> "TaskLabels | None":
-        """Return the labels of a recipe, None without `commonit_metric: task`; a process may run several recipes."""
+        """Return the labels of a recipe, or None without `commonit_metric: task`."""
         return cls(read_options(cfg), cfg) if cfg.get("commonit_metric") == "task" else None
 
     def of_rows(self, dataset: Dataset, entry: Any) -> list[str]:
         """Read the label of each raw row of an entry.
 
-        A test set without labels only loses its losses by group, so it is a warning and not an error.
+        A test set without labels only lacks evaluation losses by group, so it causes a warning, not an error.
 
         Returns:
             (rows,) labels, empty where a row has none.
 
         Raises:
-            ValueError: if an entry of `datasets:` lacks the label column, or its values are no labels.
+            ValueError: if an entry of `datasets:` lacks the label column or it has unsupported values.
         """
         if self.entries_are_tasks:
             return [self.label_of_entry[_key(entry)]] * len(dataset)
@@ -119,7 +119,7 @@ class TaskLabels:
         )
 
     def warn_of_unseen_entries(self) -> None:
-        """Warn of test sets whose label, the entry's name, is no task of the training data."""
+        """Warn about test sets whose entry name is not a task of the training data."""
         tasks = {label for key, label in self.label_of_entry.items() if key not in self.only_tests}
         unseen = sorted({self.label_of_entry[key] for key in self.only_tests} - tasks)
         if self.entries_are_tasks and unseen:
@@ -130,14 +130,14 @@ class TaskLabels:
                 ", ".join(map(repr, sorted(tasks))),
             )
 
-    def check(self, prepared: Dataset, place: str, recipe: str) -> None:
+    def check(self, prepared: Dataset, source: str, recipe: str) -> None:
         """Refuse prepared rows without the labels of this recipe."""
         if self.column not in prepared.column_names:
             others = label_columns(prepared)
             was = f"with other task labels ({', '.join(others)})" if others else "without task labels"
             raise ValueError(
                 f"commonit_metric='task' needs the task of each row ({self.column}), and the prepared dataset in "
-                f"{place} was made {was}: make it again with `axolotl preprocess {recipe}`."
+                f"{source} was made {was}: make it again with `axolotl preprocess {recipe}`."
             )
 
 
@@ -174,7 +174,7 @@ def get_dataset_wrapper(
         return wrapped, prompter
     labels = task.of_rows(dataset, dataset_config)
     if wrappers._is_dataset_already_tokenized(dataset) and not task.entries_are_tasks:
-        # Such rows keep their columns, and the collators of packed rows read all of them.
+        # Such rows keep their columns, and collators of packed rows read all columns as numbers.
         read = task.options.commonit_task_column or DEFAULT_TASK_COLUMNS
         dataset = dataset.remove_columns([name for name in read if name in dataset.column_names])
     wrapped, prompter = tokenize(dataset.add_column(task.column, labels))
@@ -205,7 +205,7 @@ def wrap_dataset_for_tokenized_prompt(prompt_tokenizer: Any, dataset: Any, **kwa
 def deduplicate_and_log_datasets(
     dataset: Any, other_dataset: Any = None, dataset_name: str | None = "train", other_name: str | None = "eval"
 ) -> tuple[Any, Any]:
-    """De-duplicate with Axolotl's function, ignoring labels: of equal rows, the first one and its task remain."""
+    """De-duplicate with Axolotl's function, ignoring labels: the first of equal rows remains, with its task."""
     other = None if other_dataset is None else _WithoutLabels(other_dataset)
     return _ORIGINAL["deduplicate_and_log_datasets"](_WithoutLabels(dataset), other, dataset_name, other_name)
 
@@ -219,7 +219,7 @@ def generate_dataset_hash_from_config(cfg: Any, cfg_datasets: list, tokenizer_na
 def load_preprocessed_dataset(cfg: Any, dataset_hash: str) -> Any:
     """Load cached rows with Axolotl's function; refuse rows without the labels of this recipe.
 
-    Rows that were cached without labels are refused too: preparing them again silently could take hours.
+    Rows cached without labels are refused too, because preparing them again could take hours.
     """
     global _count
     task, load = TaskLabels.of_recipe(cfg), _ORIGINAL["load_preprocessed_dataset"]
@@ -235,7 +235,7 @@ def load_preprocessed_dataset(cfg: Any, dataset_hash: str) -> Any:
 
 
 def save_preprocessed_dataset(cfg: Any, dataset: Any, dataset_hash: str, split: str) -> None:
-    """Save prepared rows with Axolotl's function; training rows bring the count of dropped rows."""
+    """Save prepared rows with Axolotl's function; store the counts of dropped rows with training rows."""
     if split == "train" and _is_on(cfg):
         task = TaskLabels.of_recipe(cfg)
         _count.finish(dataset, None if task is None else _groups(dataset, task), cfg)
@@ -264,12 +264,12 @@ def _is_on(cfg: Any) -> bool:
 
 
 def _groups(prepared: Dataset, task: TaskLabels) -> list[str]:
-    """(rows,) group names of labelled rows."""
+    """Return the (rows,) group names of labelled rows."""
     return [label or NO_LABEL for label in Rows(prepared).labels([task.column])]
 
 
 def _entry_names(cfg: Any) -> dict[str, str]:
-    """The name of each entry of `datasets:` and `test_datasets:`, by its key."""
+    """Return the name of each entry of `datasets:` and `test_datasets:` by its key."""
     names: dict[str, str] = {}
     for group in (_expand(cfg.test_datasets), _expand(cfg.datasets)):
         names |= zip(group, entry_labels(list(group.values())), strict=True)
@@ -277,12 +277,14 @@ def _entry_names(cfg: Any) -> dict[str, str]:
 
 
 def _expand(entries: Sequence[Any] | None) -> dict[str, Any]:
-    """The entries of a `datasets:`, one for each of their names, by a key that identifies them."""
+    """Return the entries of `datasets:` by key, one per name of an entry."""
     return {_key(entry): entry for entry in shared.datasets_with_name_generator(entries or [])}
 
 
 def _key(entry: Mapping[str, Any]) -> str:
-    known = {name: value for name, value in entry.items() if not name.startswith("shards")}  # shards are one entry
+    known = {
+        name: value for name, value in entry.items() if not name.startswith("shards")
+    }  # all shards belong to one entry
     return json.dumps(known, sort_keys=True, default=str)
 
 
@@ -294,7 +296,7 @@ class _LabelledStrategy:
         self.column = column
 
     def __getattr__(self, name: str) -> Any:
-        if name == "strategy":  # while it is unpickled
+        if name == "strategy":  # during unpickling
             raise AttributeError(name)
         return getattr(self.strategy, name)
 
@@ -303,7 +305,7 @@ class _LabelledStrategy:
         label = raw.pop(self.column)
         if not self.strategy.supports_batched:
             return {**self.strategy.tokenize_prompt(raw), self.column: label}
-        # A batched strategy may return more or fewer rows than it takes, so each row is tokenised alone.
+        # A batched strategy may change the number of rows, so tokenise each row alone.
         tokenized: dict[str, list[Any]] = {}
         for number, row_label in enumerate(label):
             row = self.strategy.tokenize_prompt({name: [values[number]] for name, values in raw.items()})
@@ -314,7 +316,7 @@ class _LabelledStrategy:
 
 
 class _WithoutLabels:
-    """A dataset whose rows are read without labels."""
+    """A dataset that yields rows without labels."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset

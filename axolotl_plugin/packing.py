@@ -7,7 +7,7 @@ their usual input: a micro-batch is a list of bins, a bin a list of row numbers.
 Bins are packed once, so that all epochs have the same number of steps. The bins that share a step, and the order of
 steps, differ between epochs.
 
-Cost: that of Axolotl's packing, first-fit compiled by numba, at most `sample_packing_group_size` rows at a time.
+Cost: that of Axolotl's packing (first-fit, compiled by numba) on up to `sample_packing_group_size` rows at a time.
 """
 
 import hashlib
@@ -157,17 +157,17 @@ def pack_rows(
             num_processes=min(4, num_processes or 4) if len(rows) > group_size else 1,
             mp_start_method=mp_start_method,
         )
-    return [[int(rows[place]) for place in places] for places in bins]
+    return [[int(rows[index]) for index in indices] for indices in bins]
 
 
 def split_bins(bins: list[list[int]], least: int) -> list[list[int]]:
     """Halve the bins with most rows until there are at least `least`, or all bins have one row."""
-    queue = [(-len(rows), place, rows) for place, rows in enumerate(bins)]
+    queue = [(-len(rows), index, rows) for index, rows in enumerate(bins)]
     heapq.heapify(queue)
     while len(queue) < least and queue[0][0] < -1:
-        _, place, rows = heapq.heappop(queue)
+        _, index, rows = heapq.heappop(queue)
         half = len(rows) // 2
-        heapq.heappush(queue, (-half, place, rows[:half]))
+        heapq.heappush(queue, (-half, index, rows[:half]))
         heapq.heappush(queue, (half - len(rows), len(bins) + len(queue), rows[half:]))
     return [rows for _, _, rows in sorted(queue, key=lambda entry: entry[1])]
 
@@ -176,7 +176,7 @@ class PackedBatchSampler(CommonITBatchSampler):
     """Yields the micro-batches of one rank from a plan over bins: lists of bins, which are lists of row numbers.
 
     Args:
-        bins: what the plan's samples stand for.
+        bins: the samples of the plan.
         plan, rank: as `CommonITBatchSampler` takes them.
     """
 
@@ -186,4 +186,4 @@ class PackedBatchSampler(CommonITBatchSampler):
 
     def __iter__(self) -> Iterator[Any]:
         for micro_batch in super().__iter__():
-            yield [self.bins.rows[place] for place in micro_batch]
+            yield [self.bins.rows[index] for index in micro_batch]

@@ -1,6 +1,6 @@
-"""The hooks that Axolotl calls.
+"""The hooks that Axolotl calls; with `commonit_metric: none` they change nothing.
 
-With `commonit_metric: none` they change nothing. Axolotl also calls the plugins of earlier recipes of the same process;
+ Axolotl also calls the plugins of earlier recipes of the same process;
 the hooks ignore recipes that do not name the plugin.
 """
 
@@ -127,7 +127,7 @@ class CommonITPlugin(BasePlugin):
         if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
             from commonit_trl.trainer.checkpoint import last_checkpoint
 
-            # Axolotl would take the highest number, even if that checkpoint is incomplete.
+            # Axolotl would choose the highest step, even if that checkpoint is incomplete.
             cfg.resume_from_checkpoint = last_checkpoint(cfg.output_dir)
         total_steps = math.ceil(trainer.commonit_plan().num_steps * cfg.num_epochs)
         if cfg.max_steps:
@@ -148,7 +148,7 @@ class CommonITPlugin(BasePlugin):
 class _RefuseCommonITCheckpoint(TrainerCallback):
     """Refuses to continue a CommonIT run with Axolotl's own batches, whose order differs.
 
-    A callback and not a check in `post_trainer_create`, which `axolotl evaluate` calls too.
+    `post_trainer_create` cannot check this, because `axolotl evaluate` calls it too.
     """
 
     def __init__(self, cfg: Any) -> None:
@@ -157,7 +157,7 @@ class _RefuseCommonITCheckpoint(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         from commonit_trl.trainer.checkpoint import check_baseline
 
-        checkpoint = self.cfg.resume_from_checkpoint  # with auto_resume_from_checkpoints, Axolotl has set it by now
+        checkpoint = self.cfg.resume_from_checkpoint  # Axolotl has already set it for auto_resume_from_checkpoints
         if checkpoint:
             check_baseline(Path(checkpoint))
 
@@ -184,7 +184,7 @@ def _check_recipe(cfg: Any, options: CommonITArguments) -> None:
             raise ValueError(
                 f"{key}: {cfg[key]!r} does not go with commonit_metric: {options.commonit_metric}: {way_out}."
             )
-    for key in ("context_parallel_size", "sequence_parallel_degree"):  # the second is its old name
+    for key in ("context_parallel_size", "sequence_parallel_degree"):  # the second is the old name
         if (cfg.get(key) or 1) > 1:
             raise ValueError(
                 f"{key}: {cfg[key]} does not go with commonit_metric: {options.commonit_metric}: ranks that share a "

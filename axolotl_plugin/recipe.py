@@ -1,9 +1,9 @@
 """Read an Axolotl recipe for `commonit inspect` and `commonit group`: `--axolotl recipe.yml`.
 
-Steps: (1) Axolotl loads and checks the recipe, without the keys that need the hardware of the training run; (2) it
-prepares the rows, or loads prepared ones, with the task labels of training; (3) rows without a token to train on are
-dropped, as the trainer drops them; (4) the settings that determine the batches are read from the recipe. No model is
-loaded. Axolotl's log goes to stderr.
+Steps: (1) Axolotl loads and checks the recipe, without keys that need the hardware of the training run; (2) it prepares
+the rows, or loads prepared ones, with the task labels of training; (3) rows without trained tokens are dropped, as in
+training; (4) the settings that determine the batches are read from the recipe. No model is loaded. Axolotl logs to
+stderr.
 
 Cost: that of `axolotl preprocess`; training then loads the prepared rows.
 """
@@ -25,7 +25,7 @@ from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN, UNKNOWN_GROUP, Dropp
 from commonit_trl.grouping.task import NO_LABEL
 from commonit_trl.rows import Rows
 
-# Keys that set up the hardware of the run and affect neither rows nor batches.
+# Hardware settings, which affect neither rows nor batches.
 _OFF = {"bf16": False, "fp16": False, "tf32": False, "load_in_8bit": False, "load_in_4bit": False} | {
     key: None for key in ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "fp8", "torch_compile")
 }
@@ -40,12 +40,11 @@ def read_recipe(path: str) -> Recipe:
         path: of the file.
 
     Raises:
-        ValueError: if the file is no recipe or does not name the plugin, if Axolotl or the plugin refuse it, or if its
-            data cannot be read.
+        ValueError: if the recipe is invalid, does not name the plugin, or its data cannot be read.
     """
     _check_file(path)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # Axolotl's log handlers keep the stream they find first
+        with contextlib.redirect_stdout(sys.stderr):  # Axolotl's log handlers keep their first stream
             return _read(path)
     except ValidationError as error:
         wrong = error.errors()[0]

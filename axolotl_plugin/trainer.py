@@ -1,9 +1,9 @@
 """`AxolotlTrainer` with group-pure batches, packed or not.
 
-Two differences from the mixin under TRL. Axolotl packs in the sampler, so plans are made of bins
-(`axolotl_plugin.packing`). And the loss of a training step is its mean over tokens, as transformers computes it:
-Axolotl takes the mean of each micro-batch, so that a sample's weight depends on the samples that share its micro-batch
-(`axolotl_plugin/README.md` says more). Evaluation keeps Axolotl's loss.
+Two differences from the mixin with TRL: Axolotl packs in the sampler, so plans consist of bins
+(`axolotl_plugin.packing`). The loss of a training step is its mean over tokens, as in transformers; Axolotl averages
+each micro-batch first, so a sample's weight would depend on its micro-batch (see `axolotl_plugin/README.md`).
+Evaluation keeps Axolotl's loss.
 """
 
 import copy
@@ -39,7 +39,7 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
     commonit_bins: Bins | None = None
 
     def commonit_check(self, options: Any, dataset: Any) -> None:
-        # Axolotl sets dataloader_drop_last for the evaluation of packed runs; our training batches ignore it.
+        # Axolotl sets dataloader_drop_last for packed evaluation; CommonIT's training batches ignore it.
         checked = copy.copy(options)
         checked.dataloader_drop_last = False
         validate.check_settings(checked)
@@ -56,18 +56,18 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
         grouping, row_groups = super().commonit_group()
         if dropped is not None:
             grouping = replace(grouping, dropped=grouping.dropped + dropped)
-        # Packed rows keep all their columns, and Axolotl's collators read each as numbers.
+        # Packed rows keep all columns, and Axolotl's collators read every column as numbers.
         self.train_dataset = _without_labels(self.train_dataset)
         return grouping, row_groups
 
     def commonit_loss_is_summed(self) -> bool:
-        # By class: Axolotl's loaders of other rows than the training set's need its evaluation settings.
+        # Check the class: a trial batch needs Axolotl's evaluation settings.
         return self.model_accepts_loss_kwargs and is_causal_lm_loss(self)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return the parent's dataloader, without the label column, which the loss of each group needs before."""
+        """Return the parent's dataloader without the label column; keep the labels for the losses by group."""
         if self.commonit is None:
             return super().get_eval_dataloader(eval_dataset)
         labelled = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -76,7 +76,7 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
         return loader
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as the parent does, with Axolotl's own loss."""
+        """Evaluate with Axolotl's loss."""
         if self.commonit is None:
             return super().evaluation_loop(*args, **kwargs)
         with baseline_loss(self, self._commonit_parent_accepts_loss_kwargs):
@@ -116,17 +116,17 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
         return f"{super().commonit_fingerprint()}{bins}"
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return Axolotl's sampler, which packs the whole dataset several times; not where ours takes its place."""
+        """Skip Axolotl's sampler, which packs the whole dataset several times, when CommonIT replaces it."""
         if self.commonit is not None:
             return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
         return super()._get_train_sampler(train_dataset)
 
 
 def accepts_loss_kwargs(model: Any) -> bool:
-    """Return what `transformers.Trainer.__init__` finds: whether the model's loss takes the step's token count.
+    """Return whether the model's loss takes the step's token count, as `transformers.Trainer.__init__` decides.
 
-    `AxolotlTrainer.__init__` looks for the argument in the signature of the model inside the model, where none of
-    transformers' causal language models has it.
+    `AxolotlTrainer.__init__` checks the signature of the inner model, which never has the argument in transformers'
+    causal language models.
     """
     model = unwrap_peft_model(model)
     if hasattr(model, "accepts_loss_kwargs"):

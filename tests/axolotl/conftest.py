@@ -1,4 +1,4 @@
-"""These tests run the real Axolotl, and are skipped where it is not installed."""
+"""Tests on the real Axolotl, skipped where it is not installed."""
 
 import importlib.metadata
 import logging
@@ -10,18 +10,20 @@ from typing import Any
 
 import pytest
 
-INSTALLED = any(importlib.metadata.distributions(name="axolotl"))  # to import, this folder would do: tests/ is a path
-os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # read when axolotl is imported
-# Rows are prepared in the process itself, where a recipe does not say otherwise.
+INSTALLED = any(
+    importlib.metadata.distributions(name="axolotl")
+)  # an import would find this folder, as tests/ is on the path
+os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # Axolotl reads it on import
+# Prepare rows in this process unless a recipe sets the number of processes.
 os.environ["AXOLOTL_DATASET_NUM_PROC"] = "0"
 
 if INSTALLED:
-    import axolotl.cli  # noqa: F401 - sets up logging as it is imported, and hides other packages' messages from then on
+    import axolotl.cli  # noqa: F401 - configures logging on import and hides other packages' messages
 
     logging.setLoggerClass(logging.Logger)
     for logger in (logging.getLogger(), logging.getLogger("axolotl")):
         for handler in logger.handlers.copy():
-            if getattr(handler, "stream", None) is sys.stdout:  # among what commands print that run in this process
+            if getattr(handler, "stream", None) is sys.stdout:  # it would mix with the output of commands under test
                 logger.removeHandler(handler)
 
 
@@ -36,7 +38,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> pytest.Module
 
 @pytest.fixture(autouse=True)
 def fresh_axolotl() -> Iterator[None]:
-    """Leave this process as it was: Axolotl keeps plugins and sets the environment, and we replace functions of it."""
+    """Restore the plugins, functions and environment variables that a test changes."""
     environment = dict(os.environ)
     yield
     from axolotl.integrations.base import PluginManager

@@ -1,8 +1,7 @@
-"""Bad input, one case a line, by way of Axolotl: keys of a recipe as `axolotl train` loads it, and recipes and data as
-`commonit inspect --axolotl` reads them.
+"""Bad recipes and data are refused by `axolotl train` and `commonit inspect --axolotl`.
 
-Each mistake is one line with key, value and way out, and leaves no file behind. Keys are checked before anything is
-loaded: the recipe's model does not exist, and loading its configuration would be another error.
+Each error is one line with the key, its value and the fix, and leaves no file behind. Keys are checked before the model
+is loaded: the recipe's model does not exist, so loading it would raise another error.
 """
 
 from pathlib import Path
@@ -20,7 +19,7 @@ ESCAPE = "\x1b[2J"
 LENGTH = {"commonit_metric": "length"}
 EMBEDDING = {"commonit_metric": "embedding"}
 KEYS = {
-    # name: (changed keys, what the line says)
+    # name: (changed keys, parts of the message)
     "no metric": ({"commonit_metric": ...}, ("commonit_metric", "not set", "'none'")),
     "a metric of nothing": ({"commonit_metric": None}, ("commonit_metric", "not set", "'none'")),
     "a misspelt metric": ({"commonit_metric": "lenght"}, ("commonit_metric='lenght'", "did you mean 'length'")),
@@ -89,19 +88,19 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(directory / "rows.jsonl", make_rows({"a": 3, "b": 3}))
     save_model(directory / "model")
     (directory / "out").mkdir()
-    (directory / "out" / "debug.log").touch()  # Axolotl's own, of all that it does
+    (directory / "out" / "debug.log").touch()  # Axolotl's log file
     return directory
 
 
 def bad_recipe(directory: Path, **keys: Any) -> Path:
-    """A recipe with these keys; `...` leaves one out."""
+    """Write a recipe with these keys; `...` omits a key."""
     ours = {"commonit_cache_dir": None, "commonit_report": None, "plugins": [PLUGIN], **LENGTH}
     written = {**recipe(directory, directory / "rows.jsonl", **ours), **keys}
     return write_recipe(directory / "bad.yml", {key: value for key, value in written.items() if value is not ...})
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_a_recipe_is_refused(name: str, directory: Path) -> None:
+def test_invalid_key_is_refused(name: str, directory: Path) -> None:
     keys, says = KEYS[name]
     path = bad_recipe(directory, base_model="no/model", **keys)
 
@@ -115,7 +114,7 @@ def test_a_recipe_is_refused(name: str, directory: Path) -> None:
     record("Axolotl", name, "ValueError", line, "anything is loaded", seconds)
 
 
-def test_what_is_no_key_of_ours_is_left_to_axolotl(directory: Path) -> None:
+def test_axolotl_validates_other_keys(directory: Path) -> None:
     path = bad_recipe(directory, base_model="no/model")
     path.write_text(path.read_text(encoding="utf-8") + "3: 4\n", encoding="utf-8")
     with pytest.raises(Exception) as error:
@@ -133,7 +132,7 @@ def data(name: str) -> dict[str, Any]:
 
 
 RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
-    # name: (the file, or changed keys, what the line says)
+    # name: (file content or changed keys, parts of the message)
     "no such file": (None, ("--axolotl bad.yml", "name a recipe's YAML file")),
     "an empty file": (b"", ("--axolotl bad.yml", "write lines such as")),
     "a list": (b"- a", ("--axolotl bad.yml", "write lines such as")),
@@ -168,10 +167,9 @@ RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_not_inspected(
+def test_inspect_refuses_bad_recipe(
     name: str, directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """It has a model whose weights are not needed, and are not there."""
     given, says = RECIPES[name]
     monkeypatch.chdir(directory)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", directory / "cache")

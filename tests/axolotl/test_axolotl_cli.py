@@ -1,7 +1,7 @@
-"""The commands as a user types them, `axolotl preprocess`, `train`, `evaluate` and `inference`, a line more or less.
+"""Run `axolotl preprocess`, `train`, `evaluate` and `inference` on recipes with and without CommonIT.
 
-Runs are shared between tests: first Axolotl alone prepares and trains, then the recipes that differ from it. The first
-run is a process of its own; the others are forks (see `forked.py`), which import Axolotl and us as such a process does.
+Tests share runs: Axolotl prepares and trains without the plugin first. That run is a new process; the others are forks
+(see `forked.py`).
 """
 
 import os
@@ -19,8 +19,8 @@ TASKS = {"maths": 10, "code": 8, "chat": 6}
 RECORDER = "helpers.axolotl_recorder.RecorderPlugin"
 
 
-class Shop:
-    """A folder with rows, a model, and recipes that differ in a line."""
+class Workspace:
+    """A folder with rows, a model and recipes."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -37,15 +37,15 @@ class Shop:
         return axolotl(command, self.recipe(name, **keys), self.directory / name, *flags)
 
     def trained(self, name: str, **keys: Any) -> str:
-        """Train, and what the run said."""
+        """Train and return the output."""
         done = self.run("train", name, **keys)
-        assert done.returncode == 0, said(done)[-3000:]
-        return said(done)
+        assert done.returncode == 0, output_of(done)[-3000:]
+        return output_of(done)
 
     def refused(self, name: str, *flags: str, command: str = "train", **keys: Any) -> str:
-        """Train in vain, and the last line that the run said."""
+        """Run a command that must fail before training, and return the last line of its output."""
         done = self.run(command, name, *flags, **keys)
-        assert done.returncode != 0, said(done)[-3000:]
+        assert done.returncode != 0, output_of(done)[-3000:]
         assert not (self.directory / f"{name}.ids.rank0").exists(), "it trained"
         return done.stderr.strip().splitlines()[-1]
 
@@ -59,52 +59,52 @@ class Shop:
         return result(self.directory / name)
 
 
-def said(done: subprocess.CompletedProcess[str]) -> str:
+def output_of(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return Shop(tmp_path_factory.mktemp("cli"))
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("cli"))
 
 
 @pytest.fixture(scope="module")
-def plain(shop: Shop) -> str:
-    """What Axolotl alone says; it leaves prepared rows without labels."""
-    done = axolotl("train", shop.recipe("plain", plugins=[RECORDER]), shop.directory / "plain", start=process)
-    assert done.returncode == 0, said(done)[-3000:]
-    return said(done)
+def plain(workspace: Workspace) -> str:
+    """Train without the plugin and return the output; leaves prepared rows without labels."""
+    done = axolotl("train", workspace.recipe("plain", plugins=[RECORDER]), workspace.directory / "plain", start=process)
+    assert done.returncode == 0, output_of(done)[-3000:]
+    return output_of(done)
 
 
-def test_without_our_lines_nothing_of_ours_is_imported(shop: Shop, plain: str) -> None:
-    assert shop.result("plain")["ours"] == []
-    assert shop.result("plain")["trainer"] == "AxolotlTrainer"
+def test_recipe_without_plugin_does_not_import_commonit(workspace: Workspace, plain: str) -> None:
+    assert workspace.result("plain")["ours"] == []
+    assert workspace.result("plain")["trainer"] == "AxolotlTrainer"
     assert "commonit" not in plain.lower()
 
 
-def test_none_is_axolotl_alone_byte_for_byte(shop: Shop, plain: str) -> None:
-    output = shop.trained("none", commonit_metric="none")
+def test_none_matches_axolotl_exactly(workspace: Workspace, plain: str) -> None:
+    output = workspace.trained("none", commonit_metric="none")
     assert output.count("CommonIT is off (commonit_metric: none)") == 1 and "CommonIT is on" not in output
-    assert shop.seen("none") == shop.seen("plain")
-    both = [shop.result(name) for name in ("none", "plain")]
+    assert workspace.seen("none") == workspace.seen("plain")
+    both = [workspace.result(name) for name in ("none", "plain")]
     read = ("loss", "grad_norm", "learning_rate", "eval_loss")
     logs = [[[entry.get(name) for name in read] for entry in one["log"]] for one in both]
     assert logs[0] == logs[1] and len(logs[0]) > 10
     assert [one["trainer"] for one in both] == ["AxolotlTrainer"] * 2
-    weights = [(shop.directory / f"out-{name}" / "model.safetensors").read_bytes() for name in ("none", "plain")]
+    weights = [(workspace.directory / f"out-{name}" / "model.safetensors").read_bytes() for name in ("none", "plain")]
     assert weights[0] == weights[1]
 
 
-def test_length_trains_on_what_was_prepared_without_us(shop: Shop, plain: str) -> None:
-    output = shop.trained("length", commonit_metric="length", commonit_length_edges=[20])
+def test_length_uses_data_prepared_without_commonit(workspace: Workspace, plain: str) -> None:
+    output = workspace.trained("length", commonit_metric="length", commonit_length_edges=[20])
     assert "Tokenizing Prompts" not in output
-    lengths = [row.count("a") for row in re.findall(r'"output": "(a*)"', shop.rows.read_text(encoding="utf-8"))]
-    assert all(len(groups) == 1 for groups in shop.groups_of_steps("length", [n >= 20 for n in lengths]))
+    lengths = [row.count("a") for row in re.findall(r'"output": "(a*)"', workspace.rows.read_text(encoding="utf-8"))]
+    assert all(len(groups) == 1 for groups in workspace.groups_of_steps("length", [n >= 20 for n in lengths]))
 
 
-def test_task_refuses_what_was_prepared_without_us_and_names_the_remedy(shop: Shop, plain: str) -> None:
-    line = shop.refused("task", commonit_metric="task")
-    recipe = shop.directory / "task.yml"
+def test_task_refuses_data_prepared_without_labels(workspace: Workspace, plain: str) -> None:
+    line = workspace.refused("task", commonit_metric="task")
+    recipe = workspace.directory / "task.yml"
     assert line.startswith("ValueError: commonit_metric='task' needs the task of each row"), line
     assert "was made without task labels" in line
     (remedy,) = re.findall("`(.*)`", line)
@@ -112,42 +112,42 @@ def test_task_refuses_what_was_prepared_without_us_and_names_the_remedy(shop: Sh
 
     command, path = shlex.split(remedy)[1:]
     done = axolotl(command, Path(path))
-    assert done.returncode == 0 and "Tokenizing Prompts" in said(done), said(done)[-3000:]
-    output = shop.trained("task", commonit_metric="task")
+    assert done.returncode == 0 and "Tokenizing Prompts" in output_of(done), output_of(done)[-3000:]
+    output = workspace.trained("task", commonit_metric="task")
     assert "Tokenizing Prompts" not in output
-    assert all(len(groups) == 1 for groups in shop.groups_of_steps("task", shop.tasks))
+    assert all(len(groups) == 1 for groups in workspace.groups_of_steps("task", workspace.tasks))
     on = [line for line in output.splitlines() if "CommonIT is on: " in line]
     assert len(on) == 1 and "commonit_metric=task (columns=['commonit_task[default]']" in on[0]
-    losses = {name for entry in shop.result("task")["log"] for name in entry if re.fullmatch("eval_.+_loss", name)}
+    losses = {name for entry in workspace.result("task")["log"] for name in entry if re.fullmatch("eval_.+_loss", name)}
     assert losses and losses <= {f"eval_{task}_loss" for task in TASKS}
 
-    line = shop.refused("level", commonit_metric="task", commonit_task_column="level")
+    line = workspace.refused("level", commonit_metric="task", commonit_task_column="level")
     assert "needs the task of each row (commonit_task[level])" in line
     assert line.partition("was made ")[2] == (
         "with other task labels (commonit_task[default]): make it again with "
-        f"`axolotl preprocess {shop.directory / 'level.yml'}`."
+        f"`axolotl preprocess {workspace.directory / 'level.yml'}`."
     )
 
     for command in ("evaluate", "inference"):
-        done = shop.run(command, "task", "--launcher", "python", commonit_metric="task")
-        assert done.returncode == 0, said(done)[-3000:]
-    assert (shop.directory / "out-task" / "eval_summary.csv").exists()
+        done = workspace.run(command, "task", "--launcher", "python", commonit_metric="task")
+        assert done.returncode == 0, output_of(done)[-3000:]
+    assert (workspace.directory / "out-task" / "eval_summary.csv").exists()
 
 
-def test_a_flag_that_axolotl_would_drop_is_refused(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line_flag_is_refused(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     flag = ("--commonit-metric", "length")
-    line = shop.refused("flag", *flag, commonit_metric="none")
+    line = workspace.refused("flag", *flag, commonit_metric="none")
     assert line.startswith("ValueError: --commonit-metric") and "Set commonit_metric:" in line
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    assert "--commonit-metric" in shop.refused("flag", "--launcher", "accelerate", *flag, commonit_metric="none")
-    assert "No such option" in shop.refused("flag", *flag, command="preprocess", commonit_metric="none")
+    assert "--commonit-metric" in workspace.refused("flag", "--launcher", "accelerate", *flag, commonit_metric="none")
+    assert "No such option" in workspace.refused("flag", *flag, command="preprocess", commonit_metric="none")
 
 
-def test_a_plugin_that_cannot_be_imported_does_not_train_without_it(
-    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_plugin_import_failure_stops_training(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "commonit_trl.py").write_text("raise ImportError('broken')", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    line = shop.refused("broken", commonit_metric="length")
+    line = workspace.refused("broken", commonit_metric="length")
     assert line.startswith("RuntimeError: axolotl_plugin.CommonITPlugin cannot be imported (ImportError: broken)"), line
     assert "pip install" in line

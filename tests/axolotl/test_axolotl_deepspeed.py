@@ -1,5 +1,7 @@
-"""I1 to I3 and I5 under Axolotl with a real DeepSpeed engine of ZeRO-1, 2 and 3 on two ranks: the same batches as
-without DeepSpeed, and a resumed run goes on with what was left."""
+"""I1 to I3 and I5 with Axolotl and DeepSpeed ZeRO-1, 2 and 3 on two ranks.
+
+The batches are those without DeepSpeed, and a resumed run trains the remaining ones.
+"""
 
 import json
 
@@ -48,19 +50,19 @@ def directory(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_engine_is_real(directory, stage):
-    told = result(directory / f"zero{stage}")
-    assert (told["wrapped"], told["stage"], told["world_size"]) == ("DeepSpeedEngine", stage, 2)
+def test_deepspeed_engine_is_used(directory, stage):
+    outcome = result(directory / f"zero{stage}")
+    assert (outcome["wrapped"], outcome["stage"], outcome["world_size"]) == ("DeepSpeedEngine", stage, 2)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_batches_are_those_without_deepspeed(directory, stage):
+def test_deepspeed_does_not_change_batches(directory, stage):
     steps = seen(directory / f"zero{stage}", 2)
     assert steps == seen(directory / "plain", 2)
     for step in steps.values():
         assert len({ROWS[number]["task"] for rank in step for batch in rank for number in batch}) == 1
 
 
-def test_a_resumed_run_goes_on_with_the_second_epoch(directory):
+def test_resumed_run_trains_second_epoch(directory):
     whole, resumed = seen(directory / "zero2", 2), seen(directory / "resumed", 2)
     assert resumed == {step: whole[step] for step in range(len(whole) // 2, len(whole))}

@@ -1,10 +1,10 @@
-"""Rows that preparation drops are counted.
+"""Rows that data preparation drops are counted.
 
 1. Complete: prepared rows plus dropped rows are the raw rows, for every reason and metric.
 2. Named: each dropped row counts under its task label, or its entry of `datasets:` without labels.
-3. Kept: rows from Axolotl's cache bring the counts of the preparation that made them; rows that were prepared without
-   CommonIT have none.
-4. Unchanged: counting does not change which rows are prepared, nor their order.
+3. Kept: rows from Axolotl's cache have the counts of the preparation that created them; rows prepared without CommonIT
+   have none.
+4. Unchanged: counting changes neither the prepared rows nor their order.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ FORMAT = "{instruction}"
 
 
 def alpaca(number: int, task: str, prompt: int = 40, answer: int = 30) -> dict[str, Any]:
-    """A row of one token a character."""
+    """Make a row with one token per character."""
     return {"instruction": f"#{number}#".ljust(prompt, "q"), "output": "a" * answer, "task": task}
 
 
@@ -40,7 +40,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def entries(directory: Path) -> list[dict[str, Any]]:
-    """Two files: of 19 rows, 3 are too long, 2 too short and 3 duplicates."""
+    """Two files with 19 rows: 3 too long, 2 too short and 3 duplicates."""
     first = [
         *(alpaca(number, "maths") for number in range(6)),
         *(alpaca(number, "maths", answer=200) for number in (6, 7)),  # too long
@@ -76,7 +76,7 @@ METRICS: dict[str, tuple[dict[str, Any], dict[tuple[str, str], int]]] = {
 
 @pytest.mark.parametrize("packing", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("metric", METRICS)
-def test_each_dropped_row_has_a_reason_and_a_group(
+def test_dropped_rows_have_reason_and_group(
     directory: Path, entries: list[dict[str, Any]], metric: str, packing: bool
 ) -> None:
     options, expected = METRICS[metric]
@@ -112,7 +112,7 @@ def test_packing_drops_rows_without_trained_tokens(directory: Path) -> None:
     assert dict(dropped.counts) == {(NO_TRAINED_TOKEN, "long"): 4} and len(prepared) == 8
 
 
-def test_rows_that_become_no_tokens_are_counted(directory: Path) -> None:
+def test_rows_without_tokens_are_counted(directory: Path) -> None:
     rows = [{"text": "" if number % 4 == 0 else "t" * 60, "task": f"{number % 2}"} for number in range(12)]
     completion = {"path": str(write_rows(directory / "empty.jsonl", rows)), "type": "completion"}
     for metric, options, group in (("task", {"commonit_task_column": "task"}, "0"), ("length", {}, "empty")):
@@ -123,7 +123,7 @@ def test_rows_that_become_no_tokens_are_counted(directory: Path) -> None:
         assert dict(dropped.counts) == {(NOT_TOKENIZED, group): 3} and len(prepared) == 9
 
 
-def test_splits_keep_the_counts(directory: Path, entries: list[dict[str, Any]]) -> None:
+def test_splits_keep_counts(directory: Path, entries: list[dict[str, Any]]) -> None:
     place = str(directory / "prepared-split")
     whole, _ = prepare(directory, entries, metric="length", dataset_prepared_path=place, **KEYS)
     part, evaluation = prepare(directory, entries, metric="length", dataset_prepared_path=place, val_set_size=4, **KEYS)
@@ -131,10 +131,10 @@ def test_splits_keep_the_counts(directory: Path, entries: list[dict[str, Any]]) 
     assert dropped_rows(part) == dropped_rows(whole) is not None
 
 
-def test_preparing_again_without_commonit_makes_the_count_unknown(
+def test_count_is_unknown_after_preparing_without_commonit(
     directory: Path, entries: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Both preparations have the same folder; `axolotl preprocess` writes over it."""
+    """`axolotl preprocess` overwrites the folder of the first preparation."""
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_datasets

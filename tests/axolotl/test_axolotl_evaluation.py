@@ -1,5 +1,7 @@
-"""I8 in Axolotl: `eval_loss` is Axolotl's to the last digit, and each task's loss is that of its rows, on any number
-of ranks, packed or not."""
+"""I8 with Axolotl: `eval_loss` equals Axolotl's exactly, and each task's loss is that of its rows.
+
+On one and two ranks, packed and unpacked.
+"""
 
 import math
 from pathlib import Path
@@ -22,7 +24,7 @@ METRICS = ("none", "task")
 
 
 def losses_of_tasks(directory: Path, prepared: Path, rows: list[dict]) -> dict[str, float]:
-    """The token-weighted loss of each task, one row at a time."""
+    """Compute the token-weighted loss of each task, one row at a time."""
     network, tokenizer = (kind.from_pretrained(directory / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
     tasks = {int(MARK.findall(row["instruction"])[0]): row["task"] for row in rows}
     sums: dict[str, tuple[float, int]] = {}
@@ -41,7 +43,7 @@ def losses_of_tasks(directory: Path, prepared: Path, rows: list[dict]) -> dict[s
 
 @pytest.fixture(scope="module", params=[1, 2], ids=lambda world_size: f"W{world_size}")
 def evaluated(request, tmp_path_factory):
-    """Case -> metric -> logged evaluation, and the loss of each task; of one frozen model."""
+    """Logged evaluation by run name, and the expected loss of each task, for a frozen model."""
     directory = tmp_path_factory.mktemp("evaluation")
     train = write_rows(directory / "train.jsonl", make_rows({"x": 16, "y": 16, "z": 8}))
     rows = make_rows(SIZES, seed=1, first=100)
@@ -55,7 +57,7 @@ def evaluated(request, tmp_path_factory):
             keys |= {"dataset_prepared_path": str(directory / f"prepared-{case}-{metric}")}
             keys |= {"output_dir": str(directory / f"{case}-{metric}-out"), **options}
             path = write_recipe(directory / f"{case}-{metric}.yml", recipe(directory, train, **keys))
-            if request.param > 1:  # Axolotl hangs where CPU ranks prepare rows
+            if request.param > 1:  # Axolotl hangs when several CPU ranks prepare rows
                 done = axolotl("preprocess", path)
                 assert done.returncode == 0, done.stderr[-3000:]
             runs.append({"name": f"{case}-{metric}", "recipe": str(path)})
@@ -66,7 +68,7 @@ def evaluated(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_i8_eval_loss_is_axolotls_and_tasks_have_the_losses_of_their_rows(evaluated, case):
+def test_i8_eval_loss_matches_axolotl_and_task_losses_match_rows(evaluated, case):
     logged, expected = evaluated
     ours = logged[f"{case}-task"]
     assert ours["eval_loss"] == logged[f"{case}-none"]["eval_loss"]
@@ -74,6 +76,6 @@ def test_i8_eval_loss_is_axolotls_and_tasks_have_the_losses_of_their_rows(evalua
     assert set(losses) == set(SIZES)
     if case == "unpacked":
         assert losses == pytest.approx(expected, rel=1e-5)
-    else:  # Axolotl drops incomplete batches where it packs: the rest is near, and a task without a row is NaN
+    else:  # Axolotl drops incomplete packed batches, so losses are approximate; NaN without rows
         assert all(math.isnan(loss) or loss == pytest.approx(expected[task], rel=0.05) for task, loss in losses.items())
         assert not all(map(math.isnan, losses.values()))

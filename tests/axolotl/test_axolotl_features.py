@@ -1,5 +1,4 @@
-"""Axolotl's other features with CommonIT on: padding to a length, packed evaluation, LoRA with checkpointing and token
-counts, `max_steps`; and what a run leaves in its output folder."""
+"""Axolotl features with CommonIT: padding, packed evaluation, LoRA, token counts, `max_steps` and the output folder."""
 
 import json
 import re
@@ -50,19 +49,19 @@ def shapes(directory, name):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_step_holds_one_task(directory, name):
+def test_each_step_has_one_task(directory, name):
     for step in seen(directory / name).values():
         assert len({ROWS[number]["task"] for batch in step[0] for number in batch}) == 1
 
 
-def test_rows_that_are_padded_to_one_length_are_not_crowded_into_a_micro_batch(directory):
-    """Arranged by their own lengths, short rows would share a micro-batch that is then padded beyond its budget."""
+def test_padding_to_fixed_length_keeps_micro_batch_size(directory):
+    """Rows padded to one length must not be balanced by their unpadded lengths."""
     for rows, tokens in shapes(directory, "padded"):
         assert tokens == LENGTH and rows <= 4
     assert {tokens for _, tokens in shapes(directory, "packed-padded")} <= {LENGTH, 2 * LENGTH}
 
 
-def test_packed_evaluation_has_the_loss_of_each_task(directory):
+def test_packed_evaluation_logs_loss_by_task(directory):
     (evaluated,) = [
         entry for entry in result(directory / "packed-eval")["log"] if entry.get("epoch") == 1 and "eval_loss" in entry
     ]
@@ -70,28 +69,28 @@ def test_packed_evaluation_has_the_loss_of_each_task(directory):
     assert tasks and tasks <= {"x", "y", "z"}
 
 
-def test_lora_with_checkpointing_counts_its_tokens(directory):
-    told, trained = result(directory / "lora"), defaultdict(int)
+def test_lora_with_checkpointing_counts_tokens(directory):
+    outcome, trained = result(directory / "lora"), defaultdict(int)
     for line in Path(f"{directory / 'lora'}.ids.rank0").read_text(encoding="utf-8").splitlines():
         trained[json.loads(line)["step"]] += json.loads(line)["trained"]
-    logged = [entry["tokens/trainable"] for entry in told["log"] if "tokens/trainable" in entry]
+    logged = [entry["tokens/trainable"] for entry in outcome["log"] if "tokens/trainable" in entry]
     assert logged[-1] == sum(trained.values())
     assert (directory / "lora-out" / "adapter_model.safetensors").exists()
 
 
-def test_a_run_leaves_groups_and_report(directory):
+def test_output_contains_groups_and_report(directory):
     files = {file.name for file in (directory / "lora-out" / "commonit").iterdir()}
     assert files == {"groups.json", "run.json", "report.html"}
     card = (directory / "lora-out" / "README.md").read_text(encoding="utf-8")
     assert card.count("## CommonIT") == 1
 
 
-def test_max_steps_and_its_warm_up(directory):
-    told = result(directory / "max-steps")
-    assert (told["global_step"], told["max_steps"], told["warmup_steps"]) == (5, 5, 2)
+def test_max_steps_sets_warmup(directory):
+    outcome = result(directory / "max-steps")
+    assert (outcome["global_step"], outcome["max_steps"], outcome["warmup_steps"]) == (5, 5, 2)
 
 
-def test_evaluate_loads_a_packed_recipe(directory):
+def test_evaluate_packed_recipe(directory):
     done = axolotl("evaluate", directory / "packed-eval.yml", None, "--launcher", "python")
     assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-2000:])
     assert "eval_x_loss" in done.stdout + done.stderr

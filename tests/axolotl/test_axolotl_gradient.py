@@ -1,6 +1,6 @@
-"""I6 under Axolotl: which rank or micro-batch of a step holds a row does not change the step's gradient.
+"""I6 with Axolotl: the gradient of a step does not depend on which rank or micro-batch holds a row.
 
-Axolotl alone weighs each micro-batch, and each rank, the same, whatever it holds; see `axolotl_plugin/README.md`.
+Without CommonIT, Axolotl gives each micro-batch and rank the same weight; see `axolotl_plugin/README.md`.
 """
 
 import pytest
@@ -26,14 +26,14 @@ def directory(tmp_path_factory):
                 directory / f"{name}.yml", recipe(directory, data, **keys, output_dir=str(directory / f"{name}-out"))
             )
             runs[size].append({"name": name, "recipe": str(path), "arrange_by": arrangement})
-    for size in WORLD_SIZES:  # one rank prepares the rows that two then load
+    for size in WORLD_SIZES:  # the run on one rank prepares the rows for two
         launch(runs[size], directory, size)
     return directory
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS[1:])
-def test_the_arrangement_does_not_change_the_gradient(directory, world_size, arrangement):
+def test_balancing_does_not_change_gradient(directory, world_size, arrangement):
     names = [f"lengths-W{world_size}", f"{arrangement}-W{world_size}"]
     ours, other = (seen(directory / name, world_size)[0] for name in names)
     rows, others = (

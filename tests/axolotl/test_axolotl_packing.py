@@ -1,5 +1,4 @@
-"""Bins of one group: every row in exactly one, none over its capacity, as many as the steps need, and packed as
-Axolotl packs."""
+"""Each row is in one bin of its own group, within capacity; groups have enough bins for their steps."""
 
 import numpy as np
 import pytest
@@ -37,7 +36,7 @@ def pack(rows, **options):
     sequential=st.booleans(),
     bin_size=st.integers(1, 5),
 )
-def test_bins_hold_each_row_once_and_rows_of_one_group(rows, per_micro_batch, per_partition, sequential, bin_size):
+def test_bins_hold_each_row_once_and_one_group(rows, per_micro_batch, per_partition, sequential, bin_size):
     bins, group_ids, lengths = pack(
         rows,
         bins_per_micro_batch=per_micro_batch,
@@ -63,7 +62,7 @@ def test_bins_hold_each_row_once_and_rows_of_one_group(rows, per_micro_batch, pe
     accumulation=st.integers(1, 3),
     per_micro_batch=st.integers(1, 3),
 )
-def test_a_plan_over_bins_repeats_rows_of_small_groups_only(rows, world_size, accumulation, per_micro_batch):
+def test_plan_repeats_only_rows_of_small_groups(rows, world_size, accumulation, per_micro_batch):
     per_partition = world_size * accumulation
     bins, group_ids, _ = pack(rows, bins_per_micro_batch=per_micro_batch, micro_batches_per_partition=per_partition)
     if len(bins.rows) < world_size * accumulation:
@@ -86,7 +85,7 @@ def test_a_plan_over_bins_repeats_rows_of_small_groups_only(rows, world_size, ac
         assert repeats == 0 if size >= partitions * per_partition else repeats < per_partition
 
 
-def test_rows_that_exceed_the_groups_size_are_packed_by_chunks_as_axolotl_does():
+def test_large_group_is_packed_in_chunks_like_axolotl():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 30, 500)
     ours, _, _ = pack([(0, int(length)) for length in lengths], split=False, group_size=100)
@@ -98,12 +97,12 @@ def test_rows_that_exceed_the_groups_size_are_packed_by_chunks_as_axolotl_does()
     assert ours.efficiency == pytest.approx(sampler.efficiency())
 
 
-def test_splitting_ends_with_bins_of_one_row():
+def test_split_stops_at_single_row_bins():
     assert split_bins([[1, 2, 3], [4]], 3) == [[1], [4], [2, 3]]
     assert sorted(split_bins([[1, 2, 3], [4]], 9)) == [[1], [2], [3], [4]]
 
 
-def test_other_bins_have_another_fingerprint():
+def test_fingerprint_depends_on_bins():
     def bins(rows):
         return Bins(rows=rows, group_ids=np.zeros(2, int), lengths=np.ones(2, int), capacity=4).fingerprint()
 

@@ -1,4 +1,4 @@
-"""What the plugin takes for granted of Axolotl's private parts; each test says what to look at when one changes."""
+"""Checks of the Axolotl internals that the plugin depends on; a failure names the code to adapt."""
 
 import inspect
 import sys
@@ -27,7 +27,7 @@ from transformers import Trainer, TrainingArguments
 from axolotl_plugin import labels
 from axolotl_plugin.trainer import CommonITAxolotlTrainer, accepts_loss_kwargs
 
-# --- data preparation: what axolotl_plugin/labels.py replaces and calls -----------------------------------------------
+# --- data preparation: functions that axolotl_plugin/labels.py replaces and calls -------------------------------------
 
 CALLERS = [
     (sft._load_and_process_single_dataset, sft, ["get_dataset_wrapper"]),
@@ -49,7 +49,7 @@ CALLERS = [
 
 
 @pytest.mark.parametrize("name", sorted({name for _, name in labels._REPLACED}))
-def test_the_replaced_functions_take_what_ours_take(name: str) -> None:
+def test_replacements_have_original_signatures(name: str) -> None:
     ours = inspect.signature(getattr(labels, name)).parameters.values()
     for (module, replaced), theirs in labels._REPLACED.items():
         if replaced == name:
@@ -59,19 +59,21 @@ def test_the_replaced_functions_take_what_ours_take(name: str) -> None:
             assert module.__name__.startswith("axolotl.") and theirs is not getattr(labels, name)
 
 
-def test_axolotl_calls_what_we_replace() -> None:
-    """By its name in that module; what is bound elsewhere would not be replaced."""
+def test_axolotl_calls_replaced_functions_by_name() -> None:
+    """Callers must look the function up by name in the module, or replacing it has no effect."""
     replaced = set()
     for caller, module, names in CALLERS:
         caller = inspect.unwrap(caller)
         for name in names:
-            said = f"{caller.__module__}.{caller.__name__} does not call {module.__name__}.{name} by its name any more"
-            assert caller.__globals__ is vars(module) and name in caller.__code__.co_names, said
+            message = (
+                f"{caller.__module__}.{caller.__name__} does not call {module.__name__}.{name} by its name any more"
+            )
+            assert caller.__globals__ is vars(module) and name in caller.__code__.co_names, message
             replaced.add((module, name))
     assert replaced == set(labels._REPLACED), "what labels.py replaces and what is checked here differ"
 
 
-def test_datasets_keep_the_description_that_holds_the_counts_of_dropped_rows(tmp_path: Path) -> None:
+def test_datasets_keep_description(tmp_path: Path) -> None:
     """`axolotl_plugin.dropped` stores the counts there; they must survive saving, splits, shards and selections."""
     rows = Dataset.from_dict({"input_ids": [[1]] * 8, "labels": [[1]] * 8})
     rows = rows.filter(lambda row: True).map(lambda row: row)
@@ -84,7 +86,7 @@ def test_datasets_keep_the_description_that_holds_the_counts_of_dropped_rows(tmp
     assert [part.info.description for part in derived] == ["counts"] * len(derived)
 
 
-def test_the_helpers_of_the_data_preparation() -> None:
+def test_data_preparation_helpers() -> None:
     rows = Dataset.from_dict({"input_ids": [[1]], "attention_mask": [[1]], "labels": [[1]]})
     assert wrappers._is_dataset_already_tokenized(rows)
     assert not wrappers._is_dataset_already_tokenized(rows.remove_columns("attention_mask"))
@@ -99,10 +101,8 @@ def test_the_helpers_of_the_data_preparation() -> None:
 # --- plugins ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_plugin_that_cannot_be_imported_is_left_out_unless_it_says_so_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Why `axolotl_plugin/__init__.py` makes another error of an ImportError."""
+def test_axolotl_ignores_plugin_import_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Therefore `axolotl_plugin/__init__.py` raises a RuntimeError instead of an ImportError."""
     monkeypatch.syspath_prepend(tmp_path)
     for name, error in {"commonit_lost": "ImportError", "commonit_broken": "RuntimeError"}.items():
         (tmp_path / f"{name}.py").write_text(f"raise {error}('cannot be imported')", encoding="utf-8")
@@ -113,7 +113,7 @@ def test_a_plugin_that_cannot_be_imported_is_left_out_unless_it_says_so_otherwis
         manager.register("commonit_broken.Plugin")
 
 
-def test_a_broken_import_of_ours_is_not_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_commonit_import_raises_runtime_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "axolotl_plugin"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "commonit_trl.config", None)  # its import raises ModuleNotFoundError
@@ -136,10 +136,8 @@ def test_a_broken_import_of_ours_is_not_an_import_error(monkeypatch: pytest.Monk
         ({}, {"warmup_steps": 2, "logging_steps": 1}),
     ],
 )
-def test_warm_up_and_logging_come_from_the_recipe_and_the_number_of_steps(
-    keys: dict[str, Any], expected: dict[str, int]
-) -> None:
-    """Of a builder that has nothing but `cfg`: `plugin._steps_of_axolotl` calls it so."""
+def test_warmup_and_logging_steps_from_recipe(keys: dict[str, Any], expected: dict[str, int]) -> None:
+    """`plugin._steps_of_axolotl` calls the builder's method with an object that only has `cfg`."""
     builder, arguments = SimpleNamespace(cfg=DictDefault(keys)), {}
     assert HFCausalTrainerBuilder._configure_warmup_and_logging(builder, 50, arguments) is None
     assert arguments == expected
@@ -149,7 +147,7 @@ def test_warm_up_and_logging_come_from_the_recipe_and_the_number_of_steps(
 
 
 def arguments(tmp_path: Path, **settings: Any) -> Any:
-    """Training arguments as Axolotl makes them for a recipe with our plugin."""
+    """Make training arguments as Axolotl does for a recipe with the plugin."""
     PluginManager.get_instance().register(PLUGIN)
 
     @dataclass
@@ -168,8 +166,8 @@ MODELS = {name: lambda name=name: tiny_model(name) for name in ("llama", "qwen2"
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_take_the_token_count_as_in_transformers(tmp_path: Path, name: str) -> None:
-    """`AxolotlTrainer` says of the same models that they do not, which would make a step's loss a mean of means."""
+def test_accepts_loss_kwargs_matches_transformers(tmp_path: Path, name: str) -> None:
+    """`AxolotlTrainer` sets the flag to False for these models, so a step's loss would be a mean of means."""
     args = arguments(tmp_path)
     rows = id_rows([6, 6]).remove_columns(["task", "row"])
     expected = Trainer(model=MODELS[name](), args=args, train_dataset=rows).model_accepts_loss_kwargs
@@ -185,7 +183,7 @@ def test_models_take_the_token_count_as_in_transformers(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("real_batches", [True, False])
-def test_bins_are_as_large_as_axolotls(tmp_path: Path, real_batches: bool) -> None:
+def test_bin_capacity_matches_axolotl(tmp_path: Path, real_batches: bool) -> None:
     args = arguments(
         tmp_path,
         sample_packing=True,
@@ -209,7 +207,7 @@ def test_bins_are_as_large_as_axolotls(tmp_path: Path, real_batches: bool) -> No
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_packed_rows_keep_every_column(tmp_path: Path, packing: bool) -> None:
-    """Why the labels are taken off before training: the collators of packed rows take each column for numbers."""
+    """Labels are removed before training because collators of packed rows read every column as numbers."""
     args = arguments(tmp_path, sample_packing=packing, max_seq_length=64, dataset_num_proc=1)
     rows = id_rows([6, 6]).remove_columns("row")
     collator = V2BatchSamplerDataCollatorForSeq2Seq(tiny_tokenizer())
@@ -221,7 +219,7 @@ def test_packed_rows_keep_every_column(tmp_path: Path, packing: bool) -> None:
             collator([[loader.dataset[0], loader.dataset[1]]])
 
 
-def test_the_hooks_of_the_trainer_that_we_override() -> None:
+def test_overridden_trainer_hooks_exist() -> None:
     for name, expected in {
         "_get_train_sampler": ["self", "train_dataset"],
         "_get_dataloader": ["self", "dataset", "description", "batch_size", "sampler_fn", "is_training"],

@@ -1,7 +1,6 @@
-"""The real mixture as three entries of `datasets:`, by task: what `benchmarks/axolotl_real_data.py` finds.
+"""I1 and I2 on a real mixture with three entries of `datasets:`, by `benchmarks/axolotl_real_data.py`.
 
-I1 every step is of one task. I2 every row is seen once. Rows and tasks are told from the tokens that enter the model,
-and the same counting finds Axolotl's own batches mixed.
+Rows and tasks are identified by the model's input tokens; by the same count, Axolotl's own batches are mixed.
 """
 
 import json
@@ -32,7 +31,7 @@ def found(real_data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["unpacked", "packed", "packed, multipack_real_batches"])
-def test_the_model_sees_pure_steps_and_every_row(name, found):
+def test_steps_are_pure_and_cover_every_row(name, found):
     ours, axolotls = found["trained"][name]["ours"], found["trained"][name]["axolotl"]
     assert ours["rows"] == axolotls["rows"] == ROWS
     assert ours["pure_steps"] == 1.0
@@ -40,13 +39,13 @@ def test_the_model_sees_pure_steps_and_every_row(name, found):
     assert axolotls["pure_steps"] < 0.5
 
 
-def test_less_is_padded_without_packing(found):
+def test_less_padding_without_packing(found):
     unpacked = found["trained"]["unpacked"]
     assert unpacked["ours"]["cost"] < unpacked["axolotl"]["cost"]
 
 
-def test_packing_each_task_alone_is_nearly_as_efficient(found):
-    """Where a step is small beside the data, or a micro-batch may hold fewer bins than others."""
+def test_packing_by_task_is_nearly_as_efficient(found):
+    """For steps that are small relative to the data, or micro-batches that may hold fewer bins."""
     losses = {
         (row["micro_batch_size"], row["multipack_real_batches"], int(micro_batches)): row["axolotl"] - efficiency
         for row in found["packed"]

@@ -1,9 +1,8 @@
 """Resuming under Axolotl.
 
-1. Exact: a run that is killed in its second epoch resumes at the next micro-batch and ends with the weights of a run
-   that was not killed. One rank, unpacked and `auto_resume_from_checkpoints`; two ranks, packed and
-   `resume_from_checkpoint`.
-2. Apart: a CommonIT checkpoint does not resume with `commonit_metric: none`, where the order of rows differs.
+1. Exact: a run killed in its second epoch resumes at the exact next micro-batch and ends with the weights of an
+   uninterrupted run. One rank, unpacked, `auto_resume_from_checkpoints`; two ranks, packed, `resume_from_checkpoint`.
+2. Refused: a CommonIT checkpoint does not resume with `commonit_metric: none`, because the order of rows differs.
 """
 
 import itertools
@@ -31,7 +30,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda world_size: f"W{world_size}")
 def runs(request, tmp_path_factory):
-    """(directory, world size, steps of an epoch) of the runs `whole`, `killed` and `resumed`."""
+    """Directory, world size and steps per epoch of the runs `whole`, `killed` and `resumed`."""
     world_size, directory = request.param, tmp_path_factory.mktemp("resume")
     save_model(directory / "model", dropout=0.1)
     data = write_rows(directory / "rows.jsonl", make_rows({"x": 23, "y": 15, "z": 4}))
@@ -44,7 +43,7 @@ def runs(request, tmp_path_factory):
         return {"name": name, "recipe": str(path)}
 
     whole, killed, resumed = run("whole", "whole-out"), run("killed", "killed-out"), run("resumed", "killed-out")
-    if world_size > 1:  # Axolotl hangs where ranks on CPUs prepare rows
+    if world_size > 1:  # Axolotl hangs when several CPU ranks prepare rows
         prepared = axolotl("preprocess", directory / "whole.yml")
         assert prepared.returncode == 0, prepared.stderr[-3000:]
     launch([whole], directory, world_size)
@@ -54,7 +53,7 @@ def runs(request, tmp_path_factory):
     if "auto_resume_from_checkpoints" not in keys:
         last = directory / "killed-out" / f"checkpoint-{per_epoch + KILLED_IN_SECOND_EPOCH}"
         resumed = run("resumed", "killed-out", resume_from_checkpoint=str(last))
-    else:  # the highest number was not written to its end, and is passed over
+    else:  # the latest checkpoint is incomplete and must be skipped
         torn = directory / "killed-out" / "checkpoint-99"
         torn.mkdir()
         (torn / "trainer_state.json").write_text('{"global_step": 9')
@@ -62,7 +61,7 @@ def runs(request, tmp_path_factory):
     return directory, world_size, per_epoch
 
 
-def test_the_resumed_run_sees_exactly_what_was_left(runs):
+def test_resumed_run_trains_remaining_micro_batches(runs):
     directory, world_size, per_epoch = runs
     whole, killed, resumed = (seen(directory / name, world_size) for name in ("whole", "killed", "resumed"))
     first = per_epoch + KILLED_IN_SECOND_EPOCH
@@ -71,7 +70,7 @@ def test_the_resumed_run_sees_exactly_what_was_left(runs):
     assert {step: killed[step] for step in range(first)} == {step: whole[step] for step in range(first)}
 
 
-def test_the_resumed_run_ends_with_the_same_weights(runs):
+def test_resumed_run_has_same_final_weights(runs):
     directory, world_size, _ = runs
     whole = load_file(directory / "whole-out" / "model.safetensors")
     resumed = load_file(directory / "killed-out" / "model.safetensors")
@@ -80,7 +79,7 @@ def test_the_resumed_run_ends_with_the_same_weights(runs):
         assert difference == 0 if world_size == 1 else difference <= 1e-6, name
 
 
-def test_the_groups_are_saved_with_model_and_checkpoints(runs):
+def test_groups_are_saved_with_model_and_checkpoints(runs):
     directory, _, per_epoch = runs
     for folder in ("whole-out", f"whole-out/checkpoint-{2 * per_epoch}"):
         assert sorted(file.name for file in (directory / folder / "commonit").iterdir()) >= ["groups.json", "run.json"]
@@ -93,8 +92,8 @@ CHECKPOINTS = {
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    """A folder in which one recipe trains after another: `train(metric, output folder, **keys)`."""
+def workspace(tmp_path_factory):
+    """A folder and a function `train(metric, output folder, **keys)`."""
     directory = tmp_path_factory.mktemp("off")
     data = write_rows(directory / "rows.jsonl", make_rows({"x": 6, "y": 6}))
     names = (f"run{number}" for number in itertools.count())
@@ -115,8 +114,8 @@ def shop(tmp_path_factory):
 
 
 @pytest.mark.parametrize("resume", CHECKPOINTS)
-def test_a_commonit_checkpoint_does_not_resume_without_commonit(shop, resume):
-    directory, train = shop
+def test_none_refuses_commonit_checkpoint(workspace, resume):
+    directory, train = workspace
     checkpoint = directory / "ours" / "checkpoint-2"
     done, trained = train("none", "ours", **CHECKPOINTS[resume](checkpoint))
     assert done.returncode != 0 and not trained
@@ -125,7 +124,7 @@ def test_a_commonit_checkpoint_does_not_resume_without_commonit(shop, resume):
     assert "commonit_metric" in last and "start a new run" in last
 
 
-def test_a_baseline_checkpoint_resumes_without_commonit(shop):
-    directory, train = shop
+def test_none_resumes_baseline_checkpoint(workspace):
+    directory, train = workspace
     done, trained = train("none", "baseline", resume_from_checkpoint=str(directory / "baseline" / "checkpoint-2"))
     assert done.returncode == 0 and trained, done.stderr[-3000:]

@@ -1,13 +1,14 @@
-"""I1 to I5 under Axolotl, on what the model really sees: every metric, plain and packed, accumulation 1 and 3, one rank
-and two.
+"""I1 to I5 with Axolotl, checked on the model's inputs.
+
+Cases: every metric, packed and unpacked, accumulation 1 and 3, one and two ranks.
 
 1. Pure: all micro-batches of a step, on all ranks, hold rows of one group.
-2. Lossless: every row once an epoch; only groups with fewer rows than a step has micro-batches repeat rows.
+2. Lossless: every row once per epoch; only groups with fewer rows than a step has micro-batches repeat rows.
 3. Agreed: all ranks have the same number of micro-batches in every step.
 4. Reproducible: the same recipe gives the same batches; epochs differ.
-5. Honest length: a run of N epochs without `max_steps` is N plans long, and the scheduler ends with it.
+5. Honest length: N epochs without `max_steps` run the steps of N plans, and the scheduler ends with the last one.
 
-Which group a row belongs to is known from how the rows are made, not from the groups that were computed.
+The expected group of a row follows from its construction, not from the computed groups.
 """
 
 import json
@@ -25,8 +26,8 @@ QUESTIONS = {
     "poem": "Write a short love poem about {}.",
 }
 WORDS = ["France", "seven", "spring", "Japan", "nine", "the sea", "Peru", "four", "a rose"]
-SIZES = {"capital": 13, "sum": 5, "poem": 1}  # at W = 2, A = 3: one more than a step, one fewer than its micro-batches
-ANSWER_LENGTHS = {5: 12, 20: 6, 35: 1}  # at W = 2, A = 3: a whole step, as many as its micro-batches
+SIZES = {"capital": 13, "sum": 5, "poem": 1}  # at W = 2, A = 3: a step's rows plus one, its micro-batches minus one
+ANSWER_LENGTHS = {5: 12, 20: 6, 35: 1}  # at W = 2, A = 3: a step's rows, its micro-batches
 EDGES = [10, 30]
 EPOCHS = 2
 BATCH_SIZE = 2
@@ -92,7 +93,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory, minilm) -> Path:
-    """All runs of `CASES`, in one launch for each number of ranks."""
+    """Train all `CASES`, in one launch per number of ranks."""
     directory = tmp_path_factory.mktemp("axolotl")
     write_rows(directory / "reference.jsonl", make_reference())
     data = [{"path": str(write_rows(directory / "rows.jsonl", ROWS)), "type": FORMAT}]
@@ -125,7 +126,7 @@ def directory(tmp_path_factory, minilm) -> Path:
     ]
     again = write("again", "task", "packed", gradient_accumulation_steps=3)
     runs.append((2, {"name": "again", "recipe": str(again)}))
-    for world_size in (1, 2):  # one rank prepares the rows that two then load
+    for world_size in (1, 2):  # the run on one rank prepares the rows for two
         launch([run for size, run in runs if size == world_size], directory, world_size)
     return directory
 
@@ -150,18 +151,18 @@ def flat(step):
     return [number for rank in step for micro_batch in rank for number in micro_batch]
 
 
-def test_the_trainer_is_ours_on_all_ranks(case, directory):
-    told = result(directory / case.name)
-    assert (told["trainer"], told["world_size"]) == ("CommonITAxolotlTrainer", case.world_size)
+def test_all_ranks_use_commonit_trainer(case, directory):
+    outcome = result(directory / case.name)
+    assert (outcome["trainer"], outcome["world_size"]) == ("CommonITAxolotlTrainer", case.world_size)
 
 
-def test_every_step_holds_one_group(case, steps):
+def test_each_step_has_one_group(case, steps):
     group_of = GROUPS[case.metric]
     for step in steps.values():
         assert len({group_of[number] for number in flat(step)}) == 1
 
 
-def test_every_row_is_seen_once_an_epoch(case, steps):
+def test_each_row_is_seen_once_per_epoch(case, steps):
     sizes = Counter(GROUPS[case.metric])
     micro_batches = case.world_size * case.accumulation
     for epoch in epochs_of(steps):
@@ -175,14 +176,14 @@ def test_every_row_is_seen_once_an_epoch(case, steps):
                 assert seen_rows < size + micro_batches
 
 
-def test_all_ranks_have_the_same_number_of_micro_batches(case, steps):
+def test_ranks_run_same_number_of_micro_batches(case, steps):
     for step in steps.values():
         assert [len(rank) for rank in step] == [case.accumulation] * case.world_size
         assert all(micro_batch for rank in step for micro_batch in rank)
 
 
-def test_a_run_is_its_epochs_plans_long(case, steps, directory):
-    told = result(directory / case.name)
+def test_run_length_matches_plans(case, steps, directory):
+    outcome = result(directory / case.name)
     sizes = Counter(GROUPS[case.metric]).values()
     capacity = BATCH_SIZE * case.world_size * case.accumulation
     unpacked = sum(-(-size // capacity) for size in sizes)
@@ -191,19 +192,19 @@ def test_a_run_is_its_epochs_plans_long(case, steps, directory):
         assert len(steps) == EPOCHS * unpacked
     else:
         assert EPOCHS * len(sizes) <= len(steps) <= EPOCHS * unpacked
-    assert told["global_step"] == told["max_steps"] == told["scheduler_steps"] == len(steps)
-    assert told["warmup_steps"] == {0: 0, 1: 2}.get(len(steps) // 10, len(steps) // 10)  # Axolotl makes 1 a 2
-    assert [entry["learning_rate"] for entry in told["log"] if "learning_rate" in entry][-1] < 1e-3 / len(steps) * 2
+    assert outcome["global_step"] == outcome["max_steps"] == outcome["scheduler_steps"] == len(steps)
+    assert outcome["warmup_steps"] == {0: 0, 1: 2}.get(len(steps) // 10, len(steps) // 10)  # Axolotl turns 1 into 2
+    assert [entry["learning_rate"] for entry in outcome["log"] if "learning_rate" in entry][-1] < 1e-3 / len(steps) * 2
 
 
 def test_epochs_differ(steps):
     first, second = epochs_of(steps)
-    if len(first) > 3:  # the order of three steps may come twice
+    if len(first) > 3:  # two epochs of three steps may have the same order
         assert first != second
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.packing != "plain"], ids=lambda case: case.name)
-def test_packed_micro_batches_stay_within_their_capacity(case, directory):
+def test_packed_micro_batches_fit_capacity(case, directory):
     shapes = []
     for rank in range(case.world_size):
         lines = Path(f"{directory / case.name}.ids.rank{rank}").read_text(encoding="utf-8").splitlines()
@@ -216,5 +217,5 @@ def test_packed_micro_batches_stay_within_their_capacity(case, directory):
     assert max(tokens for _, tokens in shapes) > 100  # several rows share a bin
 
 
-def test_the_same_recipe_gives_the_same_batches(directory):
+def test_same_recipe_gives_same_batches(directory):
     assert seen(directory / "again", 2) == seen(directory / "task-packed-A3-W2", 2)

@@ -1,8 +1,8 @@
-"""The recipes in example_configs/axolotl and the plugin's README: keys are Axolotl's, commands parse, recipes train.
+"""The recipes in example_configs/axolotl and the plugin's README have valid keys and commands, and train.
 
-Axolotl ignores keys that it does not know, so each recipe goes through Axolotl's own loading with a GPU's capabilities,
-and its keys are held against the schema. Those that need no several GPUs then train two steps on a CPU, with the model
-and the data replaced by tiny ones. `smoke-cpu.yml` is run as it stands, by the commands at its top.
+Axolotl ignores unknown keys, so each recipe is validated for a machine with a GPU and its keys are compared with the
+schema. Recipes for one GPU then train two steps on a CPU, with a tiny model and tiny data. `smoke-cpu.yml` runs
+unchanged, by the commands in its header.
 """
 
 import os
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "example_configs" / "axolotl"
 RECIPES = sorted(EXAMPLES.glob("*.yml"))
 A_GPU = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
-# Two steps on a CPU: DeepSpeed and FSDP need several processes, and what they train with otherwise is length.yml.
+# Without the recipes for DeepSpeed and FSDP, which need several processes and otherwise equal length.yml.
 TRAINED = ["embedding", "length", "lora", "mixture", "packing", "task"]
 TOPICS = {"geography": "Which city is the capital of country", "arithmetic": "What is the sum of the numbers 7 and"}
 ROWS_PER_TOPIC = 48
@@ -42,7 +42,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def blocks(language: str) -> list[str]:
-    """The README's blocks of a language."""
+    """Return the README's code blocks of a language."""
     found = re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert found
     return found
@@ -52,7 +52,7 @@ def blocks(language: str) -> list[str]:
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models that a value of this annotation, or an element of it, may be."""
+    """List the pydantic models in an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in models_in(argument)]
@@ -67,7 +67,7 @@ def field_of(model: type[BaseModel], key: str) -> Any:
 
 
 def unknown_keys(keys: dict[str, Any], model: type[BaseModel], place: str = "") -> list[str]:
-    """The keys of a recipe that the schema does not know, by their places."""
+    """List the paths of keys that are not in the schema."""
     unknown = []
     for key, value in keys.items():
         field = field_of(model, key)
@@ -78,13 +78,13 @@ def unknown_keys(keys: dict[str, Any], model: type[BaseModel], place: str = "") 
             nested = models_in(field.annotation)
             if isinstance(part, dict) and nested:
                 where = f"{place}{key}.{number}." if isinstance(value, list) else f"{place}{key}."
-                unknown += unknown_keys(part, nested[0], where)  # of datasets: the one for supervised fine-tuning
+                unknown += unknown_keys(part, nested[0], where)  # the first of datasets: is for supervised fine-tuning
     return unknown
 
 
 @pytest.fixture
 def load():
-    """A function that validates a recipe as `axolotl train` does on a machine with a GPU; returns it and its schema."""
+    """A function that validates a recipe as on a machine with a GPU and returns it with its schema."""
     from axolotl.cli.config import prepare_plugins
     from axolotl.integrations.config import merge_input_args
     from axolotl.utils.config import validate_config
@@ -100,13 +100,13 @@ def load():
 
 
 @every_recipe
-def test_a_recipe_is_valid_and_has_no_key_that_axolotl_ignores(path, load):
+def test_recipe_is_valid_without_unknown_keys(path, load):
     cfg, schema = load(read(path))
     assert PLUGIN in cfg.plugins and cfg.commonit_metric in ("task", "length", "embedding")
     assert unknown_keys(read(path), schema) == []
 
 
-def test_the_check_of_keys_sees_misspelt_ones_at_any_depth(load):
+def test_unknown_keys_finds_nested_keys(load):
     _, schema = load(read(EXAMPLES / "smoke-cpu.yml"))
     keys = {
         "sequence_length": 1,
@@ -122,18 +122,18 @@ def test_the_check_of_keys_sees_misspelt_ones_at_any_depth(load):
     ]
 
 
-def test_where_plugins_does_not_name_it_axolotl_ignores_our_keys(load):
+def test_axolotl_ignores_commonit_keys_without_plugin(load):
     keys = read(EXAMPLES / "length.yml")
     del keys["plugins"]
     assert "commonit_metric" not in load(keys)[0]
 
 
-def test_where_axolotl_cannot_find_it_axolotl_goes_on(load, caplog):
+def test_axolotl_continues_without_unknown_plugin(load, caplog):
     cfg, _ = load(read(EXAMPLES / "length.yml") | {"plugins": ["axolotl_plugins.CommonITPlugin"]})
     assert "Failed to load plugin" in caplog.text and "commonit_metric" not in cfg
 
 
-def test_the_lines_in_the_readme_turn_commonit_on(load):
+def test_readme_keys_enable_commonit(load):
     keys = {key: value for key, value in read(EXAMPLES / "length.yml").items() if not key.startswith("commonit")}
     del keys["plugins"]
     for block in blocks("yaml"):
@@ -144,7 +144,7 @@ def test_the_lines_in_the_readme_turn_commonit_on(load):
 
 
 def commands(path: Path) -> list[str]:
-    """The command lines in the comment at the top of a recipe."""
+    """Return the commands in the header comment of a recipe."""
     top = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))
     return re.findall(r"^#   ((?:[A-Z_]+=\S+ )*(?:axolotl|python) .*)$", top[0], re.MULTILINE)
 
@@ -175,7 +175,7 @@ def check_command(line: str) -> None:
 
 
 @every_recipe
-def test_the_commands_at_the_top_of_a_recipe_are_axolotls_and_train_it(path, monkeypatch):
+def test_commands_in_recipe_header_are_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = commands(path)
     for line in lines:
@@ -186,7 +186,7 @@ def test_the_commands_at_the_top_of_a_recipe_are_axolotls_and_train_it(path, mon
     assert ("axolotl fetch deepspeed_configs" in lines) == ("deepspeed" in read(path))
 
 
-def test_the_commands_in_the_readme_are_axolotls(monkeypatch):
+def test_commands_in_readme_are_valid(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     assert len(lines) > 4
@@ -197,7 +197,7 @@ def test_the_commands_in_the_readme_are_axolotls(monkeypatch):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_smoke_recipe_trains_by_the_commands_at_its_top(tmp_path):
+def test_smoke_recipe_trains(tmp_path):
     folder = tmp_path / EXAMPLES.relative_to(ROOT)
     folder.mkdir(parents=True)
     for name in ("make_smoke.py", "smoke-cpu.yml"):
@@ -218,17 +218,17 @@ def test_the_smoke_recipe_trains_by_the_commands_at_its_top(tmp_path):
             timeout=300,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    said = re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr)
-    for line in "".join(blocks("text")).splitlines():  # what the README says that this recipe prints
-        assert line in said
+    output = re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr)
+    for line in "".join(blocks("text")).splitlines():  # output quoted in the README
+        assert line in output
     assert load_grouper(tmp_path / "out/smoke/model/commonit").names == sorted(FAMILIES)
     for family in FAMILIES:
-        before, after = map(float, re.findall(rf"'eval_{family}_loss': '([\d.]+)'", said))
+        before, after = map(float, re.findall(rf"'eval_{family}_loss': '([\d.]+)'", output))
         assert after < before
 
 
 def conversations(topic: str, first: int) -> list[dict[str, Any]]:
-    """Chat rows of one topic; the topics differ in what is asked, in `source` and in the length of the answers."""
+    """Make chat rows of one topic; topics differ in question, `source` and response length."""
     length = {"geography": 8, "arithmetic": 60}[topic]
     return [
         {
@@ -243,7 +243,7 @@ def conversations(topic: str, first: int) -> list[dict[str, Any]]:
 
 
 def on_a_cpu(path: Path, folder: Path, minilm: str) -> dict[str, Any]:
-    """A recipe for two steps on a CPU: tiny model and data, and no more than that has to be changed."""
+    """Adapt a recipe to two steps on a CPU with a tiny model and tiny data."""
     keys = read(path)
     rows = {topic: conversations(topic, place * ROWS_PER_TOPIC) for place, topic in enumerate(TOPICS)}
     if len(keys["datasets"]) == 1:
@@ -266,7 +266,7 @@ def on_a_cpu(path: Path, folder: Path, minilm: str) -> dict[str, Any]:
         keys["val_set_size"] = 0.2
     if "commonit_min_group_size" in keys:
         keys["commonit_min_group_size"] = 8
-    if "adapter" in keys:  # Axolotl switches its CUDA kernels for LoRA on
+    if "adapter" in keys:  # Axolotl enables its CUDA kernels for LoRA
         keys |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}
     if keys.get("sample_packing"):
         keys["sequence_len"] = 512
@@ -279,7 +279,7 @@ def on_a_cpu(path: Path, folder: Path, minilm: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, minilm):
-    """Where the recipes of TRAINED left what their models saw, and what the launch printed."""
+    """Folder and output of training the recipes in TRAINED."""
     folder = tmp_path_factory.mktemp("examples")
     save_model(folder / "model")
     runs = []
@@ -291,8 +291,8 @@ def trained(tmp_path_factory, minilm):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_recipe_trains_steps_of_one_group(name, trained):
-    """I1: as the topics differ in source, file, response length and meaning, a group of any recipe is of one topic."""
+def test_recipe_trains_pure_steps(name, trained):
+    """I1: topics differ in source, file, response length and meaning, so a group of any metric has one topic."""
     folder, _ = trained
     steps = seen(folder / name)
     assert sorted(steps) == [0, 1]
@@ -303,7 +303,7 @@ def test_a_recipe_trains_steps_of_one_group(name, trained):
     assert result(folder / name)["trainer"] == "CommonITAxolotlTrainer"
 
 
-def test_recipes_that_evaluate_log_the_loss_of_each_task(trained):
+def test_evaluation_logs_loss_by_task(trained):
     folder, _ = trained
     for name in TRAINED:
         logged = {key for entry in result(folder / name)["log"] for key in entry if re.fullmatch("eval_.+_loss", key)}
@@ -311,8 +311,8 @@ def test_recipes_that_evaluate_log_the_loss_of_each_task(trained):
         assert logged == ({f"eval_{topic}_loss" for topic in TOPICS} if evaluates else set())
 
 
-def test_every_recipe_says_that_commonit_is_on(trained):
-    _, said = trained
+def test_every_recipe_logs_commonit_is_on(trained):
+    _, output = trained
     metrics = [read(EXAMPLES / f"{name}.yml")["commonit_metric"] for name in TRAINED]
-    assert re.findall(r"CommonIT is on: commonit_metric=(\w+)", said) == metrics
-    assert said.count("CommonIT packs each group alone") == 1
+    assert re.findall(r"CommonIT is on: commonit_metric=(\w+)", output) == metrics
+    assert output.count("CommonIT packs each group alone") == 1

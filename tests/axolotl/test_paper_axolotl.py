@@ -1,7 +1,6 @@
-"""The recipes of the paper's runs for Axolotl.
+"""The paper's recipes for Axolotl: Axolotl validates each, and one trains a tiny model.
 
-Axolotl validates every text that the script can write; one recipe then trains a tiny model. The script itself and
-TRL's half: tests/integration/test_paper_recipes.py.
+tests/integration/test_paper_recipes.py tests the script and the recipes for TRL.
 """
 
 import json
@@ -27,8 +26,8 @@ TOPICS = {"geography": "Which city is the capital of country", "arithmetic": "Wh
 ROWS_PER_TOPIC = 48
 
 
-def test_every_recipe_is_valid_without_a_key_that_axolotl_ignores(load, monkeypatch):
-    """Each model with each metric; recipes of the three datasets differ in file names only."""
+def test_every_recipe_is_valid_without_unknown_keys(load, monkeypatch):
+    """Each model with each metric; recipes of the three datasets only differ in file names."""
     monkeypatch.chdir(ROOT)  # the paths of the DeepSpeed configs are relative to it
     for model, metric in product(make_recipes.MODELS, make_recipes.METRICS):
         keys = yaml.safe_load(make_recipes.make_recipe("axolotl", model, "flan", metric, PAPER))
@@ -44,7 +43,7 @@ def test_every_recipe_is_valid_without_a_key_that_axolotl_ignores(load, monkeypa
         assert not cfg.train_on_inputs and not cfg.sample_packing
 
 
-def test_the_commands_are_axolotls_and_start_four_processes(monkeypatch):
+def test_commands_start_four_processes(monkeypatch):
     monkeypatch.chdir(ROOT)
     texts = {path: text for path, text in make_recipes.shipped_recipes().items() if path.suffix == ".yml"}
     texts[PAPER / "README.md"] = (PAPER / "README.md").read_text(encoding="utf-8")
@@ -57,8 +56,8 @@ def test_the_commands_are_axolotls_and_start_four_processes(monkeypatch):
         assert lines[1].endswith("--nproc_per_node 4")
 
 
-def test_a_recipe_trains_steps_of_one_group(tmp_path):
-    """I1, by task, on the architecture that has no attention but eager."""
+def test_recipe_trains_pure_steps(tmp_path):
+    """I1 by task on BLOOM, which only has eager attention."""
     rows = [
         {"prompt": f"#{number}# {TOPICS[topic]} {number}?\n", "completion": "a" * (4 + number % 40), "task": topic}
         for number, topic in enumerate(topic for topic in TOPICS for _ in range(ROWS_PER_TOPIC))

@@ -1,9 +1,9 @@
-"""Coverage-guided fuzzing of what targets.py lists: `make fuzz`, or `python tests/fuzz/fuzz.py --help`.
+"""Coverage-guided fuzzing of the targets in targets.py: `make fuzz`, or `python tests/fuzz/fuzz.py --help`.
 
-Each target runs in a process of its own, whose modules of this project are instrumented by atheris (libFuzzer). Half of
-the inputs are libFuzzer's own mutations of bytes, half are `targets.mutate`'s, which know JSON. A finding ends the run
-of its target; its input is kept, and `--input FILE` tries it again. The epoch plan has no bytes to mutate: hypothesis
-tries many more of the examples that the tests try a few of. The figures of a run are written to `--out`.
+Each target runs in its own process, where atheris (libFuzzer) instruments the modules of this project. Half of the
+inputs are libFuzzer's mutations of bytes, half are mutations of JSON by `targets.mutate`. A failure ends the run of its
+target and saves the input; `--input FILE` runs it again. The epoch plan has no bytes to mutate: hypothesis runs the
+property tests with more examples. The report is written to `--out`.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def fuzz(name: str, runs: int, kept: str) -> None:
 
 
 def make_quiet() -> None:
-    """Leave out what the code under test says of each input."""
+    """Silence the log of the code under test."""
     import logging
     import warnings
 
@@ -60,7 +60,7 @@ def make_quiet() -> None:
 
 
 def fuzz_plan(times: int) -> dict[str, object]:
-    """Try so many times the examples that the tests try of the epoch plan; the figures of that."""
+    """Run the property tests of the epoch plan with `times` as many examples; return the row of the report."""
     tests = str(HERE.parent / "unit" / "test_plan_properties.py")
     started = time.monotonic()
     done = subprocess.run(
@@ -79,7 +79,7 @@ def fuzz_plan(times: int) -> dict[str, object]:
 
 
 def run_all(names: list[str], runs: int, plan_times: int, kept: str, out: Path) -> bool:
-    """Fuzz each target in a process of its own and write the figures; whether nothing was found."""
+    """Fuzz each target in its own process and write the report; return whether all passed."""
     from benchmarks.common import Report, Table, write_report
 
     rows = []
@@ -96,11 +96,11 @@ def run_all(names: list[str], runs: int, plan_times: int, kept: str, out: Path) 
         print(*rows[-1].values(), flush=True)
     rows.append(fuzz_plan(plan_times))
     table = Table(heading="Inputs tried", header=list(rows[0]), rows=[list(row.values()) for row in rows])
-    told = (
+    note = (
         "`covered` counts the edges of this project's code that the inputs reached, as libFuzzer sees them. The epoch "
         "plan is tried by hypothesis, in up to 100,000 rows and 10,000 groups (tests/unit/test_plan_properties.py)."
     )
-    report = Report(head={}, parts=[table, told], results=rows, packages=("atheris", "safetensors"))
+    report = Report(head={}, parts=[table, note], results=rows, packages=("atheris", "safetensors"))
     command = f"make fuzz ARGS='--runs {runs} --plan-times {plan_times}'"
     print(write_report("fuzz", "Damaged files and odd options", "", command, report, out))
     return all(row["found"] == "nothing" for row in rows)

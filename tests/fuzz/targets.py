@@ -1,12 +1,10 @@
-"""What is fuzzed: each reader of files that this package writes, and each front end of its options.
+"""Fuzz targets: each reader of files that this package writes, and each front end of its options.
 
-A target is a function from a folder to seeds and to what is done with one input. The property is the same for all: an
-input is read, or refused with a ValueError of one line; what is read can be used. The seeds are written by the code
-under test, so they are never out of date. `mutate` is the damage that both the fuzzer (fuzz.py) and the replay in the
-tests do, besides the fuzzer's own.
+A target takes a folder and returns seeds and a function that runs one input. All have the same property: an input is
+read and usable, or refused with a one-line ValueError. The code under test writes the seeds, so they match its format.
+The fuzzer (fuzz.py) and test_replay.py both use `mutate`.
 
-Cost: 0.1 to 5 milliseconds an input, but tens for the slow ones: groups are fitted again, or the parser of the command
-line is made anew.
+Cost: 0.1 to 5 ms per input, and tens of ms where groups are fitted or the command line parser is built.
 """
 
 import contextlib
@@ -55,7 +53,7 @@ ROWS = Rows(
 
 
 class Encoded(EmbeddingGrouper):
-    """The real grouper but for the encoder."""
+    """`EmbeddingGrouper` without the encoder model."""
 
     def _encode(self, texts: list[str]) -> Any:
         return np.array([WORDS[text] for text in texts], dtype=np.float32)
@@ -67,7 +65,7 @@ def embedding_grouper() -> Encoded:
 
 @contextlib.contextmanager
 def refusals(shown_as: Callable[[str], str] = str) -> Iterator[None]:
-    """In here a ValueError of one line is right, and everything else is not."""
+    """Accept a one-line ValueError and no other exception."""
     try:
         yield
     except ValueError as error:
@@ -81,7 +79,7 @@ def refusals(shown_as: Callable[[str], str] = str) -> Iterator[None]:
 def groups_json(folder: Path) -> Target:
     seeds = []
     for grouper in (TaskGrouper(columns=["task"]), LengthGrouper(edges=[3, 8]), embedding_grouper()):
-        grouper.fit(ROWS).save(folder)  # the last one leaves its arrays
+        grouper.fit(ROWS).save(folder)  # the arrays of the last one remain in the folder
         seeds.append((folder / "groups.json").read_bytes())
     return Target(seeds, lambda content: _read_groups(folder, "groups.json", content))
 
@@ -100,13 +98,13 @@ def _read_groups(folder: Path, name: str, content: bytes) -> None:
         grouper.save(folder / "again")
         again = load_grouper(folder / "again")
         assert json.dumps(again.description()) == json.dumps(grouper.description())
-        if not isinstance(grouper, EmbeddingGrouper):  # whose model would be loaded
+        if not isinstance(grouper, EmbeddingGrouper):  # it would load its model
             group_ids = grouper.assign(ROWS)
             assert group_ids.min() >= -1 and group_ids.max() < len(grouper.names)
 
 
 def cache_entry(folder: Path) -> Target:
-    """The first byte says which file of an entry is damaged, and whether its checksum is made to fit."""
+    """The first byte selects the damaged file of an entry, and whether its checksum is corrected."""
     _, expected = fit_assign_cached(embedding_grouper(), ROWS, folder)
     (entry,) = (path for path in folder.iterdir() if path.is_dir())
     whole = {file.name: file.read_bytes() for file in sorted(entry.iterdir())}
@@ -131,7 +129,7 @@ def cache_entry(folder: Path) -> Target:
 
 
 def run_json(folder: Path) -> Target:
-    """The first byte says which file of the newer of two checkpoints is damaged."""
+    """The first byte selects the damaged file in the newer of two checkpoints."""
     run = {"world size": 2, "rest of an epoch": None, "times replanned": 0, "data seed": 3, "commonit_purity": "step"}
     for step in (5, 10):
         checkpoint = folder / f"checkpoint-{step}"
@@ -151,7 +149,7 @@ def run_json(folder: Path) -> Target:
         assert last_checkpoint(folder) in {str(checkpoint), str(folder / "checkpoint-5")}
         with refusals():
             saved, _ = read_checkpoint(checkpoint)
-            # The trainer makes one line of these, as of all that it misses in the file.
+            # The trainer turns these, like missing keys, into a one-line error.
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 load_remaining(checkpoint / "commonit", saved)
 
@@ -175,7 +173,7 @@ def _json_seeds(values: list[Any]) -> list[bytes]:
 
 
 def arguments(folder: Path) -> Target:
-    """The dataclass, from a mapping: the TRL API."""
+    """The dataclass of the TRL API, from a mapping."""
 
     def run(content: bytes) -> None:
         try:
@@ -191,7 +189,7 @@ def arguments(folder: Path) -> Target:
 
 
 def yaml_file(folder: Path) -> Target:
-    """`commonit sft --config FILE`; JSON is YAML too."""
+    """`commonit sft --config FILE`; JSON is valid YAML."""
     path = folder / "config.yaml"
 
     def run(content: bytes) -> None:
@@ -204,7 +202,7 @@ def yaml_file(folder: Path) -> Target:
 
 
 def flags(folder: Path) -> Target:
-    """The flags of `commonit sft`, each on a line."""
+    """The flags of `commonit sft`, one per line."""
 
     def run(content: bytes) -> None:
         given = content.decode(errors="surrogateescape").split("\n")
@@ -226,8 +224,8 @@ def flags(folder: Path) -> Target:
 def _parse(argv: list[str]) -> None:
     environment = dict(os.environ)  # `env:` in a YAML file changes it
     try:
-        with refusals(sanitize):  # which is what the command prints them through
-            with contextlib.suppress(TypeError):  # in one line, too: TRL's dataclasses do not check
+        with refusals(sanitize):  # the command sanitizes its messages
+            with contextlib.suppress(TypeError):  # TRL's dataclasses do not check types
                 cli.parse_sft(argv)
     finally:
         os.environ.clear()
@@ -235,7 +233,7 @@ def _parse(argv: list[str]) -> None:
 
 
 def axolotl_recipe(folder: Path) -> Target:
-    """The `commonit_*` keys of an Axolotl recipe, and the file itself."""
+    """The `commonit_*` keys of an Axolotl recipe, and its file."""
     from axolotl_plugin.args import read_options
     from axolotl_plugin.recipe import _check_file
 
@@ -273,7 +271,7 @@ _ODD: list[Any] = [
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
-    """`content` after some damage: to values in the JSON that it holds, or to its bytes."""
+    """Damage values of the JSON in `content`, or its bytes."""
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         kind = rng.random()
         if kind < 0.6:
@@ -289,7 +287,7 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
 
 
 def _mutate_json(content: bytes, rng: random.Random) -> bytes:
-    """Change a value of JSON that is the whole, comes after one byte, or is the header of a safetensors file."""
+    """Change a value of JSON: all of `content`, all after one byte, or a safetensors header."""
     for start in (0, 1, 8, 9):
         header = start >= 8
         end = start + int.from_bytes(content[start - 8 : start], "little") if header else len(content)
@@ -304,7 +302,7 @@ def _mutate_json(content: bytes, rng: random.Random) -> bytes:
 
 
 def _changed(value: Any, rng: random.Random) -> Any:
-    """`value` with one thing in it other than it was."""
+    """Return `value` with one change."""
     if isinstance(value, dict | list) and value and rng.random() < 0.8:
         value = value.copy()
         keys = [*value] if isinstance(value, dict) else range(len(value))

@@ -1,4 +1,4 @@
-"""Damaged files and odd options, as fuzz.py tries them, a few hundred of each: read, or refused in one line."""
+"""Replay a few hundred damaged inputs per fuzz target: each is read, or refused in one line."""
 
 import logging
 import random
@@ -8,8 +8,8 @@ import targets
 
 
 @pytest.mark.parametrize("name", targets.TARGETS)
-def test_damaged_input_is_read_or_refused_in_one_line(name, tmp_path, caplog):
-    caplog.set_level(logging.CRITICAL, "commonit_trl")  # what is said of each input
+def test_damaged_input_is_read_or_refused(name, tmp_path, caplog):
+    caplog.set_level(logging.CRITICAL, "commonit_trl")  # a message per input
     target = targets.TARGETS[name](tmp_path)
     for seed in target.seeds:
         target.run(seed)

@@ -1,1 +1,1 @@
-"""Shared by the tests: tiny real models and data, recorders of batches, and processes that train."""
+"""Helpers of the tests: tiny real models and data, recorders of batches, and training processes."""

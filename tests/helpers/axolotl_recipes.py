@@ -1,4 +1,4 @@
-"""Tiny Axolotl recipes: rows that carry their number, recipes as files, and runs of them in one process or several."""
+"""Tiny Axolotl recipes with numbered rows, run in one process or several."""
 
 import json
 import os
@@ -27,7 +27,7 @@ ENVIRONMENT = {
 
 
 def make_rows(group_sizes: dict[str, int], seed: int = 0, first: int = 0) -> list[dict[str, Any]]:
-    """Alpaca rows of the given tasks, shuffled; `instruction` starts with the row's number, lengths differ."""
+    """Make shuffled alpaca rows of different lengths; `instruction` starts with the row number."""
     rng = random.Random(seed)
     tasks = [task for task, size in group_sizes.items() for _ in range(size)]
     rng.shuffle(tasks)
@@ -49,7 +49,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def save_model(directory: Path, model: str = "llama", dropout: float = 0.0) -> str:
-    """A tiny model and its tokenizer on disk."""
+    """Save a tiny model and its tokenizer, and return the path."""
     directory.mkdir(parents=True, exist_ok=True)
     tiny_model(model, dropout=dropout).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
@@ -57,7 +57,7 @@ def save_model(directory: Path, model: str = "llama", dropout: float = 0.0) -> s
 
 
 def recipe(directory: Path, datasets: Any, **keys: Any) -> dict[str, Any]:
-    """A recipe of a tiny model in `directory`; a key that is None is left out.
+    """Make a recipe for the tiny model in `directory`; a key that is None is omitted.
 
     Args:
         datasets: a path of alpaca rows, or the entries of `datasets:`.
@@ -104,10 +104,10 @@ def write_recipe(path: Path, keys: dict[str, Any]) -> Path:
 def axolotl(
     command: str, path: Path, record: Path | None = None, *flags: str, start: Callable[..., Any] = forked.run
 ) -> subprocess.CompletedProcess[str]:
-    """`axolotl <command> <path>`, as a user would type it on a machine without GPUs.
+    """Run `axolotl <command> <path>` as on a machine without GPUs.
 
     Args:
-        start: how the program is started: as a fork, or `process`, as a shell does it.
+        start: runs the program: `forked.run`, or `process` for a new process.
     """
     environment = {**os.environ, **ENVIRONMENT}
     paths = [str(WORKER.parents[1]), environment.get("PYTHONPATH", "")]
@@ -126,18 +126,18 @@ def process(command: list[str], **options: Any) -> subprocess.CompletedProcess[s
 def launch(
     runs: list[dict[str, Any]], directory: Path, world_size: int = 1, code: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """Do the `runs` (see `axolotl_worker.py`) in one launch, which must end with `code` (-9: by SIGKILL)."""
+    """Run `runs` (see `axolotl_worker.py`) in one launch, which must end with `code` (-9: by SIGKILL)."""
     spec = directory / f"{runs[0]['name']}.runs.json"
     spec.write_text(json.dumps(runs), encoding="utf-8")
     environment = {**os.environ, **ENVIRONMENT}
-    environment.pop("ACCELERATE_USE_CPU")  # the worker sets it where it fits
+    environment.pop("ACCELERATE_USE_CPU")  # the worker sets it where needed
     done = forked.run([str(WORKER), str(spec)], env=environment, cwd=directory, world_size=world_size, timeout=500)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
 def seen(path: Path, world_size: int = 1) -> dict[int, list[list[list[int]]]]:
-    """What the recorder wrote: optimizer step -> rank -> micro-step -> row numbers."""
+    """Read the recorded row numbers: optimizer step -> rank -> micro-step -> row numbers."""
     steps: dict[int, list[list[list[int]]]] = {}
     for rank in range(world_size):
         for line in Path(f"{path}.ids.rank{rank}").read_text(encoding="utf-8").splitlines():

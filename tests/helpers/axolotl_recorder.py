@@ -1,4 +1,4 @@
-"""An Axolotl plugin of the tests that records what a model sees in training; rows carry their number as `#12#`."""
+"""An Axolotl plugin that records the model's inputs in training; texts contain the row number as `#12#`."""
 
 import json
 import os
@@ -19,7 +19,7 @@ _run: dict[str, Any] = {}
 
 
 def start(path: str | Path, run: dict[str, Any] | None = None) -> None:
-    """Let the next training write to `path` with suffixes; `run` as in `axolotl_worker.py`."""
+    """Record the next training to files that start with `path`; `run` is as in `axolotl_worker.py`."""
     _run.clear()
     _run.update(run or {}, path=str(path))
 

@@ -1,13 +1,13 @@
-"""Trains Axolotl recipes one after the other, as `axolotl train` does, recording what the model sees.
+"""Train Axolotl recipes one after the other, as `axolotl train` does, and record the model's inputs.
 
     python axolotl_worker.py runs.json          torchrun --nproc_per_node 2 axolotl_worker.py runs.json
 
-`runs.json` is a list of runs, each with `recipe` (path of a YAML file), `name` (of what it leaves beside that file),
-and any of: `rank_recipes` (rank -> recipe that only it has), `kill_at` (optimizer step in which this process kills
-itself), `arrange_by` ("nothing" or "noise": other lengths for the arrangement inside steps than the rows' own),
-`deepspeed` (true: a real engine on CPU). A run that a rank refuses ends when all ranks refuse it. Each run leaves
-`<name>.ids.rank*` (a JSON line a micro-step: optimizer step, texts' row numbers, tokens), and of rank 0
-`<name>.gradient.safetensors` (of the first step) and `<name>.json`.
+`runs.json` is a list of runs, each with `recipe` (path of a YAML file), `name` (of the output files beside it), and any
+of: `rank_recipes` (rank -> its own recipe), `kill_at` (optimizer step in which this process kills itself), `arrange_by`
+("nothing" or "noise": lengths by which steps are balanced, instead of the rows' own), `deepspeed` (true: a real engine
+on CPU). If a rank refuses a run, the worker waits until all ranks do. Each run writes `<name>.ids.rank*` (a JSON line
+per micro-step: optimizer step, row numbers, tokens), and on rank 0 `<name>.gradient.safetensors` (of the first step)
+and `<name>.json`.
 """
 
 import gc
@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-if __name__ == "__main__":  # not in the processes that datasets starts to save rows, which read this file again
+if __name__ == "__main__":  # datasets starts processes that import this file to save rows
     RUNS = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     USES_DEEPSPEED = any(run.get("deepspeed") for run in RUNS)
     os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
@@ -27,7 +27,9 @@ if __name__ == "__main__":  # not in the processes that datasets starts to save 
         import deepspeed
         from accelerate import PartialState
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled first, for a minute
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # otherwise DeepSpeed compiles it first, for a minute
+        )
         PartialState(backend="gloo")
     else:
         os.environ["ACCELERATE_USE_CPU"] = "1"
@@ -45,10 +47,10 @@ if __name__ == "__main__":  # not in the processes that datasets starts to save 
 
 
 def train(run: dict) -> None:
-    PluginManager.get_instance().plugins.clear()  # it keeps those of the last recipe
+    PluginManager.get_instance().plugins.clear()  # it keeps the plugins of the last recipe
     cfg = load_cfg(run.get("rank_recipes", {}).get(os.environ.get("RANK"), run["recipe"]))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        cfg.device_map = None  # Axolotl sets the rank, which is no device on a machine without GPUs
+        cfg.device_map = None  # Axolotl sets the rank, which is no valid device without GPUs
     recorder.start(Path(run["recipe"]).with_name(run["name"]), run)
     do_train(cfg, TrainerCliArgs())
 
@@ -56,28 +58,28 @@ def train(run: dict) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     gc.collect()
-    gc.freeze()  # Axolotl collects garbage all the time; what the imports made is not walked again
-    # On several CPU ranks transformers 5.16 loads the optimizer's state to "cpu:0", a place that torch does not know.
+    gc.freeze()  # Axolotl collects garbage often; skip the objects of the imports
+    # On several CPU ranks, transformers 5.16 loads the optimizer's state to "cpu:0", which torch does not accept.
     torch.serialization.register_package(
         50, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
     )
     axolotl.train.cleanup_distributed = lambda: None  # the next run needs the process group
     reset_state = AcceleratorState._reset_state
-    if USES_DEEPSPEED:  # else Axolotl's trainer takes the process group away, and each rank would train alone
+    if USES_DEEPSPEED:  # otherwise Axolotl's trainer resets the process group, and each rank trains alone
         AcceleratorState._reset_state = staticmethod(lambda *args, **kwargs: None)
     for run in RUNS:
         try:
             train(run)
         except ValueError:
             traceback.print_exc()
-            torch.distributed.barrier()  # the launcher kills the others when a rank ends
+            torch.distributed.barrier()  # the launcher kills the other ranks when one ends
             os._exit(1)
         if USES_DEEPSPEED:
-            reset_state(False)  # else the next run's Accelerator is refused as a second one
+            reset_state(False)  # otherwise accelerate refuses a second Accelerator
             axolotl.utils.distributed.distributed_state = None  # likewise
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    os._exit(0)  # one in fifty or so gloo processes aborts in the interpreter's own end, and torchrun kills the others
+    os._exit(0)  # about one in fifty gloo processes aborts at exit, and torchrun kills the others
 
 
 if __name__ == "__main__":

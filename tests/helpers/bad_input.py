@@ -1,7 +1,7 @@
-"""What the tests of bad input share: what a refusal must be like, and a record of each.
+"""Check and record the errors that refuse bad input.
 
-With COMMONIT_BAD_INPUT_RECORD the refusals are appended to that file, a JSON line each; this file, run with it, makes
-the table of them, which `COMMANDS` says.
+With COMMONIT_BAD_INPUT_RECORD, each error is appended to that file as a JSON line; running this module on the file
+prints the table of errors (see `COMMANDS`).
 """
 
 import json
@@ -15,32 +15,32 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-CACHES = ("cache", "prepared")  # what libraries keep of data that they read, and this package of groups
+CACHES = ("cache", "prepared")  # folders of cached data and groups
 ACTS = ("Cc", "Cs", "Zl", "Zp")
 TURNS_DIRECTION = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def acting(text: str, but: str = "") -> set[str]:
-    """The characters of `text` that a terminal would act on."""
+    """Return the characters of `text` that control a terminal."""
     marks = (mark for mark in set(text) if unicodedata.category(mark) in ACTS or mark in TURNS_DIRECTION)
     return {mark for mark in marks if mark not in but}
 
 
 def files_in(directory: Path) -> set[Path]:
-    """All files below `directory`, less what is cached."""
+    """Return all files below `directory` outside the caches."""
     found = (path for path in directory.rglob("*") if path.is_file() or path.is_symlink())
     return {path for path in found if not {*CACHES} & {*path.relative_to(directory).parts}}
 
 
 def check_refusal(line: str, parts: Iterable[str]) -> None:
-    """Check that a refusal is one line that cannot act on the terminal, and has each of `parts` in any case."""
+    """Check that an error is one line without control characters and has each of `parts`, in any case."""
     assert line and not acting(line), repr(line)
     for part in parts:
         assert part.lower() in line.lower(), f"no {part!r} in: {line}"
 
 
 def timed(directory: Path, call: Callable[[], Any]) -> tuple[Any, float]:
-    """What `call` returns and the seconds that it took; it may leave no file in `directory`."""
+    """Return the result of `call` and its seconds; fail if it leaves a file in `directory`."""
     before = files_in(directory)
     started = time.perf_counter()
     result = call()
@@ -51,7 +51,7 @@ def timed(directory: Path, call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def record(front_end: str, name: str, ends_as: str, line: str, before: str, seconds: float) -> None:
-    """Note a refusal for the table; `before` is what had not been loaded yet."""
+    """Record an error for the table; `before` names the step that it must precede."""
     path = os.environ.get("COMMONIT_BAD_INPUT_RECORD")
     if path:
         entry = {"front end": front_end, "case": name, "ends as": ends_as, "before": before, "seconds": seconds}
@@ -73,7 +73,7 @@ to be loaded. Lines are cut to 300 characters."""
 
 
 def table(path: str) -> str:
-    """What `record` noted in the file `path`, in Markdown."""
+    """Return the table of the errors recorded in the file `path`, in Markdown."""
     from benchmarks.common import machine, markdown_table
 
     entries = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
@@ -87,9 +87,9 @@ def table(path: str) -> str:
         early = sum(bool(entry["before"]) for entry in found)
         counts.append([name, len(found), early, f"{times[len(times) // 2]:.0f}", f"{times[-1]:.0f}"])
         rows = [
-            (entry["case"], entry["ends as"], entry["before"] or "training", f"{1000 * entry['seconds']:.0f}", said)
+            (entry["case"], entry["ends as"], entry["before"] or "training", f"{1000 * entry['seconds']:.0f}", line)
             for entry in found
-            for said in [f"`` {TEMPORARY.sub('', entry['line'])[:300].replace('|', '/')} ``"]
+            for line in [f"`` {TEMPORARY.sub('', entry['line'])[:300].replace('|', '/')} ``"]
         ]
         sections += [f"## {name}", markdown_table(["case", "ends as", "seen before", "ms", "line"], rows)]
     heads = ["front end", "cases", "seen before a model is loaded", "median, ms", "most, ms"]

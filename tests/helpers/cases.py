@@ -1,4 +1,4 @@
-"""The matrix: kinds of trainer x forms of data x options, one `Case` a line."""
+"""The test matrix: kinds of trainer x forms of data x options, one `Case` per line."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,16 +80,16 @@ CASES = [
     case("kto", evaluated=("one",)),
     case("vit-classes", evaluated=("one",)),
 ]
-"""Trained by the parent, by ours without a metric, and with one."""
+"""Trained by the parent, and by CommonIT without and with a metric."""
 
 BASELINE_CASES = [
-    # Trained, but not with a metric: random masks differ between two orders of rows, or it would take long.
+    # Not trained with a metric: random masks depend on the order of rows, or training would be slow.
     case("bert-masked", extra=_random_masks),
     case("bert-masked", extra=_random_masks, evaluated=("one",)),
     case("sft", "text", num_train_epochs=3, max_steps=7, warmup_steps=2),
     case("kto", loss_type="kto", train_sampling_strategy="sequential"),
     case("sft", dataloader_num_workers=2, dataloader_persistent_workers=True),
-    case("sft", label_smoothing_factor=0.1),  # TRL 1.9 cannot
+    case("sft", label_smoothing_factor=0.1),  # TRL 1.9 does not support it
     # Refused by the parent.
     case("sft", "text", assistant_only_loss=True),
     case("sft", "text", completion_only_loss=True),

@@ -1,11 +1,11 @@
-"""`python -m commonit_trl`, recording what the model sees; for the launchers to start in its place.
+"""`python -m commonit_trl` with a recorder of the model's inputs, for launchers.
 
     torchrun --nproc_per_node 2 -m helpers.cli_worker sft ...
     accelerate launch ... -m helpers.cli_worker sft ...
     deepspeed --num_gpus 2 --module helpers.cli_worker sft ...
 
-`COMMONIT_RECORD` names the file: `<file>.rank<r>` gets the rows (see `toys.Recorder`), `<file>.json` what the
-model was wrapped in, with its ZeRO stage. `DS_ACCELERATOR=cpu` is for a real DeepSpeed engine on CPU ranks; the
+`COMMONIT_RECORD` names the output: `<file>.rank<r>` has the rows (see `toys.Recorder`), `<file>.json` the class that
+wraps the model, with its ZeRO stage. `DS_ACCELERATOR=cpu` is for a real DeepSpeed engine on CPU ranks; the
 options must then have `accelerator_config: {use_configured_state: true}` and no `use_cpu`.
 """
 
@@ -21,7 +21,7 @@ if os.environ.get("DS_ACCELERATOR") == "cpu":
     import deepspeed
     from accelerate import PartialState
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does; this is compiled first, a minute
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo suffices; compiling it takes a minute
     PartialState(backend="gloo")
 
 from commonit_trl import CommonITSFTTrainer
@@ -51,4 +51,4 @@ if __name__ == "__main__":
     except SystemExit as ended:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(ended.code)  # torch's gloo threads outlive DDP, and now and then abort an interpreter that ends
+        os._exit(ended.code)  # gloo threads outlive DDP and may abort the interpreter at exit

@@ -1,4 +1,4 @@
-"""Evaluates and trains on one rank or several: `evaluation_worker.py DIRECTORY` writes `result.json` there."""
+"""Evaluate and train on one rank or several: `evaluation_worker.py DIRECTORY` writes `result.json` there."""
 
 import json
 import os
@@ -18,7 +18,7 @@ TRAIN, EVAL = id_rows([8, 4]), id_rows([9, 6, 2], seed=1)
 
 
 class LogsAlone(TrainerCallback):
-    """Logs a loss of its own on rank 0, as user code does."""
+    """Logs a loss on rank 0 only, as user code may do."""
 
     trainer = None
 
@@ -62,7 +62,7 @@ def main(directory):
         (directory / "result.json").write_text(json.dumps(result), encoding="utf-8")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    os._exit(0)  # gloo may abort in the interpreter's own end
+    os._exit(0)  # gloo may abort the interpreter at exit
 
 
 if __name__ == "__main__":

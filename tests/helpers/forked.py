@@ -1,10 +1,9 @@
-"""Runs Python programs as forks of a process that has imported torch, transformers, datasets and TRL already.
+"""Run Python programs as forks of a process that has imported torch, transformers, datasets and TRL.
 
-To start Python and import those takes five to nine seconds of CPU, a fork of what has them a tenth of one, and the
-tests start over a hundred programs. A program, which is a script or the installed script of a command, finds its
-arguments, environment, folder and output as if it had been started itself, and its rank as if by a launcher. It
-imports the packages under test, Axolotl and DeepSpeed itself. The tests of launchers and of commands as users type
-them start real processes.
+Starting Python with these imports takes five to nine seconds of CPU, a fork a tenth of a second, and the tests start
+over a hundred programs. A program is a script or an installed command. Its arguments, environment, folder and output
+are those of a new process, and its rank is set as by a launcher. It imports the packages under test, Axolotl and
+DeepSpeed itself. Tests of launchers and of the command line start real processes.
 """
 
 import gc
@@ -27,9 +26,9 @@ READ_AT_IMPORT = ("HF_", "TRANSFORMERS_")
 def run(
     command: list[str], *, env: Mapping[str, str], cwd: str | Path, world_size: int = 1, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """`subprocess.run` of a script with its output captured as text; on several ranks, that of all of them.
+    """Run a script like `subprocess.run`, with the output of all ranks captured as text.
 
-    When a rank fails, the others are killed, as launchers do it. The return code is that of the first to fail.
+    When a rank fails, the others are killed, as by a launcher. The return code is that of the first to fail.
 
     Raises:
         subprocess.TimeoutExpired: after `timeout` seconds, longer on a busy machine; the ranks are killed.
@@ -38,7 +37,10 @@ def run(
         assert not name.startswith(READ_AT_IMPORT) or env.get(name) == os.environ.get(name), f"{name} comes too late"
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        ranks = [FORKS.Process(target=_become, args=(command, {**env, **p}, cwd, outputs)) for p in _places(world_size)]
+        ranks = [
+            FORKS.Process(target=_become, args=(command, {**env, **p}, cwd, outputs))
+            for p in _rank_environments(world_size)
+        ]
         for rank in ranks:
             rank.start()
         try:
@@ -53,8 +55,8 @@ def run(
     return subprocess.CompletedProcess(command, code, stdout, stderr)
 
 
-def _places(world_size: int) -> list[dict[str, str]]:
-    """What a launcher sets for each rank."""
+def _rank_environments(world_size: int) -> list[dict[str, str]]:
+    """Return the environment variables that a launcher sets for each rank."""
     if world_size == 1:
         return [{}]
     with socket.socket() as probe:
@@ -68,7 +70,7 @@ def _places(world_size: int) -> list[dict[str, str]]:
 def _wait(ranks: list[multiprocessing.process.BaseProcess], timeout: float) -> int | None:
     """Return the first exit code that is not 0, else 0; None for a hang.
 
-    On a busy machine a run may take as many times `timeout` as processes share a processor.
+    The timeout is multiplied by the load per processor, for busy machines.
     """
     left, started = {rank.sentinel: rank for rank in ranks}, time.monotonic()
     while left:
@@ -84,9 +86,9 @@ def _wait(ranks: list[multiprocessing.process.BaseProcess], timeout: float) -> i
 
 
 def _become(command: list[str], env: dict[str, str], cwd: str | Path, outputs: list[Path]) -> None:
-    """In the fork: be the program `command`."""
-    gc.freeze()  # what the imports made is not walked again
-    multiprocessing.set_start_method(None, force=True)  # processes of its own start as they do elsewhere
+    """Run the program `command` in this fork."""
+    gc.freeze()  # garbage collection skips the objects of the imports
+    multiprocessing.set_start_method(None, force=True)  # its own processes use the default start method
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY), descriptor)
     os.chdir(cwd)

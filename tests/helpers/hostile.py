@@ -1,4 +1,4 @@
-"""Rows whose texts try to act: in a terminal, in HTML, in JSON inside HTML, in plotly's labels, in rich's markup."""
+"""Texts that inject code into terminals, HTML, JSON inside HTML, plotly labels and rich markup."""
 
 from datasets import Dataset
 
@@ -21,12 +21,12 @@ HOSTILE = {
     "escape": "\x1b[2J\x1b]0;title\x07\x1b[31mred \x9b5m \x00nul \r\noverwritten \x7f",
     "direction": "abc \u202egnp.exe\u202c \u2066x\u2069 שלום مرحبا \u2028next",
 }
-# What the first of these looks like where it is shown as text.
+# The first text as it must appear when escaped.
 SHOWN_SCRIPT = HOSTILE["script"]
 
 
 def hostile_rows() -> Dataset:
-    """Four rows of each text, which is the task, the prompt and the response at once."""
+    """Make four rows per text, which is task, prompt and response at once."""
     rows = [
         {
             "task": text,
@@ -42,7 +42,7 @@ def hostile_rows() -> Dataset:
 
 
 def hostile_inspection():
-    """The inspection of `hostile_rows` by task."""
+    """Inspect `hostile_rows` by task."""
     rows = Rows(hostile_rows())
     grouper = TaskGrouper(columns=["task"]).fit(rows)
     grouper.notices.append(f"a notice about {SHOWN_SCRIPT} [bold]{HOSTILE['escape']}")

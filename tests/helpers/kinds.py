@@ -1,7 +1,7 @@
-"""The kinds of trainer and the forms of data that the differential tests run, and a record of each run.
+"""Kinds of trainer and forms of data of the differential tests, and records of their runs.
 
 To add a kind, add one `Kind(...)` to `KINDS`: the parent trainer, its arguments class, a function that makes a tiny
-model, the default form of its data (a name in `FORMS`), and options or trainer arguments of its own where it has any.
+model, the default form of its data (a name in `FORMS`), and any options or trainer arguments.
 """
 
 import atexit
@@ -48,14 +48,14 @@ from commonit_trl import CommonITArguments, CommonITMixin, CommonITSFTConfig, Co
 from helpers.toys import tiny_tokenizer
 
 gc.collect()
-gc.freeze()  # the Trainer collects garbage when training starts; it need not walk the imports again
+gc.freeze()  # the Trainer collects garbage when training starts; skip the objects of the imports
 atexit.register(gc.unfreeze)
 
 IGNORED_LABEL = -100
 MASK = 258
-"""Id of the token that a masked language model is to restore."""
+"""Id of the mask token."""
 GROUP_SIZES = {"a": 12, "b": 12, "c": 9}
-"""With 6 samples a step (or 4, or 8 on two ranks) no step has fewer samples than micro-batches: no repeats."""
+"""With 6 samples per step (or 4, or 8 on two ranks), each micro-batch has a sample without repeats."""
 RUN_TIME = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 QUIET = {
     "use_cpu": True,
@@ -79,12 +79,12 @@ QUIET = {
 
 @dataclass(frozen=True)
 class Sample:
-    """What every form of a row is made from."""
+    """The content of a row in any form."""
 
     number: int
     group: str
     tokens: list[int]
-    """Starts with the number; a third of the samples is four times as long as the others."""
+    """Starts with the number; a third of the samples are four times as long as the others."""
 
     @property
     def text(self) -> str:
@@ -93,7 +93,7 @@ class Sample:
 
 @functools.cache
 def samples() -> list[Sample]:
-    """The samples of every run, in an order that mixes groups and lengths."""
+    """Make the samples of every run, in an order that mixes groups and lengths."""
     rng = np.random.default_rng(0)
     groups = rng.permutation(np.repeat(list(GROUP_SIZES), list(GROUP_SIZES.values())))
     made = []
@@ -143,7 +143,7 @@ def _image(sample: Sample) -> Any:
 
 
 def dataset(form: str, rows: slice = slice(None)) -> Dataset:
-    """The samples in a form, with their group in the column `task`."""
+    """Make the dataset of the samples in a form, with their group in the column `task`."""
     return Dataset.from_list([{**FORMS[form](sample), "task": sample.group} for sample in samples()[rows]])
 
 
@@ -151,7 +151,7 @@ def dataset(form: str, rows: slice = slice(None)) -> Dataset:
 
 
 def make_model(name: str, config: str, dropout: float = 0.0, **options: Any) -> Any:
-    """A random two-layer float32 model.
+    """Make a random two-layer float32 model.
 
     Args:
         name: its class in transformers.
@@ -181,7 +181,7 @@ def make_model(name: str, config: str, dropout: float = 0.0, **options: Any) -> 
 
 
 def tiny_llava(dropout: float = 0.0) -> Any:
-    """LLaVA of a CLIP encoder of 8 x 8 pixels in 4 patches, and a Llama."""
+    """Make a LLaVA model of a CLIP encoder for 8 x 8 pixels in 4 patches and a Llama."""
     tokenizer = image_processor().tokenizer
     vision = transformers.CLIPVisionConfig(
         hidden_size=16,
@@ -232,7 +232,7 @@ def image_processor() -> Any:
     )
 
 
-# --- trainers of a user's own ---------------------------------------------------------------------------------------
+# --- custom trainers and losses -------------------------------------------------------------------------------------
 
 
 class MeanLoss(Trainer):
@@ -248,25 +248,25 @@ class MeanLoss(Trainer):
 
 
 class DeclaredMeanLoss(MeanLoss):
-    """Says by transformers' own flag that its loss is a mean."""
+    """Declares by transformers' flag that its loss is a mean."""
 
     loss_is_scaled_for_ga = False
 
 
 def token_loss(outputs, labels, num_items_in_batch=None):
-    """A `compute_loss_func` that divides by the step's tokens, as transformers documents it."""
+    """Divide the loss by the step's tokens, as transformers documents for `compute_loss_func`."""
     logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     total = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
     return total / ((labels != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def mean_loss(outputs, labels, num_items_in_batch=None):
-    """A `compute_loss_func` that does not."""
+    """Ignore the step's tokens and return the mean."""
     return token_loss(outputs, labels)
 
 
 class MaskByToken(DataCollatorForLanguageModeling):
-    """Masks the same tokens of a row in every batch, so that the runs of two batch orders can be compared."""
+    """Masks the same tokens of a row in every batch, so that runs with different orders are comparable."""
 
     def torch_mask_tokens(self, inputs, special_tokens_mask=None, **kwargs):
         masked = (inputs * 7 + torch.arange(inputs.shape[1])) % 5 == 0
@@ -306,12 +306,12 @@ class Kind:
     """Whether we do arrange its steps by length."""
 
     def make(self, directory: Path, metric: str | None, form: str = "", dropout: float = 0.0, **options: Any) -> Any:
-        """A trainer.
+        """Make a trainer.
 
         Args:
             directory: of its outputs and caches.
-            metric: `commonit_metric` of our trainer; None makes the parent's.
-            form: of the data, where it is not the kind's own.
+            metric: `commonit_metric`; None makes the parent's trainer.
+            form: of the data; empty for the kind's default.
             options: of the arguments; `extra` returns trainer arguments, `evaluated` names evaluation sets.
         """
         extra = {**self.extra(), **options.pop("extra", dict)()}
@@ -329,13 +329,13 @@ class Kind:
             trainer, arguments = ours(self.parent), our_arguments(self.arguments)
         model = self.model(dropout=dropout)
         if isinstance(extra.get("data_collator"), DataCollatorForSeq2Seq):
-            extra["data_collator"].model = model  # makes the decoder's inputs, which label smoothing needs
+            extra["data_collator"].model = model  # creates the decoder's inputs for label smoothing
         return trainer(model=model, args=arguments(**options), train_dataset=dataset(form or self.form), **extra)
 
 
 @functools.cache
 def ours(parent: type[Trainer]) -> type[Trainer]:
-    """The parent with `CommonITMixin`, as a user writes it."""
+    """Return a subclass of the parent with `CommonITMixin`, as a user writes it."""
     if parent is SFTTrainer:
         return CommonITSFTTrainer
     return type(f"CommonIT{parent.__name__}", (CommonITMixin, parent), {})
@@ -550,7 +550,7 @@ KINDS = {
 
 @dataclass
 class Run(TrainerCallback):
-    """What the model of a trainer saw, and what came of it."""
+    """Records the model's inputs and the results of a run."""
 
     steps: list[list[dict[str, Any]]] = field(default_factory=list)
     """Optimizer steps of micro-batches, as the model's forward gets them."""
@@ -575,12 +575,12 @@ class Run(TrainerCallback):
         inputs = copied({**kwargs, **{str(n): value for n, value in enumerate(args)}})
         if not model.training:
             self.evaluated.append(inputs)
-        elif torch.is_grad_enabled():  # TRL repeats some forwards without gradient, for its metrics
+        elif torch.is_grad_enabled():  # TRL repeats some forward passes without gradient for its metrics
             self.steps[-1].append(inputs)
 
     @property
     def rows(self) -> list[list[list[tuple[Any, ...]]]]:
-        """Optimizer steps of micro-batches of rows; see `rows_of`."""
+        """Rows of each micro-batch of each step; see `rows_of`."""
         return [[rows_of(batch) for batch in step] for step in self.steps]
 
     @property
@@ -590,12 +590,12 @@ class Run(TrainerCallback):
 
     @property
     def inputs(self) -> list[dict[str, Any]]:
-        """All micro-batches as `compute_loss` gets them."""
+        """Inputs of `compute_loss` for all micro-batches."""
         return [inputs for step in self.losses for inputs, _ in step]
 
 
 def train(trainer: Any, evaluates: bool = False) -> Run:
-    """Train, and record."""
+    """Train and return the record."""
     run = Run()
     hook = trainer.model.register_forward_pre_hook(run.see, with_kwargs=True)
     trainer.add_callback(run)
@@ -606,7 +606,7 @@ def train(trainer: Any, evaluates: bool = False) -> Run:
             run.losses[-1].append((copied(inputs), kwargs.get("num_items_in_batch")))
         return compute_loss(model, inputs, *args, **kwargs)
 
-    trainer.compute_loss = recorded  # of the object: its class stays what a user gives
+    trainer.compute_loss = recorded  # patch the object: its class must stay the user's
     trainer.train()
     if evaluates:
         trainer.evaluate()
@@ -625,7 +625,7 @@ def copied(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def outcome(make: Callable[[], Any], evaluates: bool = False) -> Run | tuple[str, str]:
-    """The run of the trainer that `make` makes; where it is refused, type and message, without our class names."""
+    """Train the result of `make`; if it is refused, return type and message without CommonIT's class names."""
     try:
         return train(make(), evaluates)
     except Exception as error:
@@ -633,9 +633,9 @@ def outcome(make: Callable[[], Any], evaluates: bool = False) -> Run | tuple[str
 
 
 class Fed:
-    """Mixed into a parent trainer: trains on given micro-batches instead of a sampler's.
+    """Mixin for a parent trainer that trains on given micro-batches instead of a sampler's.
 
-    `fed` is a list of micro-batches: row numbers, or inputs that are collated already.
+    `fed` is a list of micro-batches: row numbers, or collated inputs.
     """
 
     fed: Sequence[Any] = ()
@@ -648,7 +648,7 @@ class Fed:
 
 
 def feed(kind: Kind, directory: Path, micro_batches: Sequence[Any], form: str = "", **options: Any) -> Run:
-    """The run of the parent on given micro-batches; `max_grad_norm` and the learning rate are 0."""
+    """Run the parent on given micro-batches, with `max_grad_norm` and learning rate 0."""
     trainer = kind.make(directory, None, form, **{**FROZEN, **options})
     trainer.__class__ = type(kind.parent.__name__, (Fed, kind.parent), {"fed": micro_batches})
     return train(trainer)
@@ -662,14 +662,14 @@ FROZEN = {"learning_rate": 0.0, "max_grad_norm": 0.0}
 
 
 def rows_of(inputs: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """The rows of a batch without padding, as values that can be compared.
+    """Return the rows of a batch without padding, as comparable values.
 
     DPO, reward and KTO batches hold two sequences for each preference.
     """
     tokens, labels = inputs.get("input_ids"), inputs.get("labels")
     if tokens is None:
         return [tuple(image.flatten().tolist()) for image in inputs["pixel_values"]]
-    if labels is not None and labels.shape == tokens.shape:  # masked language modelling hides tokens of the input
+    if labels is not None and labels.shape == tokens.shape:  # masked language modelling replaces input tokens
         tokens = torch.where((tokens == MASK) & (labels != IGNORED_LABEL), labels, tokens)
     if "attention_mask" in inputs:
         return [tuple(row[mask.bool()].tolist()) for row, mask in zip(tokens, inputs["attention_mask"], strict=True)]
@@ -679,7 +679,7 @@ def rows_of(inputs: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def row_groups(kind: Kind, directory: Path, form: str = "") -> dict[tuple[Any, ...], str]:
-    """The group of each row that the model may see, found by collating each alone for the parent trainer."""
+    """Map each row, collated alone by the parent trainer, to its group."""
     trainer = kind.make(directory, None, form)
     loader = trainer.get_train_dataloader()
     groups: dict[tuple[Any, ...], str] = {}
@@ -703,7 +703,7 @@ def number_of_samples(inputs: dict[str, Any]) -> int:
 
 
 def group_loss(kind: Kind, trainer: Any, micro_batches: list[dict[str, Any]]) -> float:
-    """The trainer's own losses of micro-batches, weighted as the kind says."""
+    """Compute the trainer's loss over micro-batches, weighted by the kind's rule."""
     trainer.model.train()
     with torch.no_grad():
         losses = [float(trainer.compute_loss(trainer.model, copied(inputs))) for inputs in micro_batches]
@@ -715,14 +715,14 @@ def group_loss(kind: Kind, trainer: Any, micro_batches: list[dict[str, Any]]) ->
 
 
 def change(update: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
-    """The norm of the difference of two updates, relative to that of the reference."""
+    """Return the norm of the difference of two updates, relative to the reference."""
     assert update.keys() == reference.keys()
     difference = torch.cat([(update[name] - reference[name]).double().flatten() for name in reference])
     return float(difference.norm() / torch.cat([value.double().flatten() for value in reference.values()]).norm())
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two values of lists, dictionaries and tensors differ, to the last digit."""
+    """List the paths at which two nested values differ exactly."""
     if torch.is_tensor(a) and torch.is_tensor(b):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
     if isinstance(a, dict) and isinstance(b, dict):

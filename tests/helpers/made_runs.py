@@ -1,4 +1,4 @@
-"""Synthetic results of runs to compare: the same rows and weights, and losses by rule."""
+"""Synthetic results of runs to compare: equal rows and weights, and losses by formula."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ STRATEGIES = {strategy.name: strategy for strategy in parse_strategies("none,tas
 
 
 def result(strategy, seed, shift=0.0, exact=None, groups=("first", "second"), **written):
-    """Return a run whose loss per token is `shift` above the baseline's, plus little noise."""
+    """Return a run whose loss per token is `shift` above the baseline's, plus noise."""
     tokens = np.random.default_rng(0).integers(4, 30, ROWS)
     per_token = 2 + np.random.default_rng(1).random(ROWS) + shift
     per_token = per_token + 0.01 * np.random.default_rng([seed, len(strategy)]).standard_normal(ROWS)

@@ -1,9 +1,9 @@
-"""Trains kinds of `kinds.py` on this rank, one after another, and saves what their models saw.
+"""Train kinds of `kinds.py` on this rank, one after another, and save the models' inputs.
 
     python rank_worker.py runs.json            torchrun --nproc_per_node 2 rank_worker.py runs.json
 
 `runs.json` is a list of runs with `name`, `kind`, `metric` (null for the parent) and `options` of `Kind.make`. Each
-leaves `<name>.rank<r>.pt` beside it, for `kinds.load`.
+writes `<name>.rank<r>.pt` beside it, for `kinds.load`.
 """
 
 import json
@@ -26,7 +26,7 @@ def main() -> None:
         record = train(trainer, evaluates="evaluated" in run["options"])
         save(record, path.with_name(f"{run['name']}.rank{os.environ['RANK']}.pt"))
     torch.distributed.barrier()
-    os._exit(0)  # a gloo process may abort in the interpreter's own end
+    os._exit(0)  # a gloo process may abort the interpreter at exit
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Small real parts for the tests: a byte tokenizer, tiny models, rows that carry their number, and a recorder of what a
-model sees."""
+"""Small real parts for the tests: a byte tokenizer, tiny models, numbered rows and a recorder of the model's inputs."""
 
 import json
 import os
@@ -27,7 +26,7 @@ CHAT_TEMPLATE = (
     "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-QUIET = {  # training arguments of every test run, unless it says otherwise
+QUIET = {  # default training arguments of test runs
     "use_cpu": True,
     "bf16": False,
     "gradient_checkpointing": False,
@@ -43,7 +42,7 @@ ID_BASE = 100
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, `<pad>`, `<eos>` and a chat template with generation marks."""
+    """Make a tokenizer with one token per byte, `<pad>`, `<eos>` and a chat template with generation marks."""
     vocabulary = {byte: number for number, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,7 +53,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 258, dropout: float = 0.0) -> Any:
-    """A random two-layer float32 model of one of the paper's architectures: `llama`, `qwen2` or `bloom`."""
+    """Make a random two-layer float32 model of a paper's architecture: `llama`, `qwen2` or `bloom`."""
     common = {
         "vocab_size": vocab_size,
         "hidden_size": 32,
@@ -73,8 +72,11 @@ def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 258
 
 
 def id_rows(group_sizes: list[int], seed: int = 0, max_tokens: int = 40) -> Dataset:
-    """Tokenised rows of the given groups, shuffled: `input_ids` starts with the row's number, lengths differ, `labels`
-    masks a prompt of the number and one token more, `task` names the group, `row` is the number."""
+    """Make shuffled tokenised rows of different lengths for the given groups.
+
+    `input_ids` starts with the row number, `labels` masks the number and one more token, `task` names the group, and
+    `row` is the number.
+    """
     rng = np.random.default_rng(seed)
     groups = np.repeat(np.arange(len(group_sizes)), group_sizes)
     rng.shuffle(groups)
@@ -89,7 +91,7 @@ def id_rows(group_sizes: list[int], seed: int = 0, max_tokens: int = 40) -> Data
 
 
 def read_ids(inputs: dict[str, torch.Tensor]) -> list[int]:
-    """The row numbers in a micro-batch of `id_rows`, padded or padding-free."""
+    """Read the row numbers from a micro-batch of `id_rows`, padded or padding-free."""
     tokens = inputs["input_ids"]
     if "attention_mask" not in inputs and "position_ids" in inputs:
         starts = (inputs["position_ids"][0] == 0).nonzero().flatten()
@@ -101,15 +103,15 @@ def read_ids(inputs: dict[str, torch.Tensor]) -> list[int]:
 
 
 def plan_of(rows: Dataset, **arguments: Any) -> EpochPlan:
-    """The plan of `id_rows` by task that anyone can compute: B = 2, and the other `arguments` of `plan_epoch`."""
+    """Plan an epoch of `id_rows` by task with micro-batches of 2 and other `arguments` of `plan_epoch`."""
     groups, lengths = [int(task[1:]) for task in rows["task"]], [len(tokens) for tokens in rows["input_ids"]]
     return plan_epoch(groups, lengths, micro_batch_size=QUIET["per_device_train_batch_size"], **arguments)
 
 
 def row_losses(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[list[float], list[int]]:
-    """Of each row of a micro-batch: the sum of the losses of its trained tokens, and how many those are.
+    """Compute each row's summed loss over its trained tokens, and the number of these tokens.
 
-    From the logits of a Llama, computed once more, since TRL's own forward may give none.
+    Repeats the forward pass of a Llama, since TRL's may return no logits.
     """
     names = {"input_ids", "attention_mask", "position_ids"} & set(inputs)
     with torch.no_grad():
@@ -122,9 +124,9 @@ def row_losses(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[list[float]
 
 
 class Recorder(TrainerCallback):
-    """Writes what the model of this rank sees in training: a JSON line a micro-step, so that a kill loses none.
+    """Writes the model's inputs on this rank: a JSON line per micro-step, so that none is lost when killed.
 
-    Each line is `{"step": optimizer step, "ids": row numbers}`; with `losses`, also what `row_losses` gives.
+    Each line is `{"step": optimizer step, "ids": row numbers}`; with `losses`, also the result of `row_losses`.
     """
 
     def __init__(self, path: str | Path, losses: bool = False) -> None:
@@ -151,7 +153,7 @@ class Recorder(TrainerCallback):
 
 
 def recorded(path: str | Path, world_size: int = 1) -> dict[int, list[list[list[int]]]]:
-    """What `Recorder`s wrote: optimizer step -> rank -> micro-step -> row numbers."""
+    """Read the files of `Recorder`: optimizer step -> rank -> micro-step -> row numbers."""
     steps: dict[int, list[list[list[int]]]] = {}
     for rank in range(world_size):
         for line in Path(f"{path}.rank{rank}").read_text(encoding="utf-8").splitlines():

@@ -1,12 +1,12 @@
-"""Trains `CommonITSFTTrainer` (or a parent trainer) on `id_rows`, recording what the model sees; one launch, many runs.
+"""Train `CommonITSFTTrainer` or `SFTTrainer` on `id_rows` and record the model's inputs; one launch, many runs.
 
     python train_worker.py runs.json            torchrun --nproc_per_node 2 train_worker.py runs.json
 
 `runs.json` is a list of runs, each with `name`, `dir`, `group_sizes` and any of: `options` (of `CommonITSFTConfig`),
 `model`, `dropout`, `parent` (true: train plain `SFTTrainer`), `resume` (path), `deepspeed` (a config), `kill_at`
-(optimizer step in which this process kills itself), `arrange_by` ("nothing" or "noise": other lengths for the
-arrangement inside steps than the rows' own), `losses` (true: record each row's loss), `accepts_loss_kwargs` (what the
-model says of itself). Each run leaves `<dir>/<name>.ids.rank*` (see `toys.Recorder`), and of rank 0
+(optimizer step in which this process kills itself), `arrange_by` ("nothing" or "noise": lengths by which steps are
+balanced, instead of the rows' own), `losses` (true: record each row's loss), `accepts_loss_kwargs` (the model's
+attribute). Each run writes `<dir>/<name>.ids.rank*` (see `toys.Recorder`), and on rank 0
 `<name>.safetensors` (final weights), `<name>.gradient.safetensors` (of the first step) and `<name>.json`.
 """
 
@@ -24,7 +24,9 @@ if USES_DEEPSPEED:  # a real engine on CPU: `use_cpu=True` would make transforme
     import deepspeed
     from accelerate import PartialState
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled first, for a minute
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+        False  # otherwise DeepSpeed compiles it first, for a minute
+    )
     PartialState(backend="gloo")
 
 import numpy as np  # noqa: E402
@@ -39,7 +41,7 @@ from helpers.toys import QUIET, Recorder, id_rows, tiny_model, tiny_tokenizer  #
 
 
 class KillAt(TrainerCallback):
-    """SIGKILL to this process, after the first micro-step of an optimizer step has been seen."""
+    """Kills this process by SIGKILL after the first micro-step of an optimizer step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -54,7 +56,7 @@ class KillAt(TrainerCallback):
 
 
 class SaveFirstGradient(TrainerCallback):
-    """Writes the gradient of the first optimizer step, as the optimizer gets it (with `max_grad_norm` 0, unclipped)."""
+    """Saves the gradient of the first optimizer step, unclipped with `max_grad_norm` 0."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -118,17 +120,17 @@ def train(run: dict) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    # On several CPU ranks transformers 5.16 loads the optimizer's state to "cpu:0", a place that torch does not know.
+    # On several CPU ranks, transformers 5.16 loads the optimizer's state to "cpu:0", which torch does not accept.
     torch.serialization.register_package(
         50, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
     )
     for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         train(run)
         if USES_DEEPSPEED:
-            AcceleratorState._reset_state(False)  # else the next run's Accelerator is refused as a second one
+            AcceleratorState._reset_state(False)  # otherwise accelerate refuses a second Accelerator
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    os._exit(0)  # one in fifty or so gloo processes aborts in the interpreter's own end, and torchrun kills the others
+    os._exit(0)  # about one in fifty gloo processes aborts at exit, and torchrun kills the others
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""What the in-process trainer tests share: quiet trainers of tiny models, and a record of what a model
-sees."""
+"""Quiet in-process trainers of tiny models, and a record of the model's inputs."""
 
 import atexit
 import gc
@@ -17,7 +16,7 @@ from helpers.toys import ID_BASE, ID_DIGITS, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
 gc.collect()
-gc.freeze()  # the Trainer collects garbage when training starts; what the imports made is not walked again
+gc.freeze()  # the Trainer collects garbage when training starts; skip the objects of the imports
 atexit.register(gc.unfreeze)
 
 QUIET = {
@@ -31,7 +30,7 @@ RUN_TIME = ("runtime", "samples_per_second", "steps_per_second", "model_preparat
 
 
 def rows_of_task(task, count):
-    """Rows with `task`, `prompt` and `completion`, whose lengths differ."""
+    """Make rows with `task`, `prompt` and `completion` of different lengths."""
     return [{"task": task, "prompt": f"Do {task} {n}:", "completion": f" {task}" * (n % 7 + 1)} for n in range(count)]
 
 
@@ -41,7 +40,7 @@ def write_jsonl(path, rows):
 
 
 def make_trainer(directory, rows, *, trainer_class=CommonITSFTTrainer, model="llama", extra=None, **options):
-    """A trainer of a tiny model; plain `SFTTrainer` takes the same `options`, less those of CommonIT.
+    """Make a trainer of a tiny model; `SFTTrainer` takes the same `options` without those of CommonIT.
 
     Args:
         model: architecture of `tiny_model`, or a model.
@@ -65,7 +64,7 @@ def make_trainer(directory, rows, *, trainer_class=CommonITSFTTrainer, model="ll
 
 
 def train(directory, rows, **arguments):
-    """A trainer as `make_trainer` makes it, trained, and what its model saw."""
+    """Train and return the trainer of `make_trainer` and the record of its model's inputs."""
     trainer = make_trainer(directory, rows, **arguments)
     seen = Seen(trainer)
     trainer.train()
@@ -78,14 +77,14 @@ def without_run_times(metrics):
 
 @dataclass(frozen=True)
 class Row:
-    """One row as the model saw it, without padding."""
+    """A row of the model's inputs, without padding."""
 
     tokens: tuple[int, ...]
     labels: tuple[int, ...]
 
     @property
     def number(self):
-        """The row's number in `toys.id_rows`."""
+        """The row number in `toys.id_rows`."""
         return sum(
             token * ID_BASE**place for place, token in zip(reversed(range(ID_DIGITS)), self.tokens, strict=False)
         )
@@ -96,13 +95,13 @@ class Row:
 
     @property
     def trained(self):
-        """How many tokens are trained on."""
+        """The number of trained tokens."""
         return sum(label != -100 for label in self.labels)
 
 
 @dataclass
 class Epoch:
-    """What the model saw in one epoch: optimizer step -> micro-batches of rows."""
+    """The model's inputs in one epoch: optimizer step -> micro-batches of rows."""
 
     steps: list[list[list[Row]]] = field(default_factory=list)
 
@@ -117,8 +116,7 @@ class Epoch:
 
 
 class Seen(TrainerCallback):
-    """Records in `epochs` what the model of `trainer` sees in training, anew each time that training
-    starts."""
+    """Records the inputs of the trainer's model in `epochs`; restarts with each training."""
 
     def __init__(self, trainer):
         self.epochs: list[Epoch] = []
@@ -144,15 +142,15 @@ class Seen(TrainerCallback):
         self.epochs[-1].steps.append([])
 
     def _record(self, model, args, kwargs):
-        # TRL repeats some forwards without gradient, for its metrics.
+        # TRL repeats some forward passes without gradient for its metrics.
         if model.training and torch.is_grad_enabled():
             self.epochs[-1].steps[-1].append(rows_of(kwargs))
 
 
 def rows_of(inputs):
-    """The rows of a batch, each without its padding or cut out of a padding-free batch."""
+    """Split a padded or padding-free batch into rows without padding."""
     tokens = inputs["input_ids"]
-    labels = inputs.get("labels", tokens)  # label smoothing takes them out
+    labels = inputs.get("labels", tokens)  # label smoothing removes them
     if "attention_mask" in inputs:
         kept = inputs["attention_mask"].bool()
         pairs = [(t[mask], label[mask]) for t, label, mask in zip(tokens, labels, kept, strict=True)]
@@ -164,7 +162,7 @@ def rows_of(inputs):
 
 
 def groups_of_steps(seen, group_of):
-    """The group of each optimizer step; fails where a step holds several."""
+    """Return the group of each optimizer step; fail if a step holds several."""
     found = []
     for rows in seen.steps:
         groups = {group_of(row) for row in rows}
@@ -174,7 +172,7 @@ def groups_of_steps(seen, group_of):
 
 
 def as_argv(options):
-    """`--name value ...`; a list gives several values, None leaves the option out."""
+    """Return `--name value ...`; a list gives several values, None omits the option."""
     argv = []
     for name, value in options.items():
         if value is not None:

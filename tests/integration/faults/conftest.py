@@ -1,4 +1,4 @@
-"""A server of training runs (see server.py), and the figures of a full run, written down when it ends."""
+"""A server of training runs (see server.py), and the report of a full test run."""
 
 import json
 import os
@@ -14,7 +14,7 @@ TESTS = Path(__file__).parents[2]
 
 
 class Server:
-    """Does the runs that server.py describes, one at a time."""
+    """Starts server.py and sends it one run at a time."""
 
     def __init__(self, log):
         environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{os.environ.get('PYTHONPATH', '')}"}
@@ -28,7 +28,7 @@ class Server:
         )
 
     def do(self, **run):
-        """The answer to `run`, with what each rank said in `said`."""
+        """Return the answer to `run`, with each rank's log in `output`."""
         self.process.stdin.write(json.dumps(run) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
@@ -36,7 +36,7 @@ class Server:
             Path(run["dir"]) / f"{run['name']}.{run.get('attempt', 0)}.rank{rank}.log"
             for rank in range(run["world_size"])
         ]
-        return {**answer, "said": [log.read_text(encoding="utf-8", errors="replace") for log in logs]}
+        return {**answer, "output": [log.read_text(encoding="utf-8", errors="replace") for log in logs]}
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def figures(pytestconfig):
-    """Table -> rows that the tests of the full run found; written where COMMONIT_FAULTS_RESULTS says."""
+    """Rows of the report by table; written to the folder COMMONIT_FAULTS_RESULTS at the end."""
     found = defaultdict(list)
     yield found
     folder = os.environ.get("COMMONIT_FAULTS_RESULTS")

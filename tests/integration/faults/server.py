@@ -1,16 +1,16 @@
-"""Trains runs that die: imports torch and TRL once, then forks the ranks of each run that it is told to do.
+"""Train runs that kill themselves: import torch and TRL once, then fork the ranks of each run.
 
-    python server.py < runs    # one JSON object a line; the answer is one line each
+    python server.py < runs    # one JSON object per line, and one line per answer
 
 A run has `name`, `dir`, `world_size`, `group_sizes`, `options` (of `CommonITSFTConfig`), and any of: `attempt`,
-`rank_options` (rank -> options that only it has), `data` (rank -> one of `DATA`), `dropout`, `zero2`, `resume` (true:
-go on from the last whole checkpoint, if there is one), `kill` (`{"at": event, "count": n, "ranks": [...]}`: these ranks
-end themselves by SIGKILL at the n-th such event), `limit_s` (a rank that lives longer hangs, and is killed).
+`rank_options` (rank -> its own options), `data` (rank -> one of `DATA`), `dropout`, `zero2`, `resume` (true: from the
+last complete checkpoint, if there is one), `kill` (`{"at": event, "count": n, "ranks": [...]}`: these ranks kill
+themselves by SIGKILL at the n-th such event), `limit_s` (seconds after which a rank counts as hung and is killed).
 
-Each rank writes to `<name>.<attempt>.rank<r>.jsonl` where it begins, and what its model sees, a line a micro-batch that
-is on disk before the batch is computed; what it says goes to `<name>.<attempt>.rank<r>.log`. The first rank leaves
-`<name>.json` and `<name>.safetensors` when a run ends. The answer: `codes` of the ranks (-9: killed), `hung` (ranks
-that did), `outlived_s` (from the end of the first rank to that of the last).
+Each rank writes its first step, then a line per micro-batch before training it, to `<name>.<attempt>.rank<r>.jsonl`;
+its output goes to `<name>.<attempt>.rank<r>.log`. Rank 0 writes `<name>.json` and `<name>.safetensors` when a run ends.
+The answer: `codes` of the ranks (-9: killed), `hung` ranks, `outlived_s` (from the end of the first rank to that of the
+last).
 """
 
 import functools
@@ -50,7 +50,7 @@ ZERO2 = {
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
 }
-DATA = {  # other rows than the run's, for ranks that disagree
+DATA = {  # changes of the run's rows, for ranks that disagree
     "tokens": lambda rows: rows.map(lambda row: {"input_ids": [*row["input_ids"][:-1], row["input_ids"][-1] ^ 1]}),
     "groups": lambda rows: rows.map(lambda row: {"task": "g000" if row["row"] < 3 else row["task"]}),
     "order": lambda rows: rows.select([1, 0, *range(2, len(rows))]),
@@ -59,14 +59,14 @@ DATA = {  # other rows than the run's, for ranks that disagree
 
 
 class Killer(TrainerCallback):
-    """Ends its process at the moment that `kill` describes."""
+    """Kills its process at the event in `kill`."""
 
     def __init__(self, kill: dict[str, Any] | None, rank: int) -> None:
         self.event = kill["at"] if kill and rank in kill["ranks"] else None
         self.left = kill["count"] if kill else 0
 
     def happens(self, event: str, torn: Path | None = None) -> None:
-        """An event of this process; a write that is cut short leaves half of the file `torn`."""
+        """Count an event; a kill during a write leaves half of the file `torn`."""
         assert event in EVENTS
         self.left -= event == self.event
         if event == self.event and self.left == 0:
@@ -80,19 +80,19 @@ class Killer(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.happens("epoch begin")
 
-    def on_optimizer_step(self, args, state, control, **kwargs):  # the weights are new, the step is not counted yet
+    def on_optimizer_step(self, args, state, control, **kwargs):  # after the update, before the step is counted
         self.happens("optimizer step")
 
     def on_save(self, args, state, control, **kwargs):
         self.happens("saved")
 
     def watch(self) -> None:
-        """See the files of checkpoints being written, and rows being grouped."""
+        """Count writes of checkpoint files and fits of groups as events."""
         self._watch_writes(torch, "save", 1)
         self._watch_writes(transformers.modeling_utils, "safe_save_file", 1)
         self._watch_writes(safetensors.torch, "save_file", 1)
         self._watch_writes(TrainerState, "save_to_json", 1)
-        # Before and after a rank fits groups or receives those of rank 0.
+        # Before and after a rank fits groups, or receives them from rank 0.
         for module, name in ((commonit_trl.grouping.fit, "fit_assign_cached"), (Grouper, "fit_assign")):
             setattr(module, name, self._watch_grouping(getattr(module, name)))
 
@@ -121,7 +121,7 @@ class Killer(TrainerCallback):
 
 
 class Log(TrainerCallback):
-    """A line a micro-batch, on disk before the model computes it."""
+    """Writes a line per micro-batch to disk before the model trains it."""
 
     def __init__(self, path: Path, trainer: Any, killer: Killer, checkpoint: str | None) -> None:
         self.descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
@@ -183,7 +183,7 @@ def train(run: dict[str, Any], rank: int) -> None:
     log = Log(directory / f"{name}.{run.get('attempt', 0)}.rank{rank}.jsonl", trainer, killer, checkpoint)
     trainer.add_callback(log)
     trainer.model.register_forward_pre_hook(log.sees, with_kwargs=True)
-    trainer.train(resume_from_checkpoint=True if checkpoint else None)  # which it must find by itself
+    trainer.train(resume_from_checkpoint=True if checkpoint else None)  # True: the trainer must find it
 
     result = {"world_size": trainer.args.world_size, "global_step": trainer.state.global_step}
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -200,7 +200,7 @@ def train(run: dict[str, Any], rank: int) -> None:
 
 
 def fork_rank(run: dict[str, Any], rank: int, port: int) -> int:
-    """Start a rank; returns its process id."""
+    """Start a rank and return its process id."""
     child = os.fork()
     if child:
         return child
@@ -209,8 +209,8 @@ def fork_rank(run: dict[str, Any], rank: int, port: int) -> int:
             ranks = str(run["world_size"])
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        said = Path(run["dir"]) / f"{run['name']}.{run.get('attempt', 0)}.rank{rank}.log"
-        descriptor = os.open(said, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        log = Path(run["dir"]) / f"{run['name']}.{run.get('attempt', 0)}.rank{rank}.log"
+        descriptor = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         train(run, rank)
@@ -219,7 +219,7 @@ def fork_rank(run: dict[str, Any], rank: int, port: int) -> int:
         traceback.print_exc()
         code = 1
     sys.stderr.flush()
-    os._exit(code)  # one in fifty or so gloo processes aborts in the interpreter's own end
+    os._exit(code)  # about one in fifty gloo processes aborts when the interpreter exits
 
 
 def do(run: dict[str, Any]) -> dict[str, Any]:
@@ -249,14 +249,16 @@ def do(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled first, for a minute
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+        False  # otherwise DeepSpeed compiles it first, for a minute
+    )
     torch.set_num_threads(1)
-    # On several CPU ranks transformers 5.16 loads the optimizer's state to "cpu:0", a place that torch does not know.
+    # On several CPU ranks, transformers 5.16 loads the optimizer's state to "cpu:0", which torch does not accept.
     torch.serialization.register_package(
         50, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
     )
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keep output of libraries out of the answers
     for line in sys.stdin:
         answers.write(json.dumps(do(json.loads(line))) + "\n")
         answers.flush()

@@ -1,5 +1,7 @@
-"""I3 is checked at run time: two ranks that would train different plans both stop, with the same line, before the first
-batch. In each case, rank 1 has other settings or data."""
+"""I3 at run time: two ranks with different plans stop with the same error before the first batch.
+
+In each case, rank 1 has other settings or data.
+"""
 
 import pytest
 
@@ -49,20 +51,20 @@ def assert_both_stop(answer, directory, names):
 
 def stop_with(error, answer, directory):
     assert answer["codes"] == [1, 1] and not answer["hung"], answer
-    assert all(f"ValueError: {error}" in said for said in answer["said"]), answer["said"]
+    assert all(f"ValueError: {error}" in output for output in answer["output"]), answer["output"]
     for log in directory.glob("*.jsonl"):
         assert '"ids"' not in log.read_text(encoding="utf-8"), "a batch was trained"
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_that_disagree_stop(server, tmp_path, case):
+def test_ranks_with_different_plans_stop(server, tmp_path, case):
     options, data, names = CASES[case]
     differs = {"rank_options": {"1": options}, "data": {"1": data} if data else {}}
     assert_both_stop(server.do(**RUN, name="run", dir=str(tmp_path), **differs), tmp_path, names)
 
 
 @pytest.mark.parametrize("case", DIFFERENT_GROUPS)
-def test_ranks_that_group_differently_stop(server, tmp_path, case):
+def test_ranks_with_different_groups_stop(server, tmp_path, case):
     options, data = DIFFERENT_GROUPS[case]
     differs = {"rank_options": {"1": options}, "data": {"1": data} if data else {}}
     answer = server.do(**RUN, name="run", dir=str(tmp_path), **differs)
@@ -70,8 +72,8 @@ def test_ranks_that_group_differently_stop(server, tmp_path, case):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_rank_without_groups(server, tmp_path, packing):
-    """It has no part in what the other one waits for: to compare plans, and with packing already to group the rows."""
+def test_all_ranks_stop_when_one_disables_commonit(server, tmp_path, packing):
+    """Such a rank skips the collectives that compare plans and, with packing, group the rows."""
     run = {**RUN, "options": {**OPTIONS, "packing": packing, "max_length": 64}, "name": "run", "dir": str(tmp_path)}
     answer = server.do(**run, rank_options={"1": {"commonit_metric": "none"}})
     assert_both_stop(answer, tmp_path, ["commonit_metric"])

@@ -1,9 +1,8 @@
-"""Killed by SIGKILL and resumed, again and again: no sample is lost or repeated, no rank hangs, and the run ends as the
-one that was never killed.
+"""Runs killed by SIGKILL and resumed: no sample is dropped or repeated, no rank hangs, and the final state equals that
+of an uninterrupted run.
 
-A *life* is a run with all its deaths. Moments are counted in events of the run (see server.py) and drawn from a seed.
-What the model saw is read from the lines that were on disk before each micro-batch: of an earlier attempt those count
-that came before the checkpoint from which the next one went on.
+Each kill happens at an event of the run (see server.py), drawn from a seed. Each rank logs a micro-batch to disk before
+it trains it; of an attempt, the lines before the checkpoint of the next attempt count.
 """
 
 import json
@@ -21,7 +20,7 @@ SIZES = [1, 5, 7, 26, 62]
 TASKS = id_rows(SIZES)["task"]
 RUN = {
     "group_sizes": SIZES,
-    "dropout": 0.1,  # so that random states are part of what must come back
+    "dropout": 0.1,  # checkpoints must then restore the random states
     "resume": True,
     "options": {
         "commonit_metric": "task",
@@ -51,15 +50,17 @@ class Seen(NamedTuple):
 
 
 def begins(directory, name, attempt, rank):
-    """Where an attempt went on, and the lines of what it saw; None where it died before."""
+    """Return the start of an attempt, None if it was killed earlier, and its logged micro-batches."""
     path = Path(directory) / f"{name}.{attempt}.rank{rank}.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     return (lines[0], lines[1:]) if lines else (None, [])
 
 
 def survived(directory, name, attempts, most_ranks=2):
-    """What the ranks saw along the history that survived, as `Seen` in order of steps, and the repeats that the plans
-    on its way announce: (times replanned, epoch) -> how many."""
+    """Return the micro-batches that count, in order of steps, and the repeats that their plans announce.
+
+    Repeats are numbers of samples by (times replanned, epoch).
+    """
     history, announced = [], {}
     for attempt in range(attempts):
         start, _ = begins(directory, name, attempt, 0)
@@ -76,24 +77,24 @@ def survived(directory, name, attempts, most_ranks=2):
 
 
 def live(server, directory, name, run, deaths):
-    """A life, from its first attempt to its end. Returns its attempts, and what became of those that died."""
+    """Train a run to its end despite `deaths`; return the number of attempts and a record of each death."""
     died = []
     for attempt, death in enumerate([*deaths, *[{}] * 2]):
         answer = server.do(**{**RUN, **run, "name": name, "dir": str(directory), "attempt": attempt, **death})
-        assert not answer["hung"], (death, answer["said"])
+        assert not answer["hung"], (death, answer["output"])
         if not any(answer["codes"]):
             return attempt + 1, died
-        assert -9 in answer["codes"], (death, answer["said"])
+        assert -9 in answer["codes"], (death, answer["output"])
         starts = [begins(directory, name, attempt, rank) for rank in range(len(answer["codes"]))]
         steps = [line["step"] // start["per epoch"] for start, lines in starts for line in lines]
         epoch = max(steps, default=None)
         died.append({**death["kill"], "epoch": epoch, "hung": answer["hung"], "outlived_s": answer["outlived_s"]})
-    raise AssertionError(answer["said"])
+    raise AssertionError(answer["output"])
 
 
 @pytest.fixture(scope="session")
 def whole(server, tmp_path_factory):
-    """Of each kind, the folder of a run that is never killed."""
+    """A function that returns the folder of an uninterrupted run of a kind."""
     folders = {}
 
     def done(kind):
@@ -106,12 +107,12 @@ def whole(server, tmp_path_factory):
 
 
 def rows_of_epochs(history):
-    """How often each row was seen, in each of the two epochs."""
+    """Count how often each row was trained in each of the two epochs."""
     return [Counter(row for seen in history if seen.epoch == epoch for row in seen.rows) for epoch in range(2)]
 
 
 def lost_and_repeated(directory, history):
-    """Rows that were not seen, and repeats beyond those that the saved ledger announces, over both epochs."""
+    """Count dropped rows, and repeats beyond the saved epoch summary, over both epochs."""
     groups = json.loads((directory / "run-out" / "commonit" / "groups.json").read_text())["ledger"]["groups"]
     announced = Counter({group["name"]: group["samples"] + group["repeated"] for group in groups})
     lost = repeated = 0
@@ -122,7 +123,7 @@ def lost_and_repeated(directory, history):
 
 
 def assert_survived(kind, directory, attempts, whole):
-    """The run in `directory` saw, and became, what the one in `whole` did."""
+    """Check that two runs trained the same micro-batches and have the same results and weights."""
     world_size, result = KINDS[kind]["world_size"], json.loads((directory / "run.json").read_text())
     assert result == json.loads((whole / "run.json").read_text())
     assert result["world_size"] == world_size
@@ -142,7 +143,7 @@ def assert_survived(kind, directory, attempts, whole):
 DIES = {
     "W1": [
         {"kill": {"at": "micro-batch", "count": 17, "ranks": [0]}},
-        {"kill": {"at": "write", "count": 6, "ranks": [0]}},  # the Trainer's state, of the first checkpoint
+        {"kill": {"at": "write", "count": 6, "ranks": [0]}},  # the Trainer's state in the first checkpoint
         {"kill": {"at": "micro-batch", "count": 46, "ranks": [0]}},  # in the second epoch
     ],
     "DDP": [{"kill": {"at": "micro-batch", "count": 12, "ranks": [1]}}],
@@ -150,7 +151,7 @@ DIES = {
 
 
 @pytest.mark.parametrize("kind", DIES)
-def test_killed_and_resumed_again(server, whole, kind, tmp_path):
+def test_killed_run_resumes_exactly(server, whole, kind, tmp_path):
     attempts, died = live(server, tmp_path, "run", KINDS[kind], DIES[kind])
     assert len(died) == len(DIES[kind])
     if kind == "W1":
@@ -159,11 +160,11 @@ def test_killed_and_resumed_again(server, whole, kind, tmp_path):
 
 
 def changed(**options):
-    """The options of a run that goes on with others."""
+    """Return the options of a run that resumes with other settings."""
     return {"options": {**RUN["options"], "commonit_resume": "replan", **options}}
 
 
-ELASTIC = [  # four geometries and two metrics in one epoch; a life of the two-rank kind ends on one rank
+ELASTIC = [  # four layouts of batches and two metrics in one epoch; starts on two ranks and ends on one
     {"world_size": 2, "kill": {"at": "micro-batch", "count": 9, "ranks": [1]}},
     {
         "world_size": 1,
@@ -180,14 +181,14 @@ ELASTIC = [  # four geometries and two metrics in one epoch; a life of the two-r
 
 
 def assert_nothing_lost(history, announced):
-    """Every row in every epoch, and repeats only as the plans announced that had a part in it."""
+    """Check that each epoch has every row, and no more repeats than its plans announce."""
     for epoch, times in enumerate(rows_of_epochs(history)):
         assert set(times) == set(range(sum(SIZES)))
         plans = {seen.replanned for seen in history if seen.epoch == epoch}
         assert sum(times.values()) - len(times) <= sum(announced[plan, epoch] for plan in plans)
 
 
-def test_ranks_come_and_go(server, tmp_path):
+def test_resume_with_other_ranks_and_settings(server, tmp_path):
     """Each death is followed by a resume with other ranks, batches, seed, purity or metric."""
     attempts, died = live(server, tmp_path, "run", {}, ELASTIC)
     assert [death["epoch"] for death in died] == [0, 0, 0]
@@ -198,9 +199,11 @@ def test_ranks_come_and_go(server, tmp_path):
 
 
 @pytest.mark.faults
-def test_zero_with_other_settings(server, tmp_path):
-    """A ZeRO-2 engine goes on with other accumulation and seed, at the new count's learning rate; with other ranks it
-    is refused, since DeepSpeed cannot read the checkpoint."""
+def test_zero2_replan(server, tmp_path):
+    """ZeRO-2 resumes with other accumulation and seed, at the learning rate of the new number of steps.
+
+    It refuses other ranks, because DeepSpeed cannot read the checkpoint.
+    """
     kind = KINDS["ZeRO-2"]
     deaths = [
         {"kill": {"at": "micro-batch", "count": 11, "ranks": [0]}},
@@ -216,17 +219,19 @@ def test_zero_with_other_settings(server, tmp_path):
     start = begins(tmp_path, "run", 1, 0)[0]
     total = 2 * start["per epoch"]
     for step in range(start["begins"] + 1, total + 1):
-        rate = RUN["options"]["learning_rate"] * (1 - step / total)  # DeepSpeed has moved on when it is logged
+        rate = RUN["options"]["learning_rate"] * (
+            1 - step / total
+        )  # DeepSpeed steps the scheduler before the rate is logged
         assert result["rates"][str(step)] == pytest.approx(rate), step
 
     refused = server.do(**{**RUN, **kind, "name": "run", "dir": str(tmp_path), **changed(), "world_size": 1})
     assert refused["codes"] == [1]
     error = "ValueError: commonit_resume='replan': world size (2 in the checkpoint, 1 now): DeepSpeed's checkpoints"
-    assert error in refused["said"][0]
+    assert error in refused["output"][0]
 
 
 def draw_deaths(seed, world_size, everyone, count):
-    """`count` deaths, no two of a kind in a row; of one rank, or of all at the same event."""
+    """Draw `count` deaths of one rank, or of all at the same event; consecutive deaths differ in kind."""
     draw = random.Random(seed)
     kinds = ["grouping", "micro-batch", "write", "optimizer step", "saved", "micro-batch", "write", "epoch begin"]
     kinds += ["micro-batch", "train begin"]
@@ -234,7 +239,9 @@ def draw_deaths(seed, world_size, everyone, count):
     deaths = []
     for number in range(count):
         at, rank = kinds[number % len(kinds)], draw.randrange(world_size)
-        limit = 2 if at == "write" and rank and not everyone else most.get(at, 1)  # other ranks write one file a save
+        limit = (
+            2 if at == "write" and rank and not everyone else most.get(at, 1)
+        )  # ranks other than 0 write one file per save
         ranks = list(range(world_size)) if everyone else [rank]
         deaths.append({"kill": {"at": at, "count": draw.randint(limit // 2, limit) or 1, "ranks": ranks}})
     return deaths
@@ -247,7 +254,7 @@ DEATHS = 9
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("kind", "everyone", "seed"), LIVES)
-def test_many_deaths(server, whole, figures, kind, everyone, seed, tmp_path):
+def test_many_kills(server, whole, figures, kind, everyone, seed, tmp_path):
     deaths = draw_deaths(seed, KINDS[kind]["world_size"], everyone, DEATHS)
     attempts, died = live(server, tmp_path, "run", KINDS[kind], deaths)
     assert_survived(kind, tmp_path, attempts, whole(kind))

@@ -1,4 +1,4 @@
-"""`commonit_resume="replan"`: a run that goes on with other settings trains what its epoch has left, each row once."""
+"""`commonit_resume="replan"`: a run resumed with other settings trains the remaining rows of its epoch once."""
 
 import shutil
 from collections import Counter
@@ -10,7 +10,7 @@ from helpers.trainers import Seen, make_trainer, train
 
 SIZES = [13, 7, 9, 2]
 ROWS = id_rows(SIZES)
-BEGUN = {
+FIRST_RUN = {
     "gradient_accumulation_steps": 2,
     "num_train_epochs": 2,
     "save_strategy": "steps",
@@ -21,10 +21,10 @@ BEGUN = {
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory):
-    """The directory of a run with a checkpoint at every step, and the row numbers of its steps."""
-    directory = tmp_path_factory.mktemp("begun")
-    _, seen = train(directory, ROWS, **BEGUN)
+def first_run(tmp_path_factory):
+    """Output directory of a run with a checkpoint at every step, and the row numbers of its steps."""
+    directory = tmp_path_factory.mktemp("first_run")
+    _, seen = train(directory, ROWS, **FIRST_RUN)
     return directory / "out", numbers(seen)
 
 
@@ -33,15 +33,15 @@ def numbers(seen):
 
 
 def resume(directory, checkpoint, rows=ROWS, **options):
-    """Its trainer and the row numbers of its steps."""
-    trainer = make_trainer(directory, rows, **{**BEGUN, "commonit_resume": "replan", **options})
+    """Resume; return the trainer and the row numbers of its steps."""
+    trainer = make_trainer(directory, rows, **{**FIRST_RUN, "commonit_resume": "replan", **options})
     seen = Seen(trainer)
     trainer.train(resume_from_checkpoint=checkpoint if checkpoint is True else str(checkpoint))
     return trainer, numbers(seen)
 
 
 def assert_trained_once(steps):
-    """Every row, with repeats only in the group of two, which fills a step of up to six micro-batches."""
+    """Check that all rows are trained; only the group of two rows, smaller than a step, may repeat."""
     times = Counter(row for step in steps for row in step)
     assert set(times) == set(range(sum(SIZES)))
     assert {ROWS["task"][row] for row, count in times.items() if count > 1} <= {"g003"}
@@ -60,10 +60,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_rest_of_the_epoch_is_trained_once(begun, tmp_path, change):
-    """From the middle of the first epoch. The second is a whole plan of the new settings, and the learning rate lands
-    where that of a run with these settings lands."""
-    directory, steps = begun
+def test_remaining_rows_are_trained_once(first_run, tmp_path, change):
+    """Replan in the middle of epoch 0; epoch 1 and the learning rate are those of a new run with these settings."""
+    directory, steps = first_run
     trainer, resumed = resume(tmp_path, directory / "checkpoint-5", **CHANGES[change])
     plan = trainer.commonit_plan(epoch=1)
     assert_trained_once(steps[:5] + resumed[: -plan.num_steps])
@@ -73,51 +72,51 @@ def test_the_rest_of_the_epoch_is_trained_once(begun, tmp_path, change):
     assert trainer.state.global_step == total
     rates = {entry["step"]: entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry}
     for step in range(total - len(resumed) + 1, total + 1):
-        assert rates[step] == pytest.approx(BEGUN["learning_rate"] * (1 - (step - 1) / total)), step
+        assert rates[step] == pytest.approx(FIRST_RUN["learning_rate"] * (1 - (step - 1) / total)), step
 
 
 LARGER = {"per_device_train_batch_size": 4}
 
 
 @pytest.fixture(scope="module")
-def rest(begun, tmp_path_factory):
-    """The output directory of a run with larger batches from checkpoint 5 on, the steps that came before, the steps of
-    the rest, and the number of its first checkpoint."""
-    directory, steps = begun
-    again = tmp_path_factory.mktemp("rest")
+def replanned(first_run, tmp_path_factory):
+    """A run resumed from checkpoint 5 with larger batches.
+
+    Returns its output directory, the steps before, its steps in epoch 0, all its steps, and its first checkpoint.
+    """
+    directory, steps = first_run
+    again = tmp_path_factory.mktemp("replanned")
     trainer, resumed = resume(again, directory / "checkpoint-5", **LARGER)
     per_epoch = trainer.state.global_step // 2
     first = trainer.state.global_step - len(resumed) + 1
-    assert first < 5, "its steps are counted below those of the run it goes on from"
+    assert first < 5, "its step numbers must be below those of the first run"
     return again / "out", steps[:5], resumed[:-per_epoch], resumed, first
 
 
-def test_a_rest_that_is_interrupted_goes_on_exactly(rest, tmp_path):
-    out, _, _, resumed, first = rest
+def test_replanned_epoch_resumes_exactly(replanned, tmp_path):
+    out, _, _, resumed, first = replanned
     _, seen = resume(tmp_path, out / f"checkpoint-{first}", **LARGER, commonit_resume="exact")
     assert seen == resumed[1:]
 
 
-def test_a_rest_of_a_rest(rest, tmp_path):
-    """Settings change twice in one epoch."""
-    out, before, own, _, first = rest
+def test_replan_twice_in_one_epoch(replanned, tmp_path):
+    out, before, own, _, first = replanned
     assert len(own) > 2
     trainer, seen = resume(tmp_path, out / f"checkpoint-{first}", per_device_train_batch_size=1, seed=11)
     assert_trained_once(before + own[:1] + seen[: -trainer.commonit_plan(epoch=1).num_steps])
 
 
-def test_the_last_history_wins_over_the_highest_number(begun, rest, tmp_path):
-    """In one output directory, checkpoints of the run that was left behind may have higher numbers."""
+def test_resume_uses_latest_run_not_highest_step(first_run, replanned, tmp_path):
+    """Checkpoints of the first run in the same output directory may have higher numbers."""
     out = tmp_path / "out"
-    for source, step in ((begun[0], 5), (begun[0], 6), (rest[0], rest[4])):
+    for source, step in ((first_run[0], 5), (first_run[0], 6), (replanned[0], replanned[4])):
         shutil.copytree(source / f"checkpoint-{step}", out / f"checkpoint-{step}")
     _, seen = resume(tmp_path, True, **LARGER, commonit_resume="exact")
-    assert seen == rest[3][1:]
+    assert seen == replanned[3][1:]
 
 
-def test_between_epochs_and_at_the_end_nothing_is_left(begun, tmp_path):
-    """There the next epoch is a whole one, or none."""
-    directory, steps = begun
+def test_replan_between_epochs_and_at_end(first_run, tmp_path):
+    directory, steps = first_run
     trainer, seen = resume(tmp_path / "between", directory / f"checkpoint-{len(steps) // 2}", seed=3)
     plan = trainer.commonit_plan(epoch=1)
     assert [row for step in seen for row in step] == [row for batch in plan.batches(rank=0) for row in batch]
@@ -125,70 +124,70 @@ def test_between_epochs_and_at_the_end_nothing_is_left(begun, tmp_path):
     assert (trainer.state.global_step, seen) == (2 * trainer.commonit_plan().num_steps, [])
 
 
-def test_where_nothing_differs_it_is_an_exact_resume(begun, tmp_path):
-    directory, steps = begun
+def test_replan_without_changes_resumes_exactly(first_run, tmp_path):
+    directory, steps = first_run
     assert resume(tmp_path, directory / "checkpoint-5")[1] == steps[5:]
 
 
-def test_other_rows_are_refused(begun, tmp_path):
-    """With what differs, and nothing is trained."""
-    checkpoint = begun[0] / "checkpoint-5"
+def test_replan_refuses_other_rows(first_run, tmp_path):
+    """The message names the difference."""
+    checkpoint = first_run[0] / "checkpoint-5"
     for rows, what in (
         (id_rows([13, 7, 9, 3]), "rows (31 in the checkpoint, 32 now)"),
         (id_rows(SIZES, seed=1), "tokens of rows ("),
     ):
         with pytest.raises(ValueError) as error:
             resume(tmp_path, checkpoint, rows, seed=8)
-        said = str(error.value)
-        assert said.startswith("commonit_resume='replan' needs the rows that ") and what in said, said
-        assert "start a new run" in said and "\n" not in said
+        message = str(error.value)
+        assert message.startswith("commonit_resume='replan' needs the rows that ") and what in message, message
+        assert "start a new run" in message and "\n" not in message
 
 
-def test_rows_with_other_groups_are_refused(begun, tmp_path):
-    """The same tokens, but labels that cannot be those of the checkpoint's plan: what is left cannot be told."""
+def test_replan_refuses_other_groups(first_run, tmp_path):
+    """The tokens are equal, but the labels contradict the checkpoint's plan, so remaining rows are unknown."""
     tasks = ["g000" if row < 3 else task for row, task in enumerate(ROWS["task"])]
     with pytest.raises(ValueError, match=r"needs the rows .* their groups or numbers of tokens differ"):
-        resume(tmp_path, begun[0] / "checkpoint-5", ROWS.remove_columns("task").add_column("task", tasks))
+        resume(tmp_path, first_run[0] / "checkpoint-5", ROWS.remove_columns("task").add_column("task", tasks))
 
 
-def test_packed_rows(tmp_path):
-    """Packs are rows of their own: other batches plan them anew, other groups would pack otherwise."""
+def test_replan_packed_rows(tmp_path):
+    """A replan keeps the packs for other batch sizes, and refuses other groups, which change the packs."""
     packed = {"packing": True, "packing_strategy": "wrapped", "max_length": 48}
-    trainer, seen = train(tmp_path, ROWS, **BEGUN, **packed)
+    trainer, seen = train(tmp_path, ROWS, **FIRST_RUN, **packed)
     checkpoint = tmp_path / "out" / "checkpoint-3"
-    options = {**BEGUN, **packed, "per_device_train_batch_size": 3, "commonit_resume": "replan"}
+    options = {**FIRST_RUN, **packed, "per_device_train_batch_size": 3, "commonit_resume": "replan"}
     resumed = make_trainer(tmp_path / "resumed", ROWS, **options)
     seen_again = Seen(resumed)
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    rest = seen_again.steps
+    remaining = seen_again.steps
     second = resumed.commonit_plan(epoch=1).num_steps
     packs = {tuple(tokens) for tokens in trainer.train_dataset["input_ids"]}
-    times = Counter(row.tokens for step in seen.steps[:3] + rest[:-second] for row in step)
-    assert set(times) == packs and max(times.values()) <= 2  # the pack of the group of two rows fills a step
+    times = Counter(row.tokens for step in seen.steps[:3] + remaining[:-second] for row in step)
+    assert set(times) == packs and max(times.values()) <= 2  # the pack of the group of two rows fills a whole step
     assert sum(times.values()) < len(packs) + 4
     with pytest.raises(ValueError, match=r"with packing, the same packs, .*: rows \("):
         resume(tmp_path / "refused", checkpoint, commonit_metric="length", commonit_num_groups=2, **packed)
 
 
-def test_settings_that_it_does_not_go_with(tmp_path):
+def test_replan_refuses_auto_find_batch_size(tmp_path):
     with pytest.raises(ValueError, match=r"auto_find_batch_size=True does not go with .*commonit_resume='replan'"):
         make_trainer(tmp_path, ROWS, commonit_resume="replan", auto_find_batch_size=True)
 
 
-def test_a_refused_resume_names_the_option(begun, tmp_path):
+def test_refused_resume_suggests_replan(first_run, tmp_path):
     with pytest.raises(ValueError, match=r"data seed .7 in the checkpoint, 8 now.*commonit_resume='replan' continues"):
-        resume(tmp_path, begun[0] / "checkpoint-5", seed=8, commonit_resume="exact")
+        resume(tmp_path, first_run[0] / "checkpoint-5", seed=8, commonit_resume="exact")
 
 
-def test_equal_micro_batches_of_two_ranks(tmp_path):
-    """A loss that is no sum over tokens has equal micro-batches on two ranks; a replan reads so from the manifest."""
+def test_replan_keeps_equal_micro_batches(tmp_path):
+    """A loss that is not a sum over tokens needs equal micro-batches; a replan reads this from the manifest."""
     run = {"group_sizes": SIZES, "accepts_loss_kwargs": False}
     options = {"commonit_metric": "task", "save_strategy": "steps", "save_steps": 2, "num_train_epochs": 1}
-    launch([{**run, "name": "begun", "options": {**options, "max_steps": 2}}], tmp_path, world_size=2)
+    launch([{**run, "name": "first_run", "options": {**options, "max_steps": 2}}], tmp_path, world_size=2)
     resumed = {**options, "commonit_resume": "replan", "gradient_accumulation_steps": 2}
-    checkpoint = str(tmp_path / "begun-out" / "checkpoint-2")
+    checkpoint = str(tmp_path / "first_run-out" / "checkpoint-2")
     launch([{**run, "name": "resumed", "options": resumed, "resume": checkpoint}], tmp_path, world_size=2)
-    steps = [recorded(tmp_path / f"{name}.ids", 2) for name in ("begun", "resumed")]
+    steps = [recorded(tmp_path / f"{name}.ids", 2) for name in ("first_run", "resumed")]
     for ranks in (rank for part in steps for rank in part.values()):
         assert len({len(batch) for rank in ranks for batch in rank}) == 1
     times = Counter(row for part in steps for ranks in part.values() for rank in ranks for b in rank for row in b)

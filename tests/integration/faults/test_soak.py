@@ -1,4 +1,4 @@
-"""A long run stands still: memory and file handles do not grow with the epochs."""
+"""Memory and open files do not grow during a long run."""
 
 import gc
 import statistics
@@ -15,7 +15,7 @@ GROUPS = 8
 
 
 class Use(TrainerCallback):
-    """Resident memory (bytes) and open files of this process at the end of each epoch."""
+    """Records resident memory in bytes and open files at the end of each epoch."""
 
     def __init__(self):
         self.memory, self.files = [], []

@@ -1,4 +1,4 @@
-"""A checkpoint that was not written to its end is never gone on from: it is passed over, or refused with its name."""
+"""Incomplete checkpoints are skipped, or refused when named."""
 
 import shutil
 
@@ -15,7 +15,7 @@ OPTIONS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The output directory of a run, and its steps."""
+    """Output directory and steps of a run."""
     directory = tmp_path_factory.mktemp("run")
     _, seen = train(directory, ROWS, **OPTIONS)
     return directory / "out", seen.steps
@@ -23,7 +23,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def out(run, tmp_path):
-    """Two checkpoints, of steps 2 and 4."""
+    """An output directory with checkpoints of steps 2 and 4."""
     for step in (2, 4):
         shutil.copytree(run[0] / f"checkpoint-{step}", tmp_path / "out" / f"checkpoint-{step}")
     return tmp_path / "out"
@@ -55,36 +55,40 @@ TORN = {
 
 
 @pytest.mark.parametrize("how", TORN)
-def test_it_is_passed_over_and_refused_by_name(run, out, tmp_path, how):
+def test_torn_checkpoint_is_skipped_and_refused(run, out, tmp_path, how):
     tear, what = TORN[how]
     tear(out / "checkpoint-4")
     assert last_checkpoint(out) == str(out / "checkpoint-2")
     with pytest.raises(ValueError) as error:
         resume(tmp_path, str(out / "checkpoint-4"))
-    said = str(error.value)
-    assert said.startswith(f"resume_from_checkpoint={str(out / 'checkpoint-4')!r} was not written to its end"), said
-    assert what in said and "use an earlier checkpoint" in said and "\n" not in said
+    message = str(error.value)
+    assert message.startswith(f"resume_from_checkpoint={str(out / 'checkpoint-4')!r} was not written to its end"), (
+        message
+    )
+    assert what in message and "use an earlier checkpoint" in message and "\n" not in message
     assert resume(tmp_path, True) == run[1][2:]
 
 
-def test_no_groups_yet(out, tmp_path):
-    """Killed while the model was being written: there is nothing of ours, and still no word of another kind of run."""
+def test_checkpoint_without_groups_is_torn(out, tmp_path):
+    """Killed while writing the model; the error must not claim that the run has no groups."""
     shutil.rmtree(out / "checkpoint-4" / "commonit")
     (out / "checkpoint-4" / "trainer_state.json").unlink()
     with pytest.raises(ValueError, match="was not written to its end"):
         resume(tmp_path, str(out / "checkpoint-4"))
 
 
-def test_none_is_whole(out, tmp_path):
+def test_no_complete_checkpoint(out, tmp_path):
     for step in (2, 4):
         cut(out / f"checkpoint-{step}" / "trainer_state.json")
     with pytest.raises(ValueError, match=r"checkpoint-4' was not written to its end .*remove this one"):
         resume(tmp_path, True)
 
 
-def test_a_checkpoint_is_none_while_it_is_written_over(out, tmp_path, monkeypatch):
-    """A run that goes on from an earlier checkpoint writes later ones anew. Where it dies in one of them, that must not
-    pass for the whole one that it was, with the new model and the old optimizer."""
+def test_overwritten_checkpoint_is_incomplete(out, tmp_path, monkeypatch):
+    """A run resumed from an earlier checkpoint overwrites later ones.
+
+    If it is killed then, the checkpoint has the new model and the old optimizer and must count as incomplete.
+    """
 
     def disk_full(*args, **kwargs):
         raise OSError("the disk is full")
