@@ -81,12 +81,3 @@ def test_rows_are_packed_for_the_ranks_that_are_asked_for(directory):
         bins = np.bincount(group_ids)
         assert all(count % world_size == 0 or group == 2 for group, count in enumerate(bins)), bins  # z has three rows
         assert tokens.sum() == read.lengths.sum()
-
-
-def test_a_recipe_without_the_plugin_is_refused_in_one_line(directory):
-    keys = recipe(directory, directory / "rows.jsonl", plugins=None)
-    path = write_recipe(directory / "vanilla.yml", keys)
-    shown = commonit("inspect", "--axolotl", path, cwd=directory)
-    assert shown.returncode == 2
-    last = shown.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"commonit: error: --axolotl {path}: ") and "axolotl_plugin.CommonITPlugin" in last

@@ -133,54 +133,6 @@ def test_one_column_is_a_list_of_one(directory: Path) -> None:
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keys", [{}, {"commonit_purity": "micro"}], ids=["no key", "another key"])
-def test_a_missing_metric_says_what_to_write(directory: Path, keys: dict[str, Any]) -> None:
-    said = refusal(directory, commonit_metric=None, **keys)
-    assert "commonit_metric is not set" in said
-    assert all(metric in said for metric in METRICS)
-
-
-@pytest.mark.parametrize(
-    ("key", "nearest"),
-    [
-        ("commonit_num_group", "commonit_num_groups"),
-        ("commonit_tasks_column", "commonit_task_column"),
-        ("commonit_balance_length", "commonit_balance_lengths"),
-        ("commonitpurity", "commonit_purity"),
-    ],
-)
-@pytest.mark.parametrize("metric", ["length", "none"])
-def test_a_misspelt_key_names_the_nearest(directory: Path, metric: str, key: str, nearest: str) -> None:
-    said = refusal(directory, commonit_metric=metric, **{key: 4})
-    assert said == f"Unknown option {key}: did you mean {nearest}?"
-
-
-def test_a_misspelt_metric_key_names_it(directory: Path) -> None:
-    assert "did you mean commonit_metric?" in refusal(directory, commonit_metric=None, commonit_metrics="length")
-
-
-@pytest.mark.parametrize(
-    ("keys", "expected"),
-    [
-        ({"commonit_metric": "lenght"}, ["commonit_metric='lenght'", "'length'"]),
-        ({"commonit_metric": False}, ["commonit_metric=False", "'none' (plain batches)"]),
-        ({"commonit_purity": "steps"}, ["commonit_purity='steps'", "'step'"]),
-        ({"commonit_num_groups": "many"}, ["commonit_num_groups='many'", "valid integer"]),
-        ({"commonit_num_groups": 0}, ["commonit_num_groups=0", "at least 1"]),
-        ({"commonit_length_edges": [64, 32]}, ["commonit_length_edges=[64, 32]", "ascending"]),
-        ({"commonit_balance_lengths": "maybe"}, ["commonit_balance_lengths='maybe'", "valid boolean"]),
-        ({"commonit_weights": {"a": -1}}, ["commonit_weights", "'a'", ">= 0"]),
-        ({"commonit_task_column": "task"}, ["commonit_task_column=['task']", "'length'", "remove it"]),
-    ],
-    ids=lambda value: ",".join(f"{name}={given}" for name, given in value.items()) if isinstance(value, dict) else "",
-)
-def test_a_wrong_value_names_option_value_and_way_out(
-    directory: Path, keys: dict[str, Any], expected: list[str]
-) -> None:
-    said = refusal(directory, **keys)
-    assert all(part in said for part in expected), said
-
-
 CONFLICTS = {
     "rl": ("dpo", "supervised"),
     "reward_model": (True, "remove one"),

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 CACHES = ("cache", "prepared")  # what libraries keep of data that they read, and this package of groups
+PICKLE = b"cpathlib\nPath.touch\n(cpathlib\nPath\n(S'ran'\ntRtR."
+"""Creates the file `ran` when it is unpickled."""
 ACTS = ("Cc", "Cs", "Zl", "Zp")
 TURNS_DIRECTION = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
@@ -61,7 +63,7 @@ def record(front_end: str, name: str, ends_as: str, line: str, before: str, seco
 
 RECORD = "COMMONIT_BAD_INPUT_RECORD=bad.jsonl"
 COMMANDS = (
-    f"{RECORD} .venv/bin/python -m pytest tests/integration/test_bad_input.py",
+    f"{RECORD} .venv/bin/python -m pytest tests/integration/test_bad_input.py tests/integration/test_refusals.py",
     f"{RECORD} .venv-lowest/bin/python -m pytest tests/axolotl/test_axolotl_bad_input.py",
     "PYTHONPATH=.:tests .venv/bin/python -m helpers.bad_input bad.jsonl",
 )
