@@ -460,14 +460,6 @@ def test_a_column_that_an_entry_lacks_is_named(directory: Path) -> None:
     assert str(error.value).startswith(f"datasets: path={without!r}: ")
 
 
-def test_labels_that_are_lists_are_refused(directory: Path) -> None:
-    rows = [{**rows_of(number, "alpaca"), "topic": ["a"]} for number in range(4)]
-    path = write(directory, "lists.jsonl", rows)
-    with pytest.raises(ValueError, match="name a column of text, numbers or class labels") as error:
-        prepare(directory, [{"path": path, "type": "alpaca"}], commonit_task_column="topic")
-    assert path in str(error.value)
-
-
 def test_a_type_that_makes_rows_of_its_own_needs_an_entry_for_each_task(directory: Path) -> None:
     made = {"path": "synthetic", "type": "_synthetic", "length": 6, "sequence_length": 16, "max_input_id": 200}
     with pytest.raises(ValueError, match="commonit_metric='task': "):

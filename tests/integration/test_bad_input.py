@@ -6,7 +6,6 @@ are tested in tests/unit/test_config.py; of them, one case a front end is here. 
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -360,7 +359,6 @@ def test_the_other_commands(line, files, capfd):
 DAMAGE = {
     "a pickle for JSON": lambda saved: (saved / "groups.json").write_bytes(PICKLE),
     "a pickle for arrays": lambda saved: (saved / "groups.safetensors").write_bytes(PICKLE),
-    "truncated arrays": lambda saved: os.truncate(saved / "groups.safetensors", 99),
     "arrays of other names": lambda saved: save_file({"x": np.zeros((3, 8))}, saved / "groups.safetensors"),
     "arrays of another shape": lambda saved: save_file({"centroids": np.zeros(3)}, saved / "groups.safetensors"),
 }

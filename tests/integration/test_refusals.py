@@ -76,14 +76,6 @@ def test_arguments_without_options(tmp_path, config):
         CommonITSFTTrainer(model=MISSING_MODEL, args=args, train_dataset=ROWS)
 
 
-def test_dataset_replaced_after_grouping(tmp_path):
-    """A training set that is not the one that was grouped is an error, not a wrong order."""
-    trainer = make_trainer(tmp_path, ROWS)
-    trainer.train_dataset = ROWS.select(range(6))
-    with pytest.raises(ValueError, match=r"train_dataset \(6 rows\) is not the dataset that was grouped \(12 rows\)"):
-        trainer.train()
-
-
 @dataclass(kw_only=True)
 class KTOArguments(CommonITArguments, KTOConfig):
     pass

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import statistics
 
 import numpy as np
@@ -283,26 +282,6 @@ def test_notices_of_the_grouper_are_warnings():
     inspection, _ = inspect(data, (4, 1, 1), grouper=LengthGrouper())
     assert "only 1 groups" in inspection.warnings[0]
     assert "All rows are in one group" in inspection.warnings[1]
-
-
-def test_an_inspection_is_json():
-    inspection, _ = inspect(id_rows([30, 20]), (2, 2, 1))
-    numbers = json.loads(json.dumps(inspection.to_json()))
-    assert numbers["planned"]["pure_steps"] == 1.0
-    assert numbers["groups"][1]["response_tokens"]["median"] == inspection.groups[1].response_tokens.median
-    assert "drawing" not in numbers
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        inspection.lost = 3
-
-
-def test_dropped_rows_are_in_the_numbers():
-    dropped = DroppedRows(counts={("too long", "g001"): 2, ("empty", "gone"): 6})
-    inspection, _ = inspect(id_rows([30, 20]), (2, 2, 1), dropped=dropped)
-    numbers = json.loads(json.dumps(inspection.to_json()))
-    by_reason, by_group = {"empty": 6, "too long": 2}, {"g001": 2, "gone": 6}
-    assert numbers["dropped"] == {"rows": 8, "by_reason": by_reason, "by_group": by_group}
-    assert [(group["name"], group["dropped"]) for group in numbers["groups"]] == [("g000", 0), ("g001", 2)]
-    assert numbers["rows"] == 50 and "gone" in render_html([inspection])
 
 
 # --- no report ends a run -----------------------------------------------------------------------------------------
