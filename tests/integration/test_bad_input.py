@@ -346,7 +346,7 @@ TASK = ("--commonit_metric", "task")
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_other_commands(line, files, capfd):
-    """No model is named, and none is there."""
+    """No option names a model."""
     argv = shlex.split(line.replace("TASK", " ".join(TASK)))
     if "saved" in argv:
         assert cli.main(["group", "data.jsonl", *TASK, "--output", "saved"]) == 0
@@ -373,11 +373,11 @@ def test_damaged_groups(name, model, files, capfd):
     check_refused(files, capfd, "saved groups", name, argv, "saved/groups. | groups again", MODEL)
 
 
-# --- odd, and valid -----------------------------------------------------------------------------------------------
+# --- odd but valid ------------------------------------------------------------------------------------------------
 
 
 def numbered(count: int = 8, **columns: Any) -> list[dict[str, Any]]:
-    """Rows of which each column is a list to take from in turn, or a value."""
+    """Return `count` rows; a column is one value, or a list whose values repeat."""
     return [
         {
             **row(f"q{n}", f"a{n}", f"t{n % 2}"),
@@ -388,18 +388,18 @@ def numbered(count: int = 8, **columns: Any) -> list[dict[str, Any]]:
 
 
 HEBREW, ARABIC = "שלום", "مرحبا"
-FINE = {
+VALID = {
     # name: (rows, options, names of the groups)
     "one row": (numbered(1), {}, ["t0"]),
     "one group": (numbered(task="x"), {}, ["x"]),
-    "a group a row": (numbered(task=[f"{n}" for n in range(8)]), {}, [f"{n}" for n in range(8)]),
+    "one row per group": (numbered(task=[f"{n}" for n in range(8)]), {}, [f"{n}" for n in range(8)]),
     "responses of one token": (numbered(completion=""), LENGTH, ["response of any length"]),
     "no label": (numbered(task=None), {}, ["(no label)"]),
     "some labels": (numbered(task=["x", None, "", " \n"]), {}, ["(no label)", "x"]),
-    "labels that are numbers": (numbered(task=[0, 1]), {}, ["0", "1"]),
-    "labels that are fractions": (numbered(task=[0.5, float("nan")]), {}, ["(no label)", "0.5"]),
-    "labels that are truths": (numbered(task=[True, False]), {}, ["False", "True"]),
-    "labels that look like ours": (
+    "numeric labels": (numbered(task=[0, 1]), {}, ["0", "1"]),
+    "fractional labels": (numbered(task=[0.5, float("nan")]), {}, ["(no label)", "0.5"]),
+    "boolean labels": (numbered(task=[True, False]), {}, ["False", "True"]),
+    "reserved labels": (
         numbered(task=["(no label)", "other", "(unseen task)", None]),
         {},
         ["(no label)", "(unseen task)", "other"],
@@ -427,18 +427,18 @@ FINE = {
         ["." * 300, "../../ran", "/etc/ran", "a/b\\c"],
     ),
     "a long label": (numbered(task=["x" * 10_000, "y"]), {}, ["x" * 10_000, "y"]),
-    "more groups asked for than rows": (
+    "more groups than rows": (
         numbered(completion=["a" * n for n in range(8)]),
         {**LENGTH, "commonit_num_groups": 1000},
         None,
     ),
-    "groups below the least size": (numbered(), {"commonit_min_group_size": 10**9}, ["other"]),
+    "all groups below the minimum size": (numbered(), {"commonit_min_group_size": 10**9}, ["other"]),
 }
 
 
-@pytest.mark.parametrize("name", FINE)
+@pytest.mark.parametrize("name", VALID)
 def test_odd_but_valid_data_train(name, tmp_path):
-    rows, options, names = FINE[name]
+    rows, options, names = VALID[name]
     trainer = make_trainer(tmp_path, Dataset.from_list(rows), commonit_report=True, **options)
     seen = Seen(trainer)
     trainer.train()
@@ -456,10 +456,9 @@ HOSTILE = ("emoji", "right to left", "NUL bytes", "escape sequences", "markup", 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_is_inspected(name, weightless, tmp_path, capfd):
-    rows, options, names = FINE[name]
+    rows, _, names = VALID[name]
     Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
-    argv = ["inspect", "data.parquet", "--tokenizer", weightless, *as_argv({"commonit_metric": "task", **options})]
-    argv += ["--html", "report.html"]
+    argv = ["inspect", "data.parquet", "--tokenizer", weightless, *TASK, "--html", "report.html"]
     capfd.readouterr()
     assert cli.main(argv) == 0
     out, err = capfd.readouterr()
@@ -467,13 +466,12 @@ def test_hostile_text_is_inspected(name, weightless, tmp_path, capfd):
     assert cli.main([*argv, "--json"]) == 0
     (shown,) = json.loads(capfd.readouterr().out)["inspections"]
     assert sum(group["rows"] for group in shown["groups"]) == len(rows)
-    if names is not None:
-        assert [group["name"] for group in shown["groups"]] == names
+    assert [group["name"] for group in shown["groups"]] == names
     assert {path.name for path in files_in(tmp_path)} == {"data.parquet", "report.html"}
 
 
-def test_rows_longer_than_the_context_are_cut_or_left_out(tmp_path):
-    """TRL leaves out rows of whose response nothing is left; the others are all trained."""
+def test_rows_longer_than_the_context_are_truncated_or_dropped(tmp_path):
+    """TRL drops a row whose truncation leaves no response token; all others train."""
     rows = [*numbered(), row("q", "a" * 99, "t0"), row("q" * 99, "a", "t1")]
     trainer = make_trainer(tmp_path, Dataset.from_list(rows), max_length=20)
     seen = Seen(trainer)
@@ -486,7 +484,7 @@ def test_rows_longer_than_the_context_are_cut_or_left_out(tmp_path):
     [
         ("bom.jsonl", b"\xef\xbb\xbf" + b'{"prompt": "a", "completion": "b", "task": "x"}\n' * 4),
         ("crlf.jsonl", b'{"prompt": "a", "completion": "b", "task": "x"}\r\n' * 4),
-        ("headings twice.csv", b"prompt,completion,task,task\n" + b"a,b,x,y\n" * 4),
+        ("duplicate header.csv", b"prompt,completion,task,task\n" + b"a,b,x,y\n" * 4),
         ("a b\n[red]<b>\x1b[2J'.jsonl", b'{"prompt": "a", "completion": "b", "task": "x"}\n' * 4),
     ],
 )
@@ -499,7 +497,7 @@ def test_odd_files_train(name, content, model, tmp_path, capfd):
 
 
 def test_a_million_distinct_labels(tmp_path, capfd):
-    """Each row is a group, a step and a line of the assignment; tables and report show the largest."""
+    """Each row is a group and a step; the table shows the largest groups."""
     count = 1_000_000
     data = Dataset.from_dict({"task": [f"label {n}" for n in range(count)]})
     data.to_parquet(tmp_path / "data.parquet")
