@@ -1,4 +1,5 @@
-"""`commonit inspect --axolotl` reports the groups, steps and bins of training, without loading a model."""
+"""`commonit inspect --axolotl` shows what training on the recipe does: the same groups, steps and bins as the run that
+follows, without loading a model."""
 
 import json
 import os
@@ -38,56 +39,45 @@ def commonit(*arguments, cwd, start=forked.run):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """Inspect the recipe of each case, then train one epoch on the rows that inspection prepared."""
+    """A recipe of each case: inspected first, then trained for one epoch from what that prepared."""
     directory = tmp_path_factory.mktemp("inspect")
     data = write_rows(directory / "rows.jsonl", ROWS)
     runs = []
     for name, keys in CASES.items():
         keys = {"commonit_metric": "task", "num_epochs": 1, "output_dir": str(directory / f"{name}-out"), **keys}
         path = write_recipe(directory / f"{name}.yml", recipe(directory, data, **keys))
-        # bf16 needs a GPU, which inspection does not
+        # with what another machine would train in, and this one does not have
         gpu = write_recipe(directory / f"{name}-gpu.yml", recipe(directory, data, **{**keys, "bf16": True}))
-        start = process if name == "plain" else forked.run  # in a new process, imports print too; stdout must stay JSON
-        inspected = commonit("inspect", "--axolotl", gpu, "--json", cwd=directory, start=start)
-        assert inspected.returncode == 0, inspected.stderr[-3000:]
-        (directory / f"{name}.inspected.json").write_text(inspected.stdout, encoding="utf-8")
+        start = process if name == "plain" else forked.run  # libraries talk as they are imported, and JSON stays JSON
+        shown = commonit("inspect", "--axolotl", gpu, "--json", cwd=directory, start=start)
+        assert shown.returncode == 0, shown.stderr[-3000:]
+        (directory / f"{name}.shown.json").write_text(shown.stdout, encoding="utf-8")
         runs.append({"name": name, "recipe": str(path)})
     launch(runs, directory)
     return directory
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_inspected_steps_match_training(directory, name):
-    (inspected,) = json.loads((directory / f"{name}.inspected.json").read_text(encoding="utf-8"))["inspections"]
+def test_the_steps_are_those_of_training(directory, name):
+    (shown,) = json.loads((directory / f"{name}.shown.json").read_text(encoding="utf-8"))["inspections"]
     steps = seen(directory / name)
     tasks = Counter(ROWS[step[0][0][0]]["task"] for step in steps.values())
-    assert inspected["planned"]["steps"] == result(directory / name)["global_step"] == len(steps)
-    assert {group["name"]: group["steps"] for group in inspected["groups"]} == tasks
-    assert {group["name"]: group["rows"] for group in inspected["groups"]} == Counter(row["task"] for row in ROWS)
-    assert inspected["planned"]["pure_steps"] == 1
+    assert shown["planned"]["steps"] == result(directory / name)["global_step"] == len(steps)
+    assert {group["name"]: group["steps"] for group in shown["groups"]} == tasks
+    assert {group["name"]: group["rows"] for group in shown["groups"]} == Counter(row["task"] for row in ROWS)
+    assert shown["planned"]["pure_steps"] == 1
     if name == "plain":
-        assert inspected["samples"] == len(ROWS)
+        assert shown["samples"] == len(ROWS)
     else:
         bins = sum(len(batch) > 0 for step in steps.values() for batch in step[0])
-        assert inspected["samples"] == bins < len(ROWS)
+        assert shown["samples"] == bins < len(ROWS)
 
 
-def test_packing_uses_requested_world_size(directory):
+def test_rows_are_packed_for_the_ranks_that_are_asked_for(directory):
     read = read_recipe(str(directory / "packed.yml"))
     grouper = TaskGrouper(columns=read.options.commonit_task_column).fit(read.rows)
     for world_size in (1, 4):
         group_ids, tokens = read.pack(grouper, grouper.assign(read.rows), world_size)
         bins = np.bincount(group_ids)
-        assert all(count % world_size == 0 or group == 2 for group, count in enumerate(bins)), (
-            bins
-        )  # group 2, z, has three rows
+        assert all(count % world_size == 0 or group == 2 for group, count in enumerate(bins)), bins  # z has three rows
         assert tokens.sum() == read.lengths.sum()
-
-
-def test_recipe_without_plugin_is_refused(directory):
-    keys = recipe(directory, directory / "rows.jsonl", plugins=None)
-    path = write_recipe(directory / "vanilla.yml", keys)
-    inspected = commonit("inspect", "--axolotl", path, cwd=directory)
-    assert inspected.returncode == 2
-    last = inspected.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"commonit: error: --axolotl {path}: ") and "axolotl_plugin.CommonITPlugin" in last

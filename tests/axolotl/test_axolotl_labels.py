@@ -1,7 +1,7 @@
-"""Task labels in Axolotl's data preparation.
+"""Task labels through Axolotl's own data preparation.
 
-Every prepared row has the label of its raw row, identified by its mark (`#12#`). Rows and their order equal those
-prepared without the plugin.
+Every prepared row has the label of the raw row that it was made of, which its mark (`#12#`) tells, and the rows are
+those that Axolotl prepares without the plugin, in their order.
 """
 
 import json
@@ -34,7 +34,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepare(
     directory: Path, entries: Entries, metric: str | None = "task", training: bool = True, **keys: Any
 ) -> tuple[Any, Any]:
-    """Return the training and evaluation rows of `axolotl train`, or of `axolotl evaluate` with `training=False`."""
+    """The training and the evaluation rows of `axolotl train`, or of `axolotl evaluate`, which asks no plugin first."""
     keys = {"plugins": [PLUGIN] if metric else None, "commonit_metric": metric, **keys}
     path = write_recipe(directory / "recipe.yml", recipe(directory, entries, **keys))
     manager = PluginManager.get_instance()
@@ -59,7 +59,7 @@ def number_of(row: list[int]) -> int:
 
 @pytest.fixture
 def axolotl_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """Capture messages of loggers that Axolotl configures not to propagate."""
+    """Catch the messages of the loggers that Axolotl configures not to propagate."""
     for name in ("axolotl", "axolotl_plugin"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     return caplog
@@ -71,7 +71,7 @@ def warnings_of(log: pytest.LogCaptureFixture, start: str) -> list[str]:
 
 
 def labels_of(dataset: Dataset) -> list[tuple[int, str]]:
-    """Return the raw row number and label of each row."""
+    """(number of the raw row, label) of each row."""
     (column,) = label_columns(dataset)
     return list(zip(map(number_of, dataset["input_ids"]), dataset[column], strict=True))
 
@@ -79,9 +79,9 @@ def labels_of(dataset: Dataset) -> list[tuple[int, str]]:
 def assert_labelled(
     directory: Path, entries: Entries, label: Callable[[int], str], **keys: Any
 ) -> tuple[Dataset, Dataset | None]:
-    """Compare rows prepared with labels and without the plugin, and return the labelled rows.
+    """Prepare with the labels and without the plugin, and compare; returns the rows with labels.
 
-    `place` and `plain_place` name separate cache folders for recipes that share a key in Axolotl's cache.
+    Axolotl's cache does not tell all recipes apart: `place` and `plain_place` are for those that it takes for others.
     """
     ours = {name: keys.pop(name) for name in list(keys) if name.startswith("commonit")}
     place = str(directory / keys.pop("place", "prepared"))
@@ -93,8 +93,8 @@ def assert_labelled(
         if with_labels is not None:
             assert len(with_labels)
             assert tokens(with_labels) == tokens(without)
-            for number, found in labels_of(with_labels):
-                assert found == label(number), number
+            for number, said in labels_of(with_labels):
+                assert said == label(number), number
     return labelled
 
 
@@ -112,7 +112,7 @@ def topic_of(number: int) -> str:
 
 
 def rows_of(number: int, kind: str) -> dict[str, Any]:
-    """Make the raw row of this number for the dataset type `kind`."""
+    """The raw row of this number, as the dataset type `kind` wants it."""
     mark, answer = f"#{number}#", "a" * (1 + number % 7)
     body = {
         "alpaca": lambda: {"instruction": mark, "input": "", "output": answer},
@@ -174,7 +174,7 @@ def entries_of_all_types(directory: Path) -> Entries:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_every_dataset_type_keeps_label_column(directory: Path, processes: int) -> None:
+def test_every_type_carries_the_column(directory: Path, processes: int) -> None:
     entries = entries_of_all_types(directory)
     keys = {"sequence_len": 256, "dataset_num_proc": processes, "place": f"{processes} processes"}
     rows, _ = assert_labelled(directory, entries, topic_of, commonit_task_column="topic", **keys)
@@ -186,14 +186,14 @@ def test_every_dataset_type_keeps_label_column(directory: Path, processes: int) 
     assert "topic" not in rows.column_names, "of rows that were tokenised before; packing would take it for numbers"
 
 
-def test_every_dataset_type_can_be_entry_task(directory: Path) -> None:
+def test_every_type_is_a_task_by_its_entry(directory: Path) -> None:
     entries = entries_of_all_types(directory)
     kinds = list(TYPES)
     rows, _ = assert_labelled(directory, entries, lambda number: kinds[number // 100], sequence_len=256)
     assert label_columns(rows) == ["commonit_task[datasets]"]
 
 
-def test_task_columns_are_joined(directory: Path) -> None:
+def test_columns_are_joined(directory: Path) -> None:
     entry = {"path": write(directory, "joined.jsonl", [rows_of(n, "alpaca") for n in range(12)]), "type": "alpaca"}
     rows, _ = assert_labelled(
         directory,
@@ -205,8 +205,8 @@ def test_task_columns_are_joined(directory: Path) -> None:
     assert label_columns(rows) == ["commonit_task[topic+level]"]
 
 
-def test_label_types(directory: Path) -> None:
-    """Values of every column type become text; a missing value becomes an empty label."""
+def test_labels_of_every_kind(directory: Path) -> None:
+    """Text, none, numbers, truth values and class labels, as text; a row without one has an empty label."""
     given: dict[str, list[Any]] = {
         "text": ["maths", None, "", "  ", " code "],
         "numbers": [3, 0, None, -1, 10],
@@ -229,8 +229,8 @@ def test_label_types(directory: Path) -> None:
 # --- entries as tasks -------------------------------------------------------------------------------------------------
 
 
-def test_entries_with_same_path_are_separate_tasks(directory: Path) -> None:
-    """Split, name and type identify an entry; its shards are one task."""
+def test_entries_of_one_place_are_told_apart(directory: Path) -> None:
+    """By their splits, names and types; the shards in which an entry is prepared are one task."""
     halves = {"easy": range(0, 10), "hard": range(10, 20)}
     splits = {name: Dataset.from_list([rows_of(n, "alpaca") for n in numbers]) for name, numbers in halves.items()}
     DatasetDict(splits).save_to_disk(directory / "splits")
@@ -262,14 +262,14 @@ def test_entries_with_same_path_are_separate_tasks(directory: Path) -> None:
     assert len(rows) == 75
 
 
-def test_single_entry_uses_default_task_column(directory: Path) -> None:
+def test_one_entry_is_read_by_its_first_default_column(directory: Path) -> None:
     rows = [{**rows_of(n, "alpaca"), "category": topic_of(n), "source": "one place"} for n in range(12)]
     entry = {"path": write(directory, "default.jsonl", rows), "type": "alpaca", "preprocess_shards": 2}
     prepared, _ = assert_labelled(directory, [entry], topic_of)
     assert label_columns(prepared) == ["commonit_task[default]"]
 
 
-# --- shuffling, sharding, packing and splits --------------------------------------------------------------------------
+# --- what Axolotl does to rows afterwards -----------------------------------------------------------------------------
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "in order": {"shuffle_merged_datasets": False, "excess_length_strategy": "truncate", "dataset_num_proc": 2},
@@ -280,7 +280,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def long_and_short(directory: Path) -> tuple[Entries, Callable[[int], str]]:
-    """Make two entries, each with rows of more than 256 tokens."""
+    """Two entries, each with rows that are too long for 256 tokens."""
     entries = []
     for place, name in enumerate(["left", "right"]):
         rows = [rows_of(number, "alpaca") for number in range(30 * place, 30 * place + 30)]
@@ -291,20 +291,20 @@ def long_and_short(directory: Path) -> tuple[Entries, Callable[[int], str]]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_labels_stay_with_rows(directory: Path, variant: str) -> None:
+def test_the_labels_stay_with_their_rows(directory: Path, variant: str) -> None:
     entries, label = long_and_short(directory)
     keys = {"sequence_len": 256, **VARIANTS[variant], "place": variant, "plain_place": f"{variant}, plain"}
     rows, evaluation = assert_labelled(directory, entries, label, **keys)
     numbers = [number for number, _ in labels_of(rows)]
     in_all = numbers + ([] if evaluation is None else [number for number, _ in labels_of(evaluation)])
-    expected = {"in order": 60, "a shard": 24}.get(variant, 48)  # 12 of 60 rows are too long
+    expected = {"in order": 60, "a shard": 24}.get(variant, 48)  # of 60 rows, 12 are too long
     assert len(in_all) == len(set(in_all)) == expected
     assert (numbers == sorted(numbers)) == (variant == "in order")
     assert (evaluation is not None) == ("val_set_size" in keys)
     assert ("position_ids" in rows.column_names) == (variant == "packed")
 
 
-def test_separate_test_set_has_labels(directory: Path) -> None:
+def test_an_evaluation_set_of_its_own_has_labels(directory: Path) -> None:
     entries, label = long_and_short(directory)
     tests = [{**entry, "split": "train"} for entry in entries]
     _, evaluation = assert_labelled(directory, entries, label, test_datasets=tests)
@@ -312,9 +312,10 @@ def test_separate_test_set_has_labels(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("processed", ["raw", "tokenized"])
-def test_test_set_without_label_column_warns(
+def test_a_test_set_without_the_label_column_has_no_labels(
     directory: Path, processed: str, axolotl_log: pytest.LogCaptureFixture
 ) -> None:
+    """Training goes on: only the losses by group of the evaluation need the labels."""
     train = [{"path": write(directory, "labelled.jsonl", [rows_of(n, "alpaca") for n in range(12)]), "type": "alpaca"}]
     if processed == "tokenized":
         rows = [{"unlabelled": n, **tokenized(f"#{n}#aa", masked=4)} for n in range(20, 26)]
@@ -332,7 +333,9 @@ def test_test_set_without_label_column_warns(
     assert "\n" not in warning and "give the test set the label column" in warning
 
 
-def test_unseen_test_set_name_warns(directory: Path, axolotl_log: pytest.LogCaptureFixture) -> None:
+def test_test_sets_named_unlike_the_training_sets_are_warned_of(
+    directory: Path, axolotl_log: pytest.LogCaptureFixture
+) -> None:
     entries, _ = long_and_short(directory)
     tests = [{**entry, "split": "train"} for entry in entries]
     prepare(directory, entries, test_datasets=tests, dataset_prepared_path=str(directory / "same-names"))
@@ -341,14 +344,14 @@ def test_unseen_test_set_name_warns(directory: Path, axolotl_log: pytest.LogCapt
     tests[0] = {**tests[0], "path": renamed}
     keys = {"test_datasets": tests, "dataset_prepared_path": str(directory / "other-names")}
     _, evaluation = prepare(directory, entries, **keys)
-    assert {name for _, name in labels_of(evaluation)} == {"left-heldout", "right"}
+    assert {said for _, said in labels_of(evaluation)} == {"left-heldout", "right"}
     (warning,) = warnings_of(axolotl_log, "test_datasets: ")
     assert "'left-heldout'" in warning and "('left', 'right')" in warning and "commonit_task_column" in warning
 
 
 @pytest.mark.parametrize("validation", [0, 6])
-def test_deduplication_ignores_labels(directory: Path, validation: int) -> None:
-    """Of equal rows with different tasks, the first remains, with its task."""
+def test_equal_rows_are_dropped_as_without_labels(directory: Path, validation: int) -> None:
+    """They may have different tasks, which Axolotl knows nothing of: the first stays, with its task."""
     once = [rows_of(number, "alpaca") for number in range(12)]
     entries = [
         {"path": write(directory, f"equal-{name}.jsonl", rows), "type": "alpaca"}
@@ -368,7 +371,7 @@ def test_deduplication_ignores_labels(directory: Path, validation: int) -> None:
 
 @pytest.fixture
 def prepared(directory: Path, request: pytest.FixtureRequest) -> tuple[Entries, dict[str, Any]]:
-    """An entry and the keys that set its cache folder."""
+    """An entry, and a place for what is prepared from it."""
     rows = [rows_of(number, "alpaca") for number in range(12)]
     place = directory / f"of-{request.node.name}"
     entry = {"path": write(directory, "prepared.jsonl", rows), "type": "alpaca"}
@@ -379,8 +382,8 @@ def folders(keys: dict[str, Any]) -> set[str]:
     return {path.name for path in Path(keys["dataset_prepared_path"]).iterdir() if path.is_dir()}
 
 
-def test_labelled_rows_have_own_cache(directory: Path, prepared: Any) -> None:
-    """Recipes with and without the metric `task` use separate cache folders."""
+def test_rows_with_labels_are_kept_apart(directory: Path, prepared: Any) -> None:
+    """A recipe with the metric `task` and one without it do not read each other's rows."""
     entries, keys = prepared
     labelled, _ = prepare(directory, entries, commonit_task_column="topic", **keys)
     (folder,) = folders(keys)
@@ -395,7 +398,7 @@ def test_labelled_rows_have_own_cache(directory: Path, prepared: Any) -> None:
     assert folders(keys) == {folder, folder.removesuffix(CACHE_SUFFIX)}
 
 
-def test_cached_rows_with_other_labels_are_refused(directory: Path, prepared: Any) -> None:
+def test_rows_without_these_labels_are_refused(directory: Path, prepared: Any) -> None:
     entries, keys = prepared
     remedy = f"make it again with `axolotl preprocess {directory / 'recipe.yml'}`."
     prepare(directory, entries, metric=None, **keys)
@@ -416,7 +419,7 @@ def test_cached_rows_with_other_labels_are_refused(directory: Path, prepared: An
     assert "\n" not in str(error.value)
 
 
-def test_hub_rows_are_checked(directory: Path, prepared: Any) -> None:
+def test_rows_from_the_hub_are_checked(directory: Path, prepared: Any) -> None:
     entries, keys = prepared
     labelled, _ = prepare(directory, entries, commonit_task_column="topic", **keys)
     (folder,) = folders(keys)
@@ -442,30 +445,22 @@ def test_hub_rows_are_checked(directory: Path, prepared: Any) -> None:
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_missing_task_column_is_refused(directory: Path) -> None:
+def test_a_column_that_an_entry_lacks_is_named(directory: Path) -> None:
     rows = [rows_of(number, "alpaca") for number in range(4)]
     with_topic = write(directory, "with.jsonl", rows)
     without = write(directory, "without.jsonl", [{"topics": row.pop("topic"), **row} for row in rows])
     entries = [{"path": path, "type": "alpaca"} for path in (with_topic, without)]
     with pytest.raises(ValueError) as error:
         prepare(directory, entries, commonit_task_column="topic")
-    message = str(error.value)
-    assert message.startswith(f"datasets: path={without!r}: commonit_task_column='topic': not a column"), message
-    assert "topics" in message and "\n" not in message
+    said = str(error.value)
+    assert said.startswith(f"datasets: path={without!r}: commonit_task_column='topic': not a column"), said
+    assert said.endswith("Did you mean 'topics'?") and "\n" not in said
     with pytest.raises(ValueError, match=r"commonit_metric='task': .*task, task_name") as error:
         prepare(directory, entries[1:])
     assert str(error.value).startswith(f"datasets: path={without!r}: ")
 
 
-def test_list_labels_are_refused(directory: Path) -> None:
-    rows = [{**rows_of(number, "alpaca"), "topic": ["a"]} for number in range(4)]
-    path = write(directory, "lists.jsonl", rows)
-    with pytest.raises(ValueError, match="name a column of text, numbers or class labels") as error:
-        prepare(directory, [{"path": path, "type": "alpaca"}], commonit_task_column="topic")
-    assert path in str(error.value)
-
-
-def test_synthetic_rows_need_one_entry_per_task(directory: Path) -> None:
+def test_a_type_that_makes_rows_of_its_own_needs_an_entry_for_each_task(directory: Path) -> None:
     made = {"path": "synthetic", "type": "_synthetic", "length": 6, "sequence_length": 16, "max_input_id": 200}
     with pytest.raises(ValueError, match="commonit_metric='task': "):
         prepare(directory, [made])

@@ -62,6 +62,8 @@ CASES = [
     case("sft", dataloader_num_workers=2),
     case("sft", train_sampling_strategy="group_by_length", refuses="train_sampling_strategy"),
     case("sft", dataloader_drop_last=True, refuses="dataloader_drop_last"),
+    case("sft", loss_type="dft"),
+    case("sft", loss_type="nll", label_smoothing_factor=0.1),
     case("sft-moe", evaluated=("one",)),
     case("causal", label_smoothing_factor=0.1),
     case("causal", train_sampling_strategy="group_by_length", refuses="train_sampling_strategy"),

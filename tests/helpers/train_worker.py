@@ -1,20 +1,17 @@
-"""Train `CommonITSFTTrainer` or `SFTTrainer` on `id_rows` and record the model's inputs; one launch, many runs.
+"""Train `CommonITSFTTrainer` on `id_rows` and record the rows that the model sees; one launch, many runs.
 
     python train_worker.py runs.json            torchrun --nproc_per_node 2 train_worker.py runs.json
 
 `runs.json` is a list of runs, each with `name`, `dir`, `group_sizes` and any of: `options` (of `CommonITSFTConfig`),
-`model`, `dropout`, `parent` (true: train plain `SFTTrainer`), `resume` (path), `deepspeed` (a config), `kill_at`
-(optimizer step in which this process kills itself), `arrange_by` ("nothing" or "noise": lengths by which steps are
-balanced, instead of the rows' own), `losses` (true: record each row's loss), `accepts_loss_kwargs` (the model's
-attribute). Each run writes `<dir>/<name>.ids.rank*` (see `toys.Recorder`), and on rank 0
-`<name>.safetensors` (final weights), `<name>.gradient.safetensors` (of the first step) and `<name>.json`.
+`model`, `dropout`, `resume` (path), `deepspeed` (a config), `kill_at` (optimizer step in which this process kills
+itself), `losses` (true: record each row's loss), `accepts_loss_kwargs` (an attribute of the model). Each run writes
+`<dir>/<name>.ids.rank*` (see `toys.Recorder`) and, on rank 0, `<name>.safetensors` (final weights) and `<name>.json`.
 """
 
 import json
 import os
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -24,24 +21,20 @@ if USES_DEEPSPEED:  # a real engine on CPU: `use_cpu=True` would make transforme
     import deepspeed
     from accelerate import PartialState
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-        False  # otherwise DeepSpeed compiles it first, for a minute
-    )
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled first, for a minute
     PartialState(backend="gloo")
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
-from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer  # noqa: E402
 from helpers.toys import QUIET, Recorder, id_rows, tiny_model, tiny_tokenizer  # noqa: E402
 
 
 class KillAt(TrainerCallback):
-    """Kills this process by SIGKILL after the first micro-step of an optimizer step."""
+    """SIGKILL to this process, after the first micro-step of an optimizer step has been seen."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -53,17 +46,6 @@ class KillAt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):  # with accumulation 1 there is no sub-step
         if state.global_step == self.step + 1:
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-class SaveFirstGradient(TrainerCallback):
-    """Saves the gradient of the first optimizer step, unclipped with `max_grad_norm` 0."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 0 and state.is_world_process_zero:
-            save_file({name: weight.grad.clone() for name, weight in model.named_parameters()}, self.path)
 
 
 def train(run: dict) -> None:
@@ -78,29 +60,18 @@ def train(run: dict) -> None:
     }
     if run.get("deepspeed"):
         options |= {"deepspeed": run["deepspeed"], "accelerator_config": {"use_configured_state": True}}
-    if run.get("parent"):
-        config, trainer_class = SFTConfig(**options), SFTTrainer
-    else:
-        options = {"commonit_cache_dir": str(directory / "cache"), "commonit_report": False, **options}
-        config, trainer_class = CommonITSFTConfig(**options), CommonITSFTTrainer
+    options = {"commonit_cache_dir": str(directory / "cache"), "commonit_report": False, **options}
     rows = id_rows(run["group_sizes"])
     model = tiny_model(run.get("model", "llama"), dropout=run.get("dropout", 0.0))
     if "accepts_loss_kwargs" in run:
         model.accepts_loss_kwargs = run["accepts_loss_kwargs"]
-    trainer = trainer_class(
+    trainer = CommonITSFTTrainer(
         model=model,
-        args=config,
+        args=CommonITSFTConfig(**options),
         train_dataset=rows,
         processing_class=tiny_tokenizer(),
     )
     Recorder(directory / f"{run['name']}.ids", run.get("losses", False)).attach(trainer)
-    if not USES_DEEPSPEED:
-        trainer.add_callback(SaveFirstGradient(directory / f"{run['name']}.gradient.safetensors"))
-    if run.get("arrange_by") == "nothing":
-        trainer.commonit.spec = replace(trainer.commonit.spec, lengths=None)
-    elif run.get("arrange_by") == "noise":
-        lengths = np.random.default_rng(0).integers(1, 40, len(trainer.train_dataset))
-        trainer.commonit.spec = replace(trainer.commonit.spec, lengths=lengths)
     if "kill_at" in run:
         trainer.add_callback(KillAt(run["kill_at"]))
     trainer.train(resume_from_checkpoint=run.get("resume"))
@@ -120,17 +91,17 @@ def train(run: dict) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    # On several CPU ranks, transformers 5.16 loads the optimizer's state to "cpu:0", which torch does not accept.
+    # On several CPU ranks transformers 5.16 loads the optimizer's state to "cpu:0", a place that torch does not know.
     torch.serialization.register_package(
         50, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
     )
     for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         train(run)
         if USES_DEEPSPEED:
-            AcceleratorState._reset_state(False)  # otherwise accelerate refuses a second Accelerator
+            AcceleratorState._reset_state(False)  # else the next run's Accelerator is refused as a second one
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    os._exit(0)  # about one in fifty gloo processes aborts at exit, and torchrun kills the others
+    os._exit(0)  # one in fifty or so gloo processes aborts in the interpreter's own end, and torchrun kills the others
 
 
 if __name__ == "__main__":

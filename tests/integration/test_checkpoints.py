@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers.bad_input import PICKLE
 from helpers.toys import id_rows
 from helpers.trainers import Seen, make_trainer, train
 from trl import SFTTrainer
@@ -185,7 +186,7 @@ def test_callback_states_are_restored(run, tmp_path):
     assert seen.steps == steps[10:]
 
 
-@pytest.mark.parametrize("content", [b"", b'{"commonit_metric": "ta', b"{}", b"[]", b"\xff"])
+@pytest.mark.parametrize("content", [b"", b'{"commonit_metric": "ta', b"{}", b"[]", b"\xff", PICKLE])
 def test_damaged_run_file(run, tmp_path, content):
     """A damaged `run.json` is an error that names the file, not a guess."""
     checkpoint = tmp_path / "checkpoint-5"

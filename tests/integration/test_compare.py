@@ -274,7 +274,6 @@ WRONG = {
     "twice": ({"metrics": "none,task,task"}, "'task' appears twice. Remove one"),
     "unknown option": ({"metrics": "none,length:num_group=4"}, "did you mean commonit_num_groups?"),
     "no value": ({"metrics": "none,length:num_groups"}, "not an option. Write"),
-    "option of another metric": ({"metrics": "none,task:num_groups=4"}, "commonit_num_groups=4 is read by"),
     "seeds": ({"seeds": 0}, "--seeds 0 must be at least 1"),
     "jobs": ({"jobs": 0}, "--jobs 0 must be at least 1"),
     "steps": ({"max_steps": 10}, "max_steps=10"),

@@ -3,7 +3,7 @@
 Invariants: (1) generated answers are correct, by rules written anew here; (2) the data depend on the seed only, and no
 held-out question is trained on; (3) the run prints one report of all three metrics, in which every step holds one group
 and no row is dropped or repeated, and nothing else; (4) its models load and answer; (5) the command that it recommends
-runs; (6) a wrong option prints one line and exits with code 2.
+runs. Wrong options are in test_bad_input.py.
 """
 
 import json
@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from commonit_trl.cli.demo import FAMILIES, METRICS, batch_quality, generate_rows
-from commonit_trl.cli.main import main
 from commonit_trl.plan import plan_epoch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,27 +154,3 @@ def test_recommended_command_runs(demo, tmp_path):
     trained = commonit(*command[1:], "--max_steps", "1", "--output_dir", str(tmp_path / "sft"), home=tmp_path)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert (tmp_path / "sft" / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--max_steps", "0"], "Give 1 or more"),
-        (["--max_steps", "many"], "many"),
-        (["--seed", "-1"], "Give 0 to"),
-        (["--output_dir", "{file}/out"], "cannot be written"),
-        (["--output_dir", "{file}"], "Name a directory"),
-    ],
-)
-def test_a_wrong_option_prints_one_line(options, words, tmp_path, capsys):
-    file = tmp_path / "file"
-    file.touch()
-    options = [option.format(file=file) for option in options]
-    assert main(["demo", "--output_dir", str(tmp_path / "out"), *options]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    [line] = printed.err.splitlines()
-    assert line.startswith("commonit: error: ")
-    assert options[0].removeprefix("--") in line
-    assert words in line
-    assert not (tmp_path / "out" / "data").exists()

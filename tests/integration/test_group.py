@@ -139,45 +139,10 @@ def test_new_rows_join_fitted_groups(data, model, tmp_path, capfd):
     assert "2 of 4 rows are unassigned" in err and "2 rows are unassigned." in out
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["--commonit_metric", "task"], "--output"),
-        (
-            ["--load", "saved", "--commonit_metric", "length", "--output", "x"],
-            "commonit_metric=length: --load saved",
-        ),
-        (
-            ["--load", "saved", "--commonit_min_group_size", "3", "--output", "x"],
-            "commonit_min_group_size=3: the groups of --load saved",
-        ),
-        (
-            ["--load", "saved", "--commonit_length_of", "total", "--output", "x"],
-            "read by commonit_metric='length' only",
-        ),
-        (["--commonit_metric", "task", "--output", "/proc/no"], "--output /proc/no: cannot be written"),
-        (["--commonit_metric", "task", "--output", "x", "--world_size", "2"], "Unknown option world_size"),
-    ],
-)
-def test_a_user_error_prints_one_line(argv, said, data, capfd):
-    assert group(data, "--commonit_metric", "task", "--output", "saved") == 0
-    capfd.readouterr()
-    assert group(data, *argv) == 2
-    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("commonit: error: "))
-    assert said in line
-
-
 def test_loaded_groups_take_the_options_they_were_fitted_with(data):
     fitted = ["--commonit_task_column", "task", "--commonit_min_group_size", 2]
     assert group(data, "--commonit_metric", "task", *fitted, "--output", "saved") == 0
     assert group(data, "--commonit_metric", "task", *fitted, "--load", "saved", "--output", "again") == 0
-
-
-def test_rows_of_other_tasks_only_are_an_error(data, tmp_path, capfd):
-    assert group(data, "--commonit_metric", "task", "--output", "saved") == 0
-    new = write_jsonl(tmp_path / "new.jsonl", rows_of_task("walk", 4))
-    assert group(new, "--load", "saved", "--output", "b") == 2
-    assert "--load saved: all 4 rows are unassigned" in capfd.readouterr().err
 
 
 def test_each_option_that_fits_groups_has_its_name_among_the_groupers():

@@ -244,41 +244,6 @@ def test_groups_that_were_saved_are_used(data, tokenizer, tmp_path, capsys):
 # --- what is wrong ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["data.jsonl"], "commonit_metric is not set. Write --commonit_metric task"),
-        (
-            ["data.jsonl", "--commonit_metric", "lenght"],
-            "commonit_metric='lenght' is not one of task, length, embedding",
-        ),
-        (["data.jsonl", "--commonit_metric", "none"], "commonit_metric='none' is not one of"),
-        (["data.jsonl", "--compare", "task,size"], "--compare='size' is not one of task, length, embedding"),
-        (["data.jsonl", "--commonit_metric", "length"], "Add --tokenizer"),
-        (["data.jsonl", "--commonit_metric", "task", "--tokenizer", "no/where"], "--tokenizer='no/where': "),
-        (
-            ["data.jsonl", "--commonit_metric", "task", "--commonit_length_of", "total"],
-            "is read by commonit_metric='length'",
-        ),
-        (["data.jsonl", "--commonit_metric", "task", "--jsn"], "Unknown option jsn"),
-        (["data.jsonl", "--commonit_metric", "task", "--world_size", "0"], "world_size=0 must be a whole number >= 1"),
-        (["data.jsonl", "--commonit_metric", "task", "--world_size", "99"], "has 60 samples, fewer than the"),
-        (["data.jsonl", "--commonit_metric", "task", "--commonit_task_column", "kind"], "commonit_task_column='kind'"),
-        (
-            ["data.jsonl", "--commonit_metric", "task", "--html", "/proc/no/report.html"],
-            "--html /proc/no/report.html: cannot",
-        ),
-        (["data.jsonl", "--load", "nowhere"], "nowhere/groups.json: "),
-        (["missing.jsonl", "--commonit_metric", "task"], "dataset_name='missing.jsonl' cannot be loaded"),
-        (["--commonit_metric", "task"], "dataset_name=None and 0 entries in datasets: give one of the two"),
-        (["--config", "missing.yaml"], "missing.yaml"),
-        (["--axolotl", "recipe.yml", "data.jsonl"], "--axolotl recipe.yml and data.jsonl: "),
-    ],
-)
-def test_a_user_error_prints_one_line(argv, said, data, capfd):
-    assert said in error(capfd, *argv)
-
-
 def test_other_front_ends_come_from_installed_packages(tmp_path, monkeypatch, capfd):
     """A recipe of another front end goes to the package that has the entry point, and says where there is none."""
     monkeypatch.setattr("commonit_trl.cli.recipes.ENTRY_POINTS", "commonit.test_recipes")

@@ -1,7 +1,7 @@
-"""I1 to I5 and I7 on what a model sees in training: rows carry their number as tokens, a hook on the model's forward
-records them for each rank and micro-step.
+"""I1 to I5 on the rows that a model sees in training, recorded by a hook for each rank and micro-step.
 
-W = 1 and W = 2 (torchrun, gloo), A = 1 and 3, all purities, and groups of 1, W*A - 1, S, S + 1 and an odd total.
+Rows carry their number as tokens. W = 1 and 2 (torchrun, gloo), A = 1 and 3, both purities, and groups of 1, W*A - 1,
+S, S + 1 and an odd total.
 """
 
 import json
@@ -11,7 +11,6 @@ from collections import Counter
 import pytest
 from helpers.launch import launch
 from helpers.toys import QUIET, id_rows, plan_of, recorded
-from helpers.trainers import without_run_times
 
 B = QUIET["per_device_train_batch_size"]
 
@@ -45,13 +44,6 @@ def runs_of(world_size):
             "dataloader_persistent_workers": True,
         },
     }
-    for name, parent in (("none", False), ("parent", True)):
-        options = {"gradient_accumulation_steps": 3, "seed": 7}
-        shapes[name] = {
-            "group_sizes": group_sizes(world_size, 3),
-            "parent": parent,
-            "options": options if parent else {**options, "commonit_metric": "none"},
-        }
     return shapes
 
 
@@ -93,8 +85,8 @@ def test_i1_pure(seen, name):
             mixed_steps += len({group_of[row] for rank in step for batch in rank for row in batch}) > 1
         if name.startswith("step"):
             assert mixed_steps == 0
-        elif name == "global-a3" or (name.startswith("micro") and world_size * name.count("a3") > 0):
-            assert mixed_steps > 0  # else these purities would not be what they say
+        elif name == "micro-a3":
+            assert mixed_steps > 0  # else `micro` would be `step`
 
 
 @pytest.mark.parametrize("name", [*SHAPES, "workers"])
@@ -108,11 +100,11 @@ def test_i2_lossless(seen, name):
     for epoch in epochs_of(directory, name, world_size):
         rows = Counter(row for step in epoch for rank in step for batch in rank for row in batch)
         assert set(rows) == set(range(sum(sizes)))
-        micro_batches = {"m": 1, "g": world_size}.get(name[0], world_size * accumulation)
+        micro_batches = 1 if name.startswith("micro") else world_size * accumulation
         repeats = Counter(group_of[row] for row, times in rows.items() for _ in range(times - 1))
         assert all(sizes[int(group[1:])] < micro_batches for group in repeats)
         assert all(count < micro_batches for count in repeats.values())
-        if name[0] in "sw":
+        if not name.startswith("micro"):
             step_sizes: dict = {}
             for step in epoch:
                 batch_rows = [row for rank in step for batch in rank for row in batch]
@@ -143,16 +135,3 @@ def test_i3_i4_i5_the_model_sees_the_plan(seen, name):
         for rank in range(world_size):
             assert [batch for step in epoch for batch in step[rank]] == list(plan.batches(rank))
     assert epochs[0] != epochs[1]
-
-
-def test_i7_none_is_the_parent(seen):
-    """I7: with `none`, the same rows reach the model in the same order as with SFTTrainer, and the losses are equal."""
-    world_size, directory, _ = seen
-    off, parent = (recorded(directory / f"{name}.ids", world_size) for name in ("none", "parent"))
-    assert off == parent
-    results = [json.loads((directory / f"{name}.json").read_text()) for name in ("none", "parent")]
-    for result in results:
-        result["log"] = [without_run_times(entry) for entry in result["log"]]
-    assert results[0] == results[1]
-    weights = [(directory / f"{name}.safetensors").read_bytes() for name in ("none", "parent")]
-    assert weights[0] == weights[1]

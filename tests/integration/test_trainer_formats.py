@@ -145,29 +145,6 @@ def test_loss_is_on_the_tokens_asked_for(tmp_path, name, trained):
         assert row.trained == trained(row, len(parts(label_and_number(row)[1])[2]))
 
 
-def test_several_turns_count_all_of_the_assistant(tmp_path):
-    """Metric `length` on conversations adds up the assistant's turns, not the last one or the user's."""
-    rows = []
-    for number in range(12):
-        first, second, user = (1, 1, 40) if number % 2 else (10, 10, 1)
-        turns = chat(f"[g1#{number:02d}]", "a" * first) + chat("b" * user, "c" * second)
-        rows.append({"messages": turns})
-    _, seen = train(tmp_path, Dataset.from_list(rows), commonit_metric="length", commonit_length_edges=[10])
-    assert set(groups_of_steps(seen, lambda row: label_and_number(row)[1] % 2)) == {0, 1}
-
-
-def test_turns_of_human_and_gpt_are_prompt_and_response(tmp_path):
-    """TRL keeps ShareGPT's own role names; metric `length` finds the response among them all the same."""
-    rows = []
-    for number in range(12):
-        response = "x" * (30 if number % 2 else 3)
-        prompt = f"[g1#{number:02d}]" + "y" * (40 - len(response))
-        turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": response}]
-        rows.append({"conversations": turns})
-    _, seen = train(tmp_path, Dataset.from_list(rows), commonit_metric="length", commonit_num_groups=2)
-    assert set(groups_of_steps(seen, lambda row: label_and_number(row)[1] % 2)) == {0, 1}
-
-
 def test_rows_that_trl_drops_do_not_shift_groups(tmp_path):
     """Rows masked to the end by truncation are gone; those that are left keep their own task."""
     kept, rows = [], []

@@ -1,9 +1,8 @@
-"""`CommonITArguments` validates every option, and errors name a fix in one line.
+"""`CommonITArguments`: valid values are read as their type, and each wrong one raises a line with the fix.
 
-1. Types, ranges and choices are checked; an invalid choice gets the nearest valid one as a suggestion.
-2. An unknown `commonit_*` name gets the nearest valid one as a suggestion.
-3. An option that the metric does not use is an error; `none` accepts all options.
-4. All front ends of the dataclass agree: keyword arguments, the command line, YAML.
+1. Every option has a type, a range or choices; an unknown name or choice is answered with the nearest valid one.
+2. An option that the metric ignores is an error; `none` ignores and accepts all.
+3. Keyword arguments, the command line and YAML read the same values.
 """
 
 from dataclasses import dataclass, fields
@@ -22,7 +21,7 @@ from commonit_trl.config import (
 )
 
 
-def refusal(**options: Any) -> str:
+def error_of(**options: Any) -> str:
     with pytest.raises(ValueError) as caught:
         CommonITArguments(**options)
     return str(caught.value)
@@ -31,135 +30,119 @@ def refusal(**options: Any) -> str:
 # --- values -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "given, read",
-    [
-        ({"commonit_metric": "task", "commonit_task_column": "kind"}, ["kind"]),
-        ({"commonit_metric": "task", "commonit_task_column": ("a", "b")}, ["a", "b"]),
-        ({"commonit_metric": "length", "commonit_num_groups": "4"}, 4),
-        ({"commonit_metric": "length", "commonit_num_groups": 4.0}, 4),
-        ({"commonit_metric": "length", "commonit_length_of": "total"}, "total"),
-        ({"commonit_metric": "length", "commonit_length_edges": ["64", 256]}, [64, 256]),
-        ({"commonit_metric": "length", "commonit_length_edges": [64]}, [64]),
-        ({"commonit_metric": "embedding", "commonit_embedding_model": "org/name"}, "org/name"),
-        ({"commonit_metric": "embedding", "commonit_embedding_text": "both"}, "both"),
-        ({"commonit_metric": "embedding", "commonit_num_groups": 1}, 1),
-        ({"commonit_metric": "embedding", "commonit_reference_dataset": "ref.jsonl"}, "ref.jsonl"),
-        ({"commonit_metric": "task", "commonit_purity": "micro"}, "micro"),
-        ({"commonit_metric": "task", "commonit_remainder": "drop"}, "drop"),
-        ({"commonit_metric": "task", "commonit_min_group_size": "12"}, 12),
-        ({"commonit_metric": "task", "commonit_weights": "sqrt"}, "sqrt"),
-        ({"commonit_metric": "task", "commonit_weights": {"a": 1, "b": 0.5}}, {"a": 1, "b": 0.5}),
-        ({"commonit_metric": "task", "commonit_weights": {7: 1, 8: 0}}, {"7": 1, "8": 0}),
-        ({"commonit_metric": "task", "commonit_weights": ' {"a": 2}'}, {"a": 2}),
-        ({"commonit_metric": "task", "commonit_balance_lengths": "false"}, False),
-        ({"commonit_metric": "task", "commonit_cache_dir": "somewhere"}, "somewhere"),
-        ({"commonit_metric": "none"}, "none"),
+VALID = {
+    "task": [
+        ("task_column", "kind", ["kind"]),
+        ("task_column", ("a", "b"), ["a", "b"]),
+        ("purity", "micro", "micro"),
+        ("remainder", "drop", "drop"),
+        ("min_group_size", "12", 12),
+        ("weights", "sqrt", "sqrt"),
+        ("weights", {"a": 1, "b": 0.5}, {"a": 1, "b": 0.5}),
+        ("weights", {7: 1, 8: 0}, {"7": 1, "8": 0}),
+        ("weights", ' {"a": 2}', {"a": 2}),
+        ("balance_lengths", "false", False),
+        ("cache_dir", "somewhere", "somewhere"),
     ],
-)
-def test_valid_values_are_converted_to_their_type(given: dict[str, Any], read: Any) -> None:
-    value = getattr(CommonITArguments(**given), list(given)[-1])
+    "length": [
+        ("num_groups", "4", 4),
+        ("num_groups", 4.0, 4),
+        ("length_of", "total", "total"),
+        ("length_edges", ["64", 256], [64, 256]),
+        ("length_edges", [64], [64]),
+    ],
+    "embedding": [
+        ("embedding_model", "org/name", "org/name"),
+        ("embedding_text", "both", "both"),
+        ("num_groups", 1, 1),
+        ("reference_dataset", "ref.jsonl", "ref.jsonl"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("metric", "case"), [(metric, case) for metric in VALID for case in VALID[metric]])
+def test_a_valid_value_is_read_as_its_type(metric: str, case: tuple[str, Any, Any]) -> None:
+    name, given, read = case
+    value = getattr(CommonITArguments(commonit_metric=metric, **{f"commonit_{name}": given}), f"commonit_{name}")
     assert value == read and type(value) is type(read)
 
 
-@pytest.mark.parametrize(
-    "options, parts",
-    [
-        ({}, ["commonit_metric is not set", "'task', 'length' or 'embedding'", "'none'"]),
-        ({"commonit_metric": "lenght"}, ["commonit_metric='lenght'", "did you mean 'length'"]),
-        ({"commonit_metric": 3}, ["commonit_metric='3'", "task, length, embedding, none"]),
-        ({"commonit_metric": ["task"]}, ["commonit_metric=['task']", "valid string"]),
-        ({"commonit_metric": "task", "commonit_task_column": []}, ["commonit_task_column=[]", "name one"]),
-        ({"commonit_metric": "task", "commonit_task_column": {"a": 1}}, ["commonit_task_column={'a': 1}"]),
-        ({"commonit_metric": "length", "commonit_num_groups": 0}, ["commonit_num_groups=0", "at least 1"]),
-        (
-            {"commonit_metric": "length", "commonit_num_groups": "many"},
-            ["commonit_num_groups='many'", "integer"],
-        ),
-        ({"commonit_metric": "length", "commonit_num_groups": 2.5}, ["commonit_num_groups=2.5", "integer"]),
-        (
-            {"commonit_metric": "length", "commonit_length_of": "answer"},
-            ["commonit_length_of='answer'", "response"],
-        ),
-        (
-            {"commonit_metric": "length", "commonit_length_edges": []},
-            ["commonit_length_edges=[]", "[64, 256]"],
-        ),
-        ({"commonit_metric": "length", "commonit_length_edges": [9, 9]}, ["commonit_length_edges=[9, 9]"]),
-        ({"commonit_metric": "length", "commonit_length_edges": [9, 4]}, ["ascending token counts"]),
-        ({"commonit_metric": "length", "commonit_length_edges": [9, 2**63]}, ["ascending token counts", "under 2**63"]),
-        ({"commonit_metric": "length", "commonit_length_edges": [0, 4]}, ["above 0"]),
-        ({"commonit_metric": "length", "commonit_length_edges": 64}, ["commonit_length_edges=64", "list"]),
-        (
-            {"commonit_metric": "length", "commonit_length_edges": [64], "commonit_num_groups": 2},
-            ["commonit_num_groups=2", "commonit_length_edges=[64]", "remove one"],
-        ),
-        (
-            {"commonit_metric": "embedding", "commonit_embedding_text": "promt"},
-            ["commonit_embedding_text='promt'", "did you mean 'prompt'"],
-        ),
-        (
-            {"commonit_metric": "embedding", "commonit_embedding_model": None},
-            ["commonit_embedding_model=None"],
-        ),
-        (
-            {"commonit_metric": "embedding", "commonit_reference_dataset": "r.csv", "commonit_num_groups": 8},
-            ["commonit_num_groups=8", "commonit_reference_dataset='r.csv'", "remove one"],
-        ),
-        (
-            {"commonit_metric": "embedding", "commonit_reference_task_column": "subject"},
-            ["commonit_reference_task_column='subject'", "without commonit_reference_dataset"],
-        ),
-        (
-            {"commonit_metric": "task", "commonit_purity": "batch"},
-            ["commonit_purity='batch'", "step, micro"],
-        ),
-        ({"commonit_metric": "task", "commonit_remainder": "dorp"}, ["commonit_remainder='dorp'", "'drop'"]),
-        (
-            {"commonit_metric": "task", "commonit_min_group_size": 0},
-            ["commonit_min_group_size=0", "at least 1"],
-        ),
-        ({"commonit_metric": "task", "commonit_min_group_size": None}, ["commonit_min_group_size=None"]),
-        (
-            {"commonit_metric": "task", "commonit_balance_lengths": "perhaps"},
-            ["commonit_balance_lengths='perhaps'"],
-        ),
-        ({"commonit_metric": "task", "commonit_cache_dir": ["a"]}, ["commonit_cache_dir=['a']", "string"]),
-        (
-            {"commonit_metric": "task", "commonit_weights": "uniformly"},
-            ["commonit_weights", "did you mean 'uniform'"],
-        ),
-        ({"commonit_metric": "task", "commonit_weights": None}, ["commonit_weights=None", "'proportional'"]),
-        ({"commonit_metric": "task", "commonit_weights": '{"a": }'}, ["is not JSON", '{"group": 0.5}']),
-        (
-            {"commonit_metric": "task", "commonit_weights": {"a": -1}},
-            ["weight -1 of group 'a'", "number >= 0"],
-        ),
-        ({"commonit_metric": "task", "commonit_weights": {"a": float("nan")}}, ["weight nan of group 'a'"]),
-        ({"commonit_metric": "task", "commonit_weights": {"a": float("inf")}}, ["weight inf of group 'a'"]),
-        ({"commonit_metric": "task", "commonit_weights": {"a": 10**400}}, ["of group 'a'", "at most 1e+100"]),
-        ({"commonit_metric": "task", "commonit_weights": '{"a":' + "[" * 100_000}, ["is not JSON", '{"group": 0.5}']),
-        ({"commonit_metric": "task", "commonit_weights": {"a": "1"}}, ["weight '1' of group 'a'"]),
-        ({"commonit_metric": "task", "commonit_weights": {"a": 0, "b": 0.0}}, ["above 0"]),
-        ({"commonit_metric": "task", "commonit_weights": {}}, ["above 0"]),
-        ({"commonit_metric": "none", "commonit_purity": "batch"}, ["commonit_purity='batch'"]),
+WRONG_WEIGHTS = [-1, float("nan"), float("inf"), 10**400, "1", None]
+WRONG = {
+    # metric: the options without `commonit_`, parts of the line besides the first option and its value
+    "task": [
+        ({"task_column": []}, "name one"),
+        ({"task_column": {"a": 1}}, "label column"),
+        ({"purity": "batch"}, "step, micro"),
+        ({"remainder": "dorp"}, "did you mean 'drop'"),
+        ({"resume": "yes"}, "exact, replan"),
+        ({"min_group_size": 0}, "at least 1"),
+        ({"min_group_size": None}, "integer"),
+        ({"balance_lengths": "perhaps"}, "boolean"),
+        ({"report": "maybe"}, "boolean"),
+        ({"cache_dir": ["a"]}, "string"),
+        ({"cache_dir": ""}, "names no directory"),
+        ({"weights": "uniformly"}, "did you mean 'uniform'"),
+        ({"weights": None}, "'proportional'"),
+        ({"weights": [1, 2]}, "mapping"),
+        ({"weights": '{"a": }'}, 'is not JSON | {"group": 0.5}'),
+        ({"weights": '{"a":' + "[" * 100_000}, 'is not JSON | {"group": 0.5}'),
+        ({"weights": {"a": 0, "b": 0.0}}, "above 0"),
+        ({"weights": {}}, "above 0"),
+        *(({"weights": {"a": weight}}, f"weight {weight!r} of group 'a' | number >= 0") for weight in WRONG_WEIGHTS),
     ],
-)
-def test_invalid_values_raise_one_line_errors(options: dict[str, Any], parts: list[str]) -> None:
-    message = refusal(**options)
+    "length": [
+        ({"num_groups": 0}, "at least 1"),
+        ({"num_groups": "many"}, "integer"),
+        ({"num_groups": 2.5}, "integer"),
+        ({"num_groups": float("nan")}, "finite number"),
+        ({"length_of": "answer"}, "response, prompt, total"),
+        ({"length_edges": []}, "[64, 256]"),
+        ({"length_edges": [9, 9]}, "ascending token counts"),
+        ({"length_edges": [9, 4]}, "ascending token counts"),
+        ({"length_edges": [9, 2**63]}, "under 2**63"),
+        ({"length_edges": [0, 4]}, "above 0"),
+        ({"length_edges": 64}, "list"),
+        ({"num_groups": 2, "length_edges": [64]}, "commonit_length_edges=[64] | remove one"),
+    ],
+    "embedding": [
+        ({"embedding_text": "promt"}, "did you mean 'prompt'"),
+        ({"embedding_dtype": "float8"}, "auto, float32, bfloat16, float16"),
+        ({"embedding_model": None}, "string"),
+        ({"num_groups": 8, "reference_dataset": "r.csv"}, "commonit_reference_dataset='r.csv' | remove one"),
+        ({"reference_task_column": "subject"}, "without commonit_reference_dataset | remove it"),
+    ],
+    "none": [({"purity": "batch"}, "step, micro")],
+    "lenght": [({}, "commonit_metric='lenght' | did you mean 'length'")],
+    None: [({}, "commonit_metric is not set | 'task', 'length' or 'embedding' | 'none'")],
+}
+
+
+@pytest.mark.parametrize(("metric", "case"), [(metric, case) for metric in WRONG for case in WRONG[metric]])
+def test_a_wrong_value_is_an_error_in_one_line(metric: str | None, case: tuple[dict[str, Any], str]) -> None:
+    given, says = case
+    message = error_of(commonit_metric=metric, **{f"commonit_{name}": value for name, value in given.items()})
     assert "\n" not in message
-    assert all(part in message for part in parts), message
+    assert all(part in message for part in says.split(" | ")), message
+    for name, value in list(given.items())[:1]:
+        assert message.startswith((f"commonit_{name}={value!r}", f"commonit_{name}: the weight")), message
 
 
-def test_every_option_has_help_and_validates_its_value() -> None:
+@pytest.mark.parametrize("metric", [3, ["task"], True])
+def test_a_metric_of_another_type_is_an_error(metric: Any) -> None:
+    message = error_of(commonit_metric=metric)
+    assert message.startswith("commonit_metric=") and "task" in message
+
+
+def test_every_option_has_a_help_and_a_type() -> None:
     for name, option in OPTIONS.items():
         assert option.metadata["help"].endswith("."), name
-        message = refusal(**{"commonit_metric": "none", name: object()})
+        message = error_of(**{"commonit_metric": "none", name: object()})
         assert message.startswith(f"{name}=<object"), message
         assert "\n" not in message
 
 
-def test_check_weights_accepts_names_and_group_ids() -> None:
+def test_check_weights_accepts_numeric_groups() -> None:
     check_weights("uniform")
     check_weights({0: 1.0, 1: 0})
     with pytest.raises(ValueError, match="weight None of group 1"):
@@ -179,15 +162,16 @@ def test_check_weights_accepts_names_and_group_ids() -> None:
         ("commonit-purity", "commonit_purity"),
     ],
 )
-def test_unknown_option_suggests_the_nearest(wrong: str, right: str) -> None:
-    assert refusal(commonit_metric="none", **{wrong: 1}) == f"Unknown option {wrong}: did you mean {right}?"
+def test_an_unknown_name_is_answered_with_the_nearest(wrong: str, right: str) -> None:
+    message = error_of(commonit_metric="none", **{wrong: 1})
+    assert wrong in message and f"did you mean {right}?" in message
 
 
-def test_options_of_other_libraries_are_accepted() -> None:
+def test_names_without_the_prefix_are_ignored() -> None:
     check_option_names(["learning_rate", "commit", *OPTIONS])
 
 
-def test_nearest_always_returns_a_member() -> None:
+def test_nearest_always_finds_one() -> None:
     assert nearest("zzz", ["only"]) == "only"
     assert nearest("", iter(["a", "b"])) in ("a", "b")
 
@@ -208,23 +192,23 @@ READ_BY = {
 
 @pytest.mark.parametrize("metric", ["task", "length", "embedding", "none"])
 @pytest.mark.parametrize("name", READ_BY)
-def test_option_unused_by_the_metric_is_an_error(metric: str, name: str) -> None:
+def test_an_option_that_the_metric_ignores_is_an_error(metric: str, name: str) -> None:
     value, metrics = READ_BY[name]
     if metric == "none" or metric in metrics:
         assert getattr(CommonITArguments(commonit_metric=metric, **{name: value}), name) == value
     else:
-        message = refusal(commonit_metric=metric, **{name: value})
-        assert message.startswith(f"{name}={value!r} is read by commonit_metric=")
-        assert f"not by {metric!r}" in message and all(repr(reader) in message for reader in metrics)
+        message = error_of(commonit_metric=metric, **{name: value})
+        assert message.startswith(f"{name}={value!r}") and "remove it" in message
+        assert repr(metric) in message and all(repr(reader) in message for reader in metrics)
 
 
 @pytest.mark.parametrize("metric", ["task", "length", "embedding", "none"])
-def test_explicit_defaults_are_accepted(metric: str) -> None:
+def test_an_explicit_default_is_never_an_error(metric: str) -> None:
     defaults = {name: option.default for name, option in OPTIONS.items() if name != "commonit_metric"}
     assert CommonITArguments(commonit_metric=metric, **defaults) == CommonITArguments(commonit_metric=metric)
 
 
-def test_commonit_on_is_false_for_none_only() -> None:
+def test_none_is_off_and_the_metrics_are_on() -> None:
     assert not CommonITArguments(commonit_metric="none").commonit_on
     assert CommonITArguments(commonit_metric="length").commonit_on
 
@@ -246,7 +230,7 @@ class Mixed(CommonITArguments, Parent):
     pass
 
 
-def test_mixin_validates_and_calls_the_parent() -> None:
+def test_mixed_in_it_checks_its_options_and_lets_the_parent_check_its_own() -> None:
     assert Mixed(commonit_metric="task", learning_rate=1.0).checked
     with pytest.raises(ValueError, match="commonit_metric is not set"):
         Mixed(learning_rate=1.0)
@@ -286,22 +270,21 @@ COMMAND_LINES = {
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)
-def test_command_line_parses_every_option(line: str) -> None:
+def test_the_command_line_reads_every_option(line: str) -> None:
     (parsed,) = HfArgumentParser(Mixed).parse_args_into_dataclasses(line.split())
     for name, value in COMMAND_LINES[line].items():
         assert getattr(parsed, name) == value
 
 
-def test_command_line_parses_weights_as_json() -> None:
+def test_the_command_line_reads_weights_as_json_and_the_lines_above_cover_all_options() -> None:
     line = ["--commonit_metric", "task", "--commonit_weights", '{"a b": 0.5, "c": 2}']
     (parsed,) = HfArgumentParser(Mixed).parse_args_into_dataclasses(line)
     assert parsed.commonit_weights == {"a b": 0.5, "c": 2}
-    # COMMAND_LINES covers all options.
     flags = {flag for line in COMMAND_LINES for flag in line.split() if flag.startswith("--")}
     assert flags == {f"--{field.name}" for field in fields(CommonITArguments)}
 
 
-def test_yaml_parses_every_option(tmp_path: Path) -> None:
+def test_yaml_reads_every_option(tmp_path: Path) -> None:
     from trl import TrlParser
 
     file = tmp_path / "config.yaml"

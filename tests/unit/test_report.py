@@ -1,8 +1,7 @@
-"""Report numbers equal an independent count, batch by batch, of the plan and of baseline orders."""
+"""The numbers of a report are those that anyone can count, batch by batch, in the plan and in plain orders."""
 
 import dataclasses
 import itertools
-import json
 import statistics
 
 import numpy as np
@@ -24,7 +23,7 @@ GEOMETRIES = [(2, 1, 1), (2, 2, 3), (3, 2, 2), (5, 3, 1)]  # B, W, A
 
 
 def inspect(dataset, geometry, *, grouper=None, padding_free=False, seed=0, dropped=NONE_DROPPED, **options):
-    """Inspect `dataset` by task; return the inspection and its plan."""
+    """An inspection of `dataset` by task, and the plan that it is of."""
     rows = Rows(dataset)
     grouper = grouper or TaskGrouper(columns=["task"])
     grouper.fit(rows)
@@ -47,13 +46,13 @@ def inspect(dataset, geometry, *, grouper=None, padding_free=False, seed=0, drop
 
 
 def steps_of(plan):
-    """Return the plan as lists: step -> micro-step -> rank -> row numbers."""
+    """The plan as lists: step -> micro-step -> rank -> row numbers."""
     micro_steps = [list(ranks) for ranks in zip(*map(plan.batches, range(plan.world_size)), strict=True)]
     return cut(micro_steps, plan.accumulation_steps)
 
 
-def baseline_steps(order, geometry):
-    """Batch a sampler's order as the Trainer does: ranks in turn, the end filled with the first rows."""
+def plain_steps(order, geometry):
+    """What the Trainer makes of a sampler's order: batches, dealt to ranks in turn, filled up with the first rows."""
     size, ranks, accumulation = geometry
     order = list(order)
     while ranks > 1 and len(order) % (size * ranks):
@@ -70,13 +69,13 @@ def joined(lists):
 
 
 def count(steps, tasks, tokens, padding_free=False):
-    """Count the fields of `BatchNumbers` batch by batch."""
+    """The numbers of `BatchNumbers`, one batch after the other."""
 
     def cost(batch):
         found = [tokens[row] for row in batch]
         return sum(found) if padding_free else max(found) * len(found)
 
-    def pure_share(parts):
+    def share_of_one_task(parts):
         return statistics.mean(len({tasks[row] for row in part}) == 1 for part in parts)
 
     micro_batches = [batch for step in steps for micro_step in step for batch in micro_step]
@@ -86,9 +85,9 @@ def count(steps, tasks, tokens, padding_free=False):
         stragglers.append(max(loads) / statistics.mean(loads))
     return {
         "steps": len(steps),
-        "pure_micro_batches": pure_share(micro_batches),
-        "pure_micro_steps": pure_share([joined(micro_step) for step in steps for micro_step in step]),
-        "pure_steps": pure_share([joined(map(joined, step)) for step in steps]),
+        "pure_micro_batches": share_of_one_task(micro_batches),
+        "pure_micro_steps": share_of_one_task([joined(micro_step) for step in steps for micro_step in step]),
+        "pure_steps": share_of_one_task([joined(map(joined, step)) for step in steps]),
         "padding_ratio": sum(map(cost, micro_batches)) / sum(tokens[row] for batch in micro_batches for row in batch),
         "straggler_ratio": statistics.mean(stragglers),
     }
@@ -100,7 +99,7 @@ def count(steps, tasks, tokens, padding_free=False):
 @pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("purity", ["step", "micro"])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_batch_numbers_equal_a_count_by_hand(geometry, purity, padding_free):
+def test_batches_are_counted_as_one_would(geometry, purity, padding_free):
     data = id_rows([47, 27, 9])
     inspection, plan = inspect(data, geometry, padding_free=padding_free, commonit_purity=purity)
     tasks, tokens = data["task"][:], [len(row) for row in data["input_ids"]]
@@ -111,23 +110,24 @@ def test_batch_numbers_equal_a_count_by_hand(geometry, purity, padding_free):
 
     size, _, accumulation = geometry
     by_length = LengthGroupedSampler(size * accumulation, lengths=tokens, generator=torch.Generator().manual_seed(0))
-    expected = count(baseline_steps(by_length, geometry), tasks, tokens, padding_free)
+    expected = count(plain_steps(by_length, geometry), tasks, tokens, padding_free)
     assert dataclasses.asdict(inspection.by_length) == pytest.approx(expected)
 
 
-def test_random_baseline_is_within_five_deviations_of_the_mean():
+def test_random_batches_are_like_the_mean_of_many_random_orders():
+    """The order is drawn inside, so any one draw is compared with the spread of others."""
     data, geometry = id_rows([300, 200, 100]), (4, 2, 2)
     inspection, _ = inspect(data, geometry)
     tasks, tokens = data["task"][:], [len(row) for row in data["input_ids"]]
     rng = np.random.default_rng(5)
-    draws = [count(baseline_steps(rng.permutation(600).tolist(), geometry), tasks, tokens) for _ in range(30)]
+    draws = [count(plain_steps(rng.permutation(600).tolist(), geometry), tasks, tokens) for _ in range(30)]
     for name, value in dataclasses.asdict(inspection.random).items():
         mean, spread = statistics.mean(draw[name] for draw in draws), statistics.stdev(draw[name] for draw in draws)
         assert abs(value - mean) <= 5 * spread, name
     assert inspection.random.steps == plan_epoch([0] * 600, micro_batch_size=16).num_steps
 
 
-def test_ratios_are_none_without_token_counts():
+def test_without_token_counts_there_are_no_ratios():
     data = Dataset.from_dict({"task": ["a", "b"] * 10, "prompt": ["x"] * 20, "completion": ["y"] * 20})
     rows = Rows(data)
     grouper = TaskGrouper(columns=["task"]).fit(rows)
@@ -152,7 +152,7 @@ def test_ratios_are_none_without_token_counts():
         {"commonit_purity": "micro"},
     ],
 )
-def test_group_numbers_equal_a_count_by_hand(options):
+def test_groups_are_counted_as_one_would(options):
     data, geometry = id_rows([50, 21, 6], seed=3), (2, 2, 2)
     inspection, plan = inspect(data, geometry, **options)
     tasks = data["task"][:]
@@ -188,7 +188,7 @@ def test_longest_run(step_groups, longest):
     assert analysis._longest_run(np.array(step_groups)) == longest
 
 
-def test_examples_come_from_their_group():
+def test_examples_are_rows_of_their_group():
     texts = [f"{task} {number}" for number in range(40) for task in "abc"]
     data = Dataset.from_dict({"task": [text[0] for text in texts], "prompt": texts, "completion": texts[::-1]})
     rows = Rows(data)
@@ -204,7 +204,8 @@ def test_examples_come_from_their_group():
             assert example.response == pairs[example.prompt]
 
 
-def test_packs_count_as_samples_and_rows_as_rows():
+def test_packs_are_the_samples_and_rows_the_rows():
+    """Where a plan is made of packs, what it loses and repeats are packs; tokens and examples are those of rows."""
     data = id_rows([30, 12])
     rows = Rows(data)
     grouper = TaskGrouper(columns=["task"]).fit(rows)
@@ -218,8 +219,8 @@ def test_packs_count_as_samples_and_rows_as_rows():
     assert inspection.planned.padding_ratio == 1.0
 
 
-def test_collator_padding_counts_as_padding():
-    """Rows padded to a multiple of 64 cost more than their tokens, even alone."""
+def test_what_a_collator_adds_to_rows_is_padding():
+    """Rows that are padded to a multiple of 64 cost more than their tokens, also alone."""
     rows = Rows(id_rows([5, 3]))
     grouper = TaskGrouper(columns=["task"]).fit(rows)
     ids, counts = grouper.assign(rows), rows.token_counts("total")
@@ -230,10 +231,10 @@ def test_collator_padding_counts_as_padding():
     assert inspection.planned.padding_ratio == pytest.approx(8 * 64 / counts.sum())
 
 
-# --- charts, warnings, JSON ------------------------------------------------------------------------------------------
+# --- the rest -----------------------------------------------------------------------------------------------------
 
 
-def test_order_chart_follows_the_steps():
+def test_the_order_of_groups_is_that_of_the_steps():
     inspection, plan = inspect(id_rows([30, 20, 10]), (2, 2, 1))
     drawing = inspection.drawing
     assert drawing.order_groups == (0, 1, 2)
@@ -242,7 +243,7 @@ def test_order_chart_follows_the_steps():
         assert [line[step] for line in drawing.order] == [float(line == group) for line in range(3)]
 
 
-def test_order_chart_is_bounded():
+def test_many_groups_and_steps_are_drawn_in_bounds():
     data = id_rows(list(range(1, 41)), max_tokens=8)
     inspection, plan = inspect(data, (1, 1, 1))
     drawing = inspection.drawing
@@ -254,52 +255,36 @@ def test_order_chart_is_bounded():
     assert drawing.steps_per_window == pytest.approx(820 / 400)
 
 
-def test_warnings_name_the_numbers_and_the_option():
+def test_warnings_say_what_can_be_done():
     inspection, _ = inspect(id_rows([400, 20, *[3] * 20]), (4, 2, 2))
-    dominant, small, steps, repeats = inspection.warnings
-    assert "'g000'" in dominant and "83%" in dominant
-    assert all(part in small for part in ("20 of 22", "16 samples", "commonit_min_group_size=16"))
-    assert all(part in steps for part in ("47 steps", "1.6 times", "30", "commonit_min_group_size"))
-    assert all(part in repeats for part in ("20 times", "4% of 480", "commonit_min_group_size"))
+    said = "\n".join(inspection.warnings)
+    assert "The group 'g000' holds 83% of the rows" in said
+    assert "20 of 22 groups have fewer samples than the 16" in said and "commonit_min_group_size=16 merges" in said
+    assert "An epoch takes 47 steps, 1.6 times the 30" in said
+    assert "An epoch repeats samples 20 times, 4% of 480" in said
     inspection, _ = inspect(id_rows([33, 33]), (4, 2, 2), commonit_remainder="drop")
-    (left_out,) = inspection.warnings
-    assert all(part in left_out for part in ("2 of 66", "commonit_remainder=drop", "commonit_remainder='keep'"))
+    assert inspection.warnings == (
+        "An epoch leaves out 2 of 66 samples (commonit_remainder=drop, commonit_weights=proportional): "
+        "commonit_remainder='keep' with commonit_weights='proportional' trains every one.",
+    )
     inspection, _ = inspect(id_rows([32, 32]), (4, 2, 2))
     assert inspection.warnings == ()
     dropped = DroppedRows(counts={("too long", "g000"): 2, ("too long", "gone"): 6})
     inspection, _ = inspect(id_rows([32, 32]), (4, 2, 2), dropped=dropped)
-    (unusable,) = inspection.warnings
-    assert all(part in unusable for part in ("8 of 72", "too long: 8", "'gone' (6), 'g000' (2)", "max_length"))
+    (said,) = inspection.warnings
+    assert (
+        "8 of 72 rows" in said and "too long: 8" in said and "'gone' (6), 'g000' (2)" in said and "max_length" in said
+    )
 
 
-def test_grouper_notices_become_warnings():
+def test_notices_of_the_grouper_are_warnings():
     data = Dataset.from_list([{"input_ids": [1] * 5, "labels": [1] * 5, "task": "a"}] * 16)
     inspection, _ = inspect(data, (4, 1, 1), grouper=LengthGrouper())
     assert "only 1 groups" in inspection.warnings[0]
-    assert "one group" in inspection.warnings[1]
+    assert "All rows are in one group" in inspection.warnings[1]
 
 
-def test_inspection_converts_to_json():
-    inspection, _ = inspect(id_rows([30, 20]), (2, 2, 1))
-    numbers = json.loads(json.dumps(inspection.to_json()))
-    assert numbers["planned"]["pure_steps"] == 1.0
-    assert numbers["groups"][1]["response_tokens"]["median"] == inspection.groups[1].response_tokens.median
-    assert "drawing" not in numbers
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        inspection.lost = 3
-
-
-def test_dropped_rows_are_counted():
-    dropped = DroppedRows(counts={("too long", "g001"): 2, ("empty", "gone"): 6})
-    inspection, _ = inspect(id_rows([30, 20]), (2, 2, 1), dropped=dropped)
-    numbers = json.loads(json.dumps(inspection.to_json()))
-    by_reason, by_group = {"empty": 6, "too long": 2}, {"g001": 2, "gone": 6}
-    assert numbers["dropped"] == {"rows": 8, "by_reason": by_reason, "by_group": by_group}
-    assert [(group["name"], group["dropped"]) for group in numbers["groups"]] == [("g000", 0), ("g001", 2)]
-    assert numbers["rows"] == 50 and "gone" in render_html([inspection])
-
-
-# --- errors -----------------------------------------------------------------------------------------------------------
+# --- no report ends a run -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -307,7 +292,7 @@ def test_dropped_rows_are_counted():
     [[number % 2 for number in range(12)], [[-100, 5, 6][: 1 + number % 3] for number in range(12)]],
     ids=["scalar labels of a classifier", "labels of a seq2seq model, padded with -100"],
 )
-def test_labels_of_other_models_are_supported(labels):
+def test_labels_that_are_not_those_of_a_causal_model_are_reported(labels):
     rows = [{"input_ids": [1] * (number + 2), "task": "ab"[number % 2]} for number in range(12)]
     data = Dataset.from_list([row | {"labels": label} for row, label in zip(rows, labels, strict=True)])
     grouper = TaskGrouper(columns=["task"]).fit(Rows(data))
@@ -321,7 +306,7 @@ def test_labels_of_other_models_are_supported(labels):
     assert "Groups by task" in render_html([inspection])
 
 
-def test_error_in_a_chart_is_a_warning(caplog, monkeypatch):
+def test_an_error_in_a_part_of_the_report_is_a_warning_that_names_it(caplog, monkeypatch):
     def fail(*args):
         raise RuntimeError("no chart today")
 
@@ -330,12 +315,12 @@ def test_error_in_a_chart_is_a_warning(caplog, monkeypatch):
     drawn = charts.figures(inspection)
     assert "Rows of each group" in drawn and "Order of the groups in the epoch" not in drawn
     (record,) = caplog.records
-    message = record.getMessage()
-    assert all(part in message for part in ("commonit_report", "Order of the groups", "no chart today"))
+    said = record.getMessage()
+    assert "commonit_report" in said and "Order of the groups" in said and "no chart today" in said
     with pytest.raises(KeyboardInterrupt), optional("anything"):
         raise KeyboardInterrupt
 
 
-def test_same_seed_gives_same_numbers():
+def test_the_same_seed_gives_the_same_numbers():
     data = id_rows([30, 20])
     assert inspect(data, (2, 2, 1))[0] == inspect(data, (2, 2, 1))[0] != inspect(data, (2, 2, 1), seed=1)[0]
