@@ -34,7 +34,7 @@ def log_summary(trainer: Any) -> None:
     with optional("the epoch summary", log):
         entry = trainer.commonit.summary()
         log.info(
-            "commonit_metric=%s: %d groups, %d steps per epoch (plain batches: %d), %d samples, %d left out, "
+            "commonit_metric=%s: %d groups, %d steps per epoch (baseline: %d), %d samples, %d left out, "
             "%d repeated, %d rows dropped.\n%s",
             args.commonit_metric,
             len(entry["groups"]),

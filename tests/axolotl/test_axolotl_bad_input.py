@@ -21,7 +21,7 @@ KEYS = {
     "no metric": ({"commonit_metric": ...}, "commonit_metric is not set | 'none'"),
     "an empty metric": ({"commonit_metric": None}, "commonit_metric is not set | 'none'"),
     "a metric that YAML reads as true": ({"commonit_metric": True}, "commonit_metric=True | 'task', 'length'"),
-    "a metric that YAML reads as false": ({"commonit_metric": False}, "commonit_metric=False | 'none' (plain batches)"),
+    "a metric that YAML reads as false": ({"commonit_metric": False}, "commonit_metric=False | 'none' ("),
     "an escape sequence": ({"commonit_metric": ESCAPE}, "commonit_metric='\\x1b[2J' | task, length"),
     "a misspelt key": ({"commonit_num_group": 4}, "commonit_num_group | did you mean commonit_num_groups?"),
     "a misspelt key, off": (
@@ -105,7 +105,7 @@ RECIPES: dict[str, tuple[Any, str]] = {
     "an incomplete data file": (data("broken.jsonl"), "--axolotl bad.yml | datasets | has rows"),
     "an unknown column": (
         {**TASK, "commonit_task_column": "kind"},
-        "rows.jsonl | commonit_task_column='kind' | Did you mean",
+        "rows.jsonl | commonit_task_column='kind' | Name one",
     ),
     "labels that are lists": ({**TASK, **data("lists.jsonl")}, "lists.jsonl | list< | name a column"),
     "a column with an escape sequence": (

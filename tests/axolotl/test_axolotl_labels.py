@@ -454,7 +454,7 @@ def test_a_column_that_an_entry_lacks_is_named(directory: Path) -> None:
         prepare(directory, entries, commonit_task_column="topic")
     said = str(error.value)
     assert said.startswith(f"datasets: path={without!r}: commonit_task_column='topic': not a column"), said
-    assert said.endswith("Did you mean 'topics'?") and "\n" not in said
+    assert "topics" in said and "\n" not in said
     with pytest.raises(ValueError, match=r"commonit_metric='task': .*task, task_name") as error:
         prepare(directory, entries[1:])
     assert str(error.value).startswith(f"datasets: path={without!r}: ")

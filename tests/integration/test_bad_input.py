@@ -21,7 +21,6 @@ from safetensors.numpy import save_file
 
 from commonit_trl.cli import main as cli
 from commonit_trl.report import ledger_table
-from commonit_trl.trainer.reports import epoch_summary
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
@@ -201,7 +200,7 @@ YAML: dict[str | bytes, str] = {
     "env: 3": "env",
     "commonit_metrics: task": "commonit_metrics | did you mean commonit_metric?",
     "commonit-metrics: task": "commonit-metrics | did you mean commonit_metric?",
-    "commonit_metric: off": "commonit_metric=False | 'none' (plain batches)",
+    "commonit_metric: off": "commonit_metric=False | 'none' (",
     "learning_rte: 1": "learning_rte | did you mean learning_rate?",
     "logging_steps: many": "logging_steps='many'",
     "output_dir: 3": "output_dir=3 | Change",
@@ -448,7 +447,7 @@ def test_odd_but_valid_data_train(name, tmp_path):
         assert trainer.commonit_grouper.names == names
     written = {path.name for path in files_in(tmp_path)}
     assert written <= {"report.html", "groups.json", "run.json"}
-    assert not acting(ledger_table(epoch_summary(trainer)), but="\n")
+    assert not acting(ledger_table(trainer.commonit.summary()), but="\n")
 
 
 HOSTILE = ("emoji", "right to left", "NUL bytes", "escape sequences", "markup", "labels like paths", "a long label")

@@ -41,7 +41,7 @@ SETTINGS = [
     ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches=True | set it to"),
     ({"dataloader_drop_last": True}, "dataloader_drop_last=True | commonit_remainder='drop'"),
     ({"ignore_data_skip": True}, "ignore_data_skip=True | set it to False"),
-    ({"commonit_task_column": "taks"}, "commonit_task_column='taks' | Did you mean 'task'"),
+    ({"commonit_task_column": "taks"}, "commonit_task_column='taks' | task, row"),
     ({"commonit_matric": "task"}, "commonit_matric | did you mean commonit_metric?"),
 ]
 

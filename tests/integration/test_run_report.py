@@ -76,7 +76,7 @@ def test_the_ledger_in_groups_json_is_that_of_the_batches(run):
 def test_the_log_has_the_ledger_once_and_repeats_are_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="commonit_trl"):
         make_trainer(tmp_path, id_rows(SIZES), gradient_accumulation_steps=3)
-    (table,) = [record for record in caplog.records if "plain batches" in record.getMessage()]
+    (table,) = [record for record in caplog.records if "steps per epoch" in record.getMessage()]
     assert table.levelno == logging.INFO
     lines = table.getMessage().splitlines()
     assert re.split("  +", lines[1]) == ["group", "samples", "steps", "left out", "repeated", "dropped"]
