@@ -144,7 +144,7 @@ FLAGS = {
         "--config": "--config | expected one argument",
     },
     MODEL: {
-        "--commonit_task_column task kind": "commonit_task_column='kind' | prompt, completion | did you mean",
+        "--commonit_task_column task kind": "commonit_task_column='kind' | prompt, completion | Name one",
         "--train_sampling_strategy group_by_length": "train_sampling_strategy='group_by_length' | 'random'",
         "--dataset_streaming True": "dataset_streaming=True | set it to False",
         "--eval_strategy epoch": "eval_strategy='epoch' | 'test' | has: train | eval_strategy='no'",
@@ -323,7 +323,7 @@ COMMANDS = {
     "inspect TASK": "dataset_name=None | datasets | give one",
     "inspect --config gone.yaml": "gone.yaml | name a YAML file",
     "inspect data.jsonl TASK --htm x": "htm | did you mean",
-    "inspect data.jsonl TASK --commonit_task_column kind": "commonit_task_column='kind' | did you mean",
+    "inspect data.jsonl TASK --commonit_task_column kind": "commonit_task_column='kind' | Name one",
     "inspect data.jsonl TASK --commonit_length_of total": "commonit_length_of='total' | 'length' | remove it",
     "group data.jsonl TASK": "--output | required",
     "group data.jsonl TASK --output data.jsonl": "--output data.jsonl | that this user may write",

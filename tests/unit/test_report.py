@@ -259,14 +259,12 @@ def test_warnings_say_what_can_be_done():
     inspection, _ = inspect(id_rows([400, 20, *[3] * 20]), (4, 2, 2))
     said = "\n".join(inspection.warnings)
     assert "The group 'g000' holds 83% of the rows" in said
-    assert "20 of 22 groups have fewer samples than the 16" in said and "commonit_min_group_size=16 merges" in said
+    assert "20 of 22 groups have fewer than the 16 samples" in said and "commonit_min_group_size=16" in said
     assert "An epoch takes 47 steps, 1.6 times the 30" in said
     assert "An epoch repeats samples 20 times, 4% of 480" in said
     inspection, _ = inspect(id_rows([33, 33]), (4, 2, 2), commonit_remainder="drop")
-    assert inspection.warnings == (
-        "An epoch leaves out 2 of 66 samples (commonit_remainder=drop, commonit_weights=proportional): "
-        "commonit_remainder='keep' with commonit_weights='proportional' trains every one.",
-    )
+    (said,) = inspection.warnings
+    assert "2 of 66 samples" in said and "commonit_remainder='keep'" in said
     inspection, _ = inspect(id_rows([32, 32]), (4, 2, 2))
     assert inspection.warnings == ()
     dropped = DroppedRows(counts={("too long", "g000"): 2, ("too long", "gone"): 6})
