@@ -8,6 +8,8 @@ import json
 import pytest
 from helpers.axolotl_recipes import axolotl, launch, make_rows, recipe, result, seen, write_recipe, write_rows
 
+pytestmark = pytest.mark.slow
+
 ROWS = make_rows({"x": 13, "y": 7, "z": 1})
 STAGES = (1, 2, 3)
 

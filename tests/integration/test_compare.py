@@ -28,7 +28,7 @@ STRATEGIES = ("none", "task", "length:num_groups=2")
 SEEDS = (7, 8)
 RUNS = [f"{strategy}@{seed}" for seed in SEEDS for strategy in STRATEGIES]
 
-pytestmark = pytest.mark.usefixtures("in_tmp_path")
+pytestmark = [pytest.mark.usefixtures("in_tmp_path"), pytest.mark.slow]
 
 
 @pytest.fixture
@@ -151,7 +151,6 @@ def test_settings_that_changed_between_runs_are_named(recipe, capfd):
     assert "damaged" in capfd.readouterr().err.strip().splitlines()[-1]
 
 
-@pytest.mark.slow
 def test_an_interrupted_comparison_resumes_and_names_a_failed_run(recipe, tmp_path):
     """In real processes: one run has finished, one was interrupted, one fails."""
     recipe = recipe | {"metrics": "none,length,embedding:embedding_model=nowhere", "seeds": 1}
@@ -187,7 +186,6 @@ def test_a_run_is_done_by_one_process_at_a_time(recipe, capfd):
     assert compare(recipe, "--only", "none@7") == 0
 
 
-@pytest.mark.slow
 def test_runs_end_with_the_comparison(recipe):
     command = [sys.executable, "-m", "commonit_trl", "compare", *as_argv(recipe | {"num_train_epochs": 10_000})]
     comparison = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -203,7 +201,6 @@ def test_runs_end_with_the_comparison(recipe):
             pass
 
 
-@pytest.mark.slow
 def test_two_ranks_measure_every_row_in_order(recipe, tmp_path):
     assert compare(recipe, "--only", "task@7") == 0
     alone = written("task@7")

@@ -148,6 +148,7 @@ def test_files_hold_the_data_and_models_that_answer(demo):
         assert "Order of the groups in the epoch" in report
 
 
+@pytest.mark.slow
 def test_recommended_command_runs(demo, tmp_path):
     _, result = demo
     command = shlex.split(result.stdout[result.stdout.index("commonit sft") :].replace("\\\n", ""))

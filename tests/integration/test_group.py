@@ -157,6 +157,7 @@ def test_each_option_that_fits_groups_has_its_name_among_the_groupers():
             assert name in made[metric].options
 
 
+@pytest.mark.slow
 def test_two_ranks_find_the_groups_of_one_process(minilm, tmp_path):
     """Two ranks under torchrun find the groups of one process, byte for byte, and print once."""
     questions = [f"Question {row}: what is {row} plus {row * 7 % 50}?" for row in range(600)]

@@ -242,6 +242,7 @@ def watched(model, minilm, tmp_path_factory):
     return directory, json.loads(done.stdout.splitlines()[-1]), done
 
 
+@pytest.mark.slow
 def test_offline_nothing_asks_the_network(watched):
     _, found, _ = watched
     assert found["codes"] == [0, 0, 0, 0, 0, 0, 2, 2]
