@@ -3,11 +3,11 @@
 import secrets
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from commonit_trl.trainer import checkpoint, reports, validate
+from commonit_trl.trainer.metrics import sum_over_ranks
 
 
 class CommonITCallback(TrainerCallback, ExportableState):
@@ -64,10 +64,8 @@ class RunCallback(TrainerCallback):
             reports.write_report(self.trainer, self.inspection)
 
     def _sum_over_ranks(self, values: list[float]) -> list[float]:
-        args = self.trainer.args
-        if args.world_size == 1:
+        world_size = self.trainer.args.world_size
+        if world_size == 1:
             return values
-        dtype = torch.float32 if args.device.type == "mps" else torch.float64
-        vector = torch.tensor(values, dtype=dtype, device=args.device)
-        shared_by = args.world_size / self.trainer.commonit.spec.world_size  # ranks that share a batch count once
-        return (self.trainer.accelerator.reduce(vector, reduction="sum") / shared_by).tolist()
+        shared_by = world_size / self.trainer.commonit.spec.world_size  # ranks that share a batch count once
+        return [value / shared_by for value in sum_over_ranks(self.trainer, values)]

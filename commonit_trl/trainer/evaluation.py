@@ -25,10 +25,10 @@ from torch.nn.functional import cross_entropy
 from commonit_trl.grouping.fit import Grouping
 from commonit_trl.sanitize import sanitize
 from commonit_trl.trainer.loss import predicts_next_token
+from commonit_trl.trainer.metrics import IGNORED_LABEL, sum_over_ranks
 
 logger = logging.getLogger(__name__)
 
-IGNORED_LABEL = -100
 _TOKENS_AT_ONCE = 4096
 """Tokens whose logits are cast to float32 together."""
 _TOLERANCE = 0.02
@@ -134,10 +134,7 @@ class RowLosses:
         Args:
             group_ids: (rows,) group of each row, -1 for an unseen task.
         """
-        device = self.trainer.args.device
-        content = np.append(self.sums.ravel(), float(self.problem is not None))
-        vector = torch.tensor(content, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        *flat, problems = self.trainer.accelerator.reduce(vector, reduction="sum").cpu().double().numpy()
+        *flat, problems = sum_over_ranks(self.trainer, np.append(self.sums.ravel(), self.problem is not None))
         if problems:
             logger.warning("No loss per group on the evaluation set: %s.", self.problem or "another rank has none")
             return {}

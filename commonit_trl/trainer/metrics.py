@@ -63,6 +63,13 @@ def count_samples(inputs: Mapping[str, Any]) -> torch.Tensor:
     return torch.tensor(find_batch_size(inputs) or 1)
 
 
+def sum_over_ranks(trainer: Any, values: Any) -> list[float]:
+    """Sum a vector over all ranks, in double precision where the device has it; a collective on every rank."""
+    device = trainer.args.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return trainer.accelerator.reduce(torch.tensor(values, dtype=dtype, device=device), reduction="sum").tolist()
+
+
 class GroupMetrics:
     """Collects metrics of the groups `names` since the last log."""
 

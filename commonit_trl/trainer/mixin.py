@@ -91,7 +91,7 @@ class CommonITMixin(_Mixed):
 
     def commonit_start(self) -> None:
         """Group the training rows and plan the run; the parent is constructed."""
-        self.commonit = start_run(self)
+        start_run(self)
         self.add_callback(CommonITCallback())
         self.add_callback(RunCallback(self))
         if self.is_world_process_zero():

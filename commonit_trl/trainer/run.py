@@ -1,4 +1,4 @@
-"""`Run`: the state that CommonIT adds to a trainer, in one value; `start_run` makes it."""
+"""`Run`: the state that CommonIT adds to a trainer, in one value; `start_run` sets it."""
 
 import functools
 import logging
@@ -156,8 +156,8 @@ class Run:
             )
 
 
-def start_run(trainer: Any) -> Run:
-    """Group the training rows of a constructed trainer, and plan its run.
+def start_run(trainer: Any) -> None:
+    """Group the training rows of a constructed trainer, and set `trainer.commonit` to its run.
 
     Raises:
         ValueError: when no row can be trained, and when options, settings or groups do not go together.
@@ -194,7 +194,6 @@ def start_run(trainer: Any) -> Run:
     run.plan(0)  # refuses too few samples and a remainder='drop' without a step
     if args.metric_for_best_model is not None and trainer.compute_metrics is None:  # which may log any loss
         validate.check_best_metric(args.metric_for_best_model, grouping.names, run.evaluated_groups(trainer))
-    return run
 
 
 def group_rows(trainer: Any) -> tuple[Grouping, NDArray[np.integer[Any]]]:
