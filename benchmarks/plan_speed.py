@@ -301,7 +301,7 @@ def measure(rows: int, rounds: int) -> tuple[dict[str, Any], list[Table | str]]:
         bars_of="one epoch, × torch.randperm",
     )
     text = (
-        f"Arranging adds {added:.2f} µs a sample. Memory without the arguments, in bytes a row: "
+        f"Balancing adds {added:.2f} µs per sample. Memory without the arguments, in bytes per row: "
         + "; ".join(f"{name}, {each['held']:.1f} held, {each['peak']:.1f} at the peak" for name, each in memory.items())
         + ". First micro-batch of the last hundredth of an epoch with lengths: "
         f"{resume['walking'] * 1e3:,.0f} ms through accelerate's wrapper, {resume['told'] * 1e3:,.1f} ms with "

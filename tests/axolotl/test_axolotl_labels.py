@@ -315,7 +315,7 @@ def test_an_evaluation_set_of_its_own_has_labels(directory: Path) -> None:
 def test_a_test_set_without_the_label_column_has_no_labels(
     directory: Path, processed: str, axolotl_log: pytest.LogCaptureFixture
 ) -> None:
-    """Training goes on: only the losses by group of the evaluation need the labels."""
+    """Training continues: only the losses by group of the evaluation need the labels."""
     train = [{"path": write(directory, "labelled.jsonl", [rows_of(n, "alpaca") for n in range(12)]), "type": "alpaca"}]
     if processed == "tokenized":
         rows = [{"unlabelled": n, **tokenized(f"#{n}#aa", masked=4)} for n in range(20, 26)]

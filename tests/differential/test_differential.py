@@ -17,7 +17,6 @@ from helpers.cases import BASELINE_CASES, CASES, Case
 from helpers.kinds import (
     FROZEN,
     KINDS,
-    RUN_TIME,
     Run,
     change,
     counts,
@@ -29,6 +28,7 @@ from helpers.kinds import (
     samples,
     train,
 )
+from helpers.toys import RUN_TIME
 
 EXACT = 1e-5
 """Largest relative change of an update that float32 sums in another order may make."""

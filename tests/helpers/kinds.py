@@ -45,7 +45,7 @@ from trl import (
 )
 
 from commonit_trl import CommonITArguments, CommonITMixin, CommonITSFTConfig, CommonITSFTTrainer
-from helpers.toys import tiny_tokenizer
+from helpers.toys import QUIET_TRAINER, RUN_TIME, tiny_tokenizer
 
 gc.collect()
 gc.freeze()  # the Trainer collects garbage when training starts; skip the objects of the imports
@@ -56,20 +56,12 @@ MASK = 258
 """Id of the mask token."""
 GROUP_SIZES = {"a": 12, "b": 12, "c": 9}
 """With 6 samples per step (or 4, or 8 on two ranks), each micro-batch has a sample without repeats."""
-RUN_TIME = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 QUIET = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": [],
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "per_device_train_batch_size": 2,
+    **QUIET_TRAINER,
     "per_device_eval_batch_size": 3,
     "gradient_accumulation_steps": 3,
     "num_train_epochs": 1,
     "learning_rate": 1e-2,
-    "logging_steps": 1,
     "seed": 7,
 }
 

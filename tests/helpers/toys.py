@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
     "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-QUIET = {  # default training arguments of test runs
+QUIET_TRAINER = {  # default training arguments of test runs
     "use_cpu": True,
     "bf16": False,
     "gradient_checkpointing": False,
@@ -35,8 +35,9 @@ QUIET = {  # default training arguments of test runs
     "save_strategy": "no",
     "per_device_train_batch_size": 2,
     "logging_steps": 1,
-    "max_length": None,
 }
+QUIET = {**QUIET_TRAINER, "max_length": None}  # of TRL's trainers
+RUN_TIME = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 ID_DIGITS = 3
 ID_BASE = 100
 

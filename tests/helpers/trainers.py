@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer
 from helpers import toys
-from helpers.toys import ID_BASE, ID_DIGITS, tiny_model, tiny_tokenizer
+from helpers.toys import ID_BASE, ID_DIGITS, RUN_TIME, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
 gc.collect()
@@ -26,7 +26,6 @@ QUIET = {
     "learning_rate": 1e-2,
     "seed": 7,
 }
-RUN_TIME = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 def rows_of_task(task, count):
