@@ -19,7 +19,8 @@ DEFAULT_TASK_COLUMNS = ("task", "task_name", "category", "source", "dataset")
 DEFAULT_NUM_GROUPS = {"length": 8, "embedding": 32}
 
 PURITIES = ("step", "micro")
-REMAINDERS = ("keep", "drop")
+REMAINDERS = ("keep", "mix", "drop")
+ORDERS = ("random", "ascending", "descending", "pure_first", "mixed_first")
 _CHOICES = {
     "commonit_metric": METRICS,
     "commonit_length_of": ("response", "prompt", "total"),

@@ -2,33 +2,42 @@
 
 Steps: (1) sort the rows by group and shuffle them within each group; (2) compute the quota of each group, the samples
 that it contributes to the epoch, and cut it into partitions, the runs of micro-batches that hold one group: the
-micro-batches of an optimizer step (purity `step`) or a single one (`micro`); (3) shuffle the partitions of all groups;
-(4) cut a partition into micro-batches when it is read, balanced by token length where lengths are given (balance.py).
-`plan_epoch` is a pure function of its arguments, so ranks agree on a plan without communication. `EpochPlan.remaining`
-and `plan_remaining` continue an epoch with other arguments.
+micro-batches of an optimizer step (purity `step`) or a single one (`micro`); (3) cut mixed partitions from the samples
+that stay, and put all partitions in order (compose.py); (4) cut a partition into micro-batches when it is read,
+balanced by token length where lengths are given (balance.py). `plan_epoch` is a pure function of its arguments, so
+ranks agree on a plan without communication. `EpochPlan.remaining` and `plan_remaining` continue an epoch with other
+arguments.
 
-Source: CommonIT (arXiv 2410.03077), section 3: batches of one group each, in random order. This project adds the even
-cut of a quota, purity over accumulated micro-batches, and the balance by length.
+Source: CommonIT (arXiv 2410.03077), section 3: batches of one group each, in random order. This project adds purity
+over accumulated micro-batches, the compositions and the balance by length.
 
 Cost for N samples: about the time of one random permutation of N, and 4 bytes per sample (8 from 2^31 samples on)
-besides the arguments; reading micro-batches takes memory for 2^16 samples. benchmarks/plan_speed.py measures both.
+besides the arguments, twice that where samples are mixed; reading micro-batches takes memory for 2^16 samples.
+benchmarks/plan_speed.py measures both.
 """
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from commonit_trl.config import PURITIES, REMAINDERS, check_choice, check_weights
+from commonit_trl.config import PURITIES, check_choice, check_weights
 from commonit_trl.plan.balance import balance, concatenated_ranges
-
-_CHUNK = 1 << 16
-"""Samples to sort, balance or read at once: they fit into the processor's cache, and amortise NumPy's overhead."""
+from commonit_trl.plan.compose import (
+    CHUNK,
+    MIXED,
+    Composition,
+    rows_by_group,
+    share_out,
+    shuffle_groups,
+    spread,
+    take_rows,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +48,22 @@ class PlanSummary:
     """Groups that have at least one sample."""
     num_steps: int
     """Optimizer steps of the epoch."""
+    pure_steps: int
+    """Steps whose partitions are all of one group; a mixed partition counts as mixed whatever it holds."""
+    mixed_samples: int
+    """Samples in mixed partitions, with repeats."""
     baseline_steps: int
     """Steps of random batches with the same geometry."""
     num_samples: int
     """Samples in the dataset."""
     left_out: int
-    """Samples that remainder or weights leave out of the epoch."""
+    """Samples that remainder, weights or `left_out_groups` leave out of the epoch."""
     repeated: int
     """Repeats of samples: a sample that is trained three times counts twice."""
     group_samples: NDArray[np.int64]
     """(groups,) samples of each group in the dataset."""
     group_left_out: NDArray[np.int64]
-    """(groups,) samples of each group that remainder or weights leave out."""
+    """(groups,) samples of each group that they leave out."""
     group_repeated: NDArray[np.int64]
     """(groups,) repeats in each group."""
 
@@ -72,12 +85,16 @@ class EpochPlan:
     """(groups,) rows of each group."""
     group_quotas: NDArray[np.int64]
     """(groups,) samples that each group contributes to the epoch; partitions may repeat rows beyond it."""
-    shuffled_rows: NDArray[np.integer[Any]]
-    """(samples,) row numbers, sorted by group, in random order within each group."""
+    rows: NDArray[np.integer[Any]]
+    """(samples + mixed samples,) row numbers in sections: each group in random order, and last the mixed samples."""
+    section_sizes: NDArray[np.int64]
+    """(groups + 1,) rows of each section."""
+    section_quotas: NDArray[np.int64]
+    """(groups + 1,) samples of each section that partitions hold, from its first on."""
     partition_groups: NDArray[np.int64]
-    """(partitions,) group of each partition, in training order."""
+    """(partitions,) group of each partition, in training order; -1 for mixed ones."""
     partition_starts: NDArray[np.int64]
-    """(partitions,) index of the first sample within the group: sample `i` is its shuffled row `i` modulo its size."""
+    """(partitions,) index of the first sample in the section: sample `i` is its row `i` modulo the section's size."""
     partition_sizes: NDArray[np.int64]
     """(partitions,) samples of each partition."""
     micro_batches_per_partition: int
@@ -86,6 +103,8 @@ class EpochPlan:
     accumulation_steps: int
     equal_sizes: bool = False
     """Whether all micro-batches of a partition have the same number of samples."""
+    composition: Composition = field(default_factory=Composition)
+    """How the partitions were made."""
 
     @property
     def num_micro_steps(self) -> int:
@@ -105,12 +124,12 @@ class EpochPlan:
 
     @cached_property
     def micro_batch_groups(self) -> NDArray[np.int64]:
-        """(micro-steps, ranks) group id of each micro-batch."""
+        """(micro-steps, ranks) group id of each micro-batch, -1 for mixed ones."""
         return np.repeat(self.partition_groups, self.micro_batches_per_partition).reshape(-1, self.world_size)
 
     @cached_property
     def step_groups(self) -> NDArray[np.int64]:
-        """(steps,) group id of each optimizer step, -1 for a step of several groups."""
+        """(steps,) group id of each optimizer step, -1 for a mixed step or one of several groups."""
         groups = self.micro_batch_groups
         starts = np.arange(0, self.num_micro_steps, self.accumulation_steps)
         lowest = np.minimum.reduceat(groups.min(axis=1), starts)
@@ -155,7 +174,7 @@ class EpochPlan:
     def _chunks(self, start: int = 0) -> Iterator[tuple[int, int]]:
         """Yield first micro-step and end of runs of whole partitions, from that of micro-step `start` on."""
         size = self._micro_steps_per_partition
-        length = max(1, _CHUNK // (self.micro_batch_size * self.world_size * size)) * size
+        length = max(1, CHUNK // (self.micro_batch_size * self.world_size * size)) * size
         for first in range(start - start % size, self.num_micro_steps, length):
             yield first, min(first + length, self.num_micro_steps)
 
@@ -178,10 +197,10 @@ class EpochPlan:
             base, extra = np.divmod(self.partition_sizes[partitions], self.micro_batches_per_partition)
             sizes = base + (blocks < extra)
             starts = self.partition_starts[partitions] + blocks * base + np.minimum(blocks, extra)
-            return self._rows(self.partition_groups[partitions].ravel(), starts.ravel(), sizes.ravel()), sizes
+            return self._take(self.partition_groups[partitions].ravel(), starts.ravel(), sizes.ravel()), sizes
         here = slice(first // self._micro_steps_per_partition, end // self._micro_steps_per_partition)
         partition_sizes = self.partition_sizes[here]
-        rows = self._rows(self.partition_groups[here], self.partition_starts[here], partition_sizes)
+        rows = self._take(self.partition_groups[here], self.partition_starts[here], partition_sizes)
         sizes = np.zeros((len(partition_sizes), self.micro_batches_per_partition), dtype=np.int64)
         filled = partition_sizes > 0
         if filled.any():
@@ -193,21 +212,9 @@ class EpochPlan:
         starts = (np.cumsum(sizes).reshape(sizes.shape) - sizes)[:, ranks]
         return rows[concatenated_ranges(starts.ravel(), sizes[:, ranks].ravel())], sizes[:, ranks]
 
-    def _rows(
-        self, groups: NDArray[np.int64], starts: NDArray[np.int64], sizes: NDArray[np.int64]
-    ) -> NDArray[np.integer[Any]]:
-        """Return the row numbers of (runs,) runs of samples, one run after another.
-
-        Args:
-            groups, starts, sizes: (runs,) group of each run, index of its first sample in the group, and samples.
-        """
-        group_sizes = self.group_sizes[groups]
-        indices = concatenated_ranges(starts, sizes)
-        if np.any(starts + sizes > group_sizes):  # repeats
-            indices %= np.repeat(group_sizes, sizes)
-        group_starts = np.cumsum(self.group_sizes) - self.group_sizes
-        indices += np.repeat(group_starts[groups], sizes)
-        return self.shuffled_rows[indices]
+    def _take(self, *runs: NDArray[np.int64]) -> NDArray[np.integer[Any]]:
+        """Return the row numbers of runs of samples, which `take_rows` documents."""
+        return take_rows(self.rows, self.section_sizes, *runs)
 
     def remaining(self, steps: int) -> NDArray[np.integer[Any]]:
         """Return the samples of all quotas that the first `steps` optimizer steps do not train.
@@ -217,25 +224,35 @@ class EpochPlan:
         """
         done = slice(steps * self.accumulation_steps * self.world_size // self.micro_batches_per_partition)
         groups, starts = self.partition_groups[done], self.partition_starts[done]
-        sizes = np.minimum(self.partition_sizes[done], self.group_quotas[groups] - starts)
-        quota_starts = np.cumsum(self.group_quotas) - self.group_quotas
-        remain = np.ones(int(self.group_quotas.sum()), dtype=bool)
+        sizes = np.minimum(self.partition_sizes[done], self.section_quotas[groups] - starts)
+        quota_starts = np.cumsum(self.section_quotas) - self.section_quotas
+        remain = np.ones(int(self.section_quotas.sum()), dtype=bool)
         remain[concatenated_ranges(quota_starts[groups] + starts, sizes)] = False
-        every_group = np.arange(len(self.group_quotas))
-        rows = self._rows(every_group, np.zeros_like(every_group), self.group_quotas)
-        return np.sort(rows[remain])
+        sections = np.arange(len(self.section_quotas))
+        return np.sort(self._take(sections, np.zeros_like(sections), self.section_quotas)[remain])
+
+    def remaining_pure(self, steps: int) -> int:
+        """Count the samples in pure partitions after the first `steps` optimizer steps."""
+        done = slice(steps * self.accumulation_steps * self.world_size // self.micro_batches_per_partition, None)
+        return int(self.partition_sizes[done][self.partition_groups[done] != MIXED].sum())
 
     def summary(self) -> PlanSummary:
         """Count the samples that the epoch leaves out and repeats, by group and in total."""
-        trained, reached = np.zeros_like(self.group_sizes), np.zeros_like(self.group_sizes)
-        np.add.at(trained, self.partition_groups, self.partition_sizes)
-        # The partitions of a group adjoin or overlap, from its first sample on.
-        np.maximum.at(reached, self.partition_groups, self.partition_starts + self.partition_sizes)
+        pure = self.partition_groups != MIXED
+        groups, starts, sizes = self.partition_groups[pure], self.partition_starts[pure], self.partition_sizes[pure]
+        mixed = self._take(self.partition_groups[~pure], self.partition_starts[~pure], self.partition_sizes[~pure])
+        trained = np.bincount(self.group_ids[mixed], minlength=len(self.group_sizes))
+        np.add.at(trained, groups, sizes)
+        # A group trains its quota and, where a partition has more samples, those that follow.
+        reached = self.group_quotas.copy()
+        np.maximum.at(reached, groups, starts + sizes)
         seen = np.minimum(reached, self.group_sizes)
         capacity = self.micro_batch_size * self.world_size * self.accumulation_steps
         return PlanSummary(
             num_groups=int(np.count_nonzero(self.group_sizes)),
             num_steps=self.num_steps,
+            pure_steps=int(np.count_nonzero(self.step_groups != MIXED)),
+            mixed_samples=len(mixed),
             baseline_steps=-(-len(self.group_ids) // capacity),
             num_samples=len(self.group_ids),
             left_out=int((self.group_sizes - seen).sum()),
@@ -249,12 +266,12 @@ class EpochPlan:
         """Return a hash of everything that determines the micro-batches."""
         geometry = np.array([self.micro_batches_per_partition, self.world_size, self.accumulation_steps])
         partitions = [self.partition_groups, self.partition_starts, self.partition_sizes]
-        arrays = [geometry, self.group_sizes, *partitions, self.shuffled_rows]
+        arrays = [geometry, np.trim_zeros(self.section_sizes, "b"), *partitions, self.rows]
         content = hashlib.blake2b(digest_size=16)
         for array in arrays if self.lengths is None else [*arrays, self.lengths]:
             content.update(str(len(array)).encode())
-            for start in range(0, len(array), _CHUNK):
-                content.update(np.ascontiguousarray(array[start : start + _CHUNK], dtype="<i8").data)
+            for start in range(0, len(array), CHUNK):
+                content.update(np.ascontiguousarray(array[start : start + CHUNK], dtype="<i8").data)
         return content.hexdigest()
 
 
@@ -267,6 +284,12 @@ def plan_epoch(
     accumulation_steps: int = 1,
     purity: str = "step",
     remainder: str = "keep",
+    pure_fraction: float = 1.0,
+    order: str = "random",
+    positions: ArrayLike | None = None,
+    mixed_groups: Sequence[int] = (),
+    left_out_groups: Sequence[int] = (),
+    heaviest_first: ArrayLike | None = None,
     weights: Mapping[int, float] | str = "proportional",
     equal_sizes: bool = False,
     seed: int = 0,
@@ -284,8 +307,18 @@ def plan_epoch(
         purity: scope within which all samples share a group: an optimizer `step` or a micro-batch (`micro`).
         remainder: `keep` trains every sample once. A group of n samples gets ceil(n / capacity) partitions, whose sizes
             differ by at most one; a partition with fewer samples than micro-batches repeats samples of its group.
-            `drop` leaves out the samples that do not fill a partition. With purity `micro`, the number of micro-batches
-            is also made a multiple of W.
+            `drop` leaves out the samples that do not fill a partition. `mix` trains every sample once, those that do
+            not fill a partition in mixed partitions whose sizes differ by at most one: ceil(samples / capacity)
+            partitions in all. With purity `micro`, the number of micro-batches is also made a multiple of W.
+        pure_fraction: share of the full partitions that stay pure; the samples of the others are mixed, in random
+            order. Below 1 it needs the remainder `mix` or `drop`, so that all epochs have the same number of steps.
+        order: of partitions: `random`, `ascending` or `descending` by position (a mixed one by the mean of its
+            samples), `pure_first` or `mixed_first`.
+        positions: (groups,) numbers that order the groups: near numbers are alike, and their remainders are mixed with
+            each other. None: remainders are mixed in random order of the groups, and group ids order partitions.
+        mixed_groups: groups whose samples are all mixed; they need the remainder `mix`.
+        left_out_groups: groups that do not train.
+        heaviest_first: (samples,) tokens of each row. When given, the step with the costliest micro-batch comes first.
         weights: `proportional` (every sample once), `uniform` or `sqrt` over groups, or a mapping of group id to
             weight. The quotas add up to the number of samples in the dataset, so a group with a quota above its size
             repeats samples, and one with a quota below it leaves some out.
@@ -298,61 +331,73 @@ def plan_epoch(
         ValueError: on an argument out of range, fewer samples than W * A, or an epoch without a step.
     """
     ids = np.asarray(group_ids)
-    _check_arguments(ids, micro_batch_size, world_size, accumulation_steps, purity, remainder, weights, seed, epoch)
-    token_lengths = None if lengths is None else np.asarray(lengths)
-    if token_lengths is not None and token_lengths.shape != ids.shape:
-        raise ValueError(f"lengths has shape {token_lengths.shape}, group_ids {ids.shape}: give one for each row.")
+    _check_arguments(ids, micro_batch_size, world_size, accumulation_steps, purity, weights, seed, epoch)
+    composition = Composition(
+        remainder=remainder,
+        pure_fraction=pure_fraction,
+        order=order,
+        positions=_checked_positions(ids, positions),
+        mixed_groups=tuple(mixed_groups),
+    )
+    token_lengths = _one_per_row(ids, "lengths", lengths)
+    tokens = _one_per_row(ids, "heaviest_first", heaviest_first)
     rng = np.random.default_rng([seed, epoch])
 
-    rows, sizes = _rows_by_group(ids)
-    _shuffle_groups(rows, sizes, rng)
-
+    rows, sizes = rows_by_group(ids)
+    if pure_fraction > 0:  # else all samples are shuffled together
+        shuffle_groups(rows, sizes, rng)
     micro_batches_per_partition = world_size * accumulation_steps if purity == "step" else 1
     capacity = micro_batch_size * micro_batches_per_partition
-    quotas = _quotas(sizes, weights)
-    partitions = quotas // capacity if remainder == "drop" else -(-quotas // capacity)
-    if purity == "micro":  # every rank needs as many micro-batches
-        surplus = int(partitions.sum()) % world_size
-        if remainder == "drop":
-            for _ in range(surplus):
-                partitions[np.argmax(partitions)] -= 1
-        else:
-            _add_partitions(partitions, quotas, -surplus % world_size)
-    if not partitions.any():
-        raise ValueError(
-            f"commonit_remainder='drop' leaves no step: the largest group has {sizes.max()} samples, and a partition "
-            f"of purity {purity!r} takes {capacity}. Use remainder='keep', smaller batches or fewer groups."
-        )
+    trained = sizes.copy()
+    trained[[group for group in left_out_groups if group < len(sizes)]] = 0
+    quotas = share_out(trained, weights)
+    full = composition.full_partitions(quotas, capacity)
     if remainder == "drop":
-        quotas = partitions * capacity
-
-    partition_groups, partition_starts, partition_sizes = _cut_evenly(
-        quotas, partitions, micro_batches_per_partition, equal_sizes
+        if purity == "micro":  # every rank needs as many micro-batches
+            for _ in range(int(full.sum()) % world_size):
+                full[np.argmax(full)] -= 1
+        if not full.any():
+            raise ValueError(
+                f"commonit_remainder='drop' leaves no step: the largest group has {sizes.max()} samples, and a "
+                f"partition of purity {purity!r} takes {capacity}. Use remainder='keep', smaller batches or fewer "
+                "groups."
+            )
+        quotas = full * capacity
+    layout = composition.lay_out(
+        rows,
+        sizes,
+        quotas,
+        full if pure_fraction == 1 else spread(full, round(pure_fraction * int(full.sum())), rng),
+        group_ids=ids,
+        capacity=capacity,
+        micro_batches=micro_batches_per_partition,
+        equal_sizes=equal_sizes,
+        multiple=world_size if purity == "micro" else 1,
+        rng=rng,
     )
-    order = rng.permutation(len(partition_groups))
-    return EpochPlan(
+    plan = EpochPlan(
         group_ids=ids,
         lengths=token_lengths if micro_batches_per_partition > 1 else None,
         group_sizes=sizes,
         group_quotas=quotas,
-        shuffled_rows=rows,
-        partition_groups=partition_groups[order],
-        partition_starts=partition_starts[order],
-        partition_sizes=partition_sizes[order],
+        **vars(layout),
         micro_batches_per_partition=micro_batches_per_partition,
         micro_batch_size=micro_batch_size,
         world_size=world_size,
         accumulation_steps=accumulation_steps,
         equal_sizes=equal_sizes,
+        composition=composition,
     )
+    return plan if tokens is None else _heaviest_first(plan, tokens)
 
 
-def plan_remaining(whole: EpochPlan, rows: ArrayLike, *, seed: int, epoch: int) -> EpochPlan:
+def plan_remaining(whole: EpochPlan, rows: ArrayLike, *, pure_samples: int, seed: int, epoch: int) -> EpochPlan:
     """Plan the remaining samples of an epoch that started with another plan.
 
     Args:
-        whole: the plan of the complete epoch with the new arguments; its geometry and purity are used.
+        whole: the plan of the complete epoch with the new arguments; its geometry and composition are used.
         rows: (remaining samples,) row numbers, as `EpochPlan.remaining` of the other plan returns them.
+        pure_samples: how many of them it had in pure partitions; with a pure fraction under 1, as many stay pure.
         seed, epoch: as in `plan_epoch`.
 
     Returns:
@@ -364,33 +409,61 @@ def plan_remaining(whole: EpochPlan, rows: ArrayLike, *, seed: int, epoch: int) 
     """
     remaining = np.asarray(rows)
     rng = np.random.default_rng([seed, epoch])
-    indices, sizes = _rows_by_group(whole.group_ids[remaining])
-    _shuffle_groups(indices, sizes, rng)
+    group_ids = whole.group_ids[remaining]
+    indices, sizes = rows_by_group(group_ids)
+    shuffle_groups(indices, sizes, rng)
 
-    partitions = -(-sizes // (whole.micro_batch_size * whole.micro_batches_per_partition))
-    # All steps but the last have as many partitions: the remaining steps must end where the complete epoch does.
-    partitions_per_step = whole.accumulation_steps * whole.world_size // whole.micro_batches_per_partition
-    _add_partitions(partitions, sizes, int(len(whole.partition_sizes) - partitions.sum()) % partitions_per_step)
-    groups, starts, partition_sizes = _cut_evenly(
-        sizes, partitions, whole.micro_batches_per_partition, whole.equal_sizes
+    composition, capacity = whole.composition, whole.micro_batch_size * whole.micro_batches_per_partition
+    pure = composition.full_partitions(sizes, capacity)
+    if composition.pure_fraction < 1:
+        pure = spread(pure, min(round(pure_samples / capacity), int(pure.sum())), rng)
+    layout = composition.lay_out(
+        indices,
+        sizes,
+        sizes,
+        pure,
+        group_ids=group_ids,
+        capacity=capacity,
+        micro_batches=whole.micro_batches_per_partition,
+        equal_sizes=whole.equal_sizes,
+        # All steps but the last have as many partitions: the remaining steps must end where the complete epoch does.
+        multiple=whole.accumulation_steps * whole.world_size // whole.micro_batches_per_partition,
+        total=len(whole.partition_sizes),
+        rng=rng,
     )
-    done = len(whole.partition_sizes) - len(groups)
+    done = len(whole.partition_sizes) - len(layout.partition_sizes)
     if done < 0:
         raise ValueError(
             f"commonit_resume='replan': the {len(remaining)} remaining samples of epoch {epoch} take more steps than "
             f"the {whole.num_steps} of a complete epoch. Use larger batches, or commonit_remainder='keep' with "
             "commonit_weights='proportional'."
         )
-    order, empty = rng.permutation(len(groups)), np.zeros(done, dtype=np.int64)
+    before = {name: np.concatenate([np.zeros(done, dtype=np.int64), vars(layout)[name]]) for name in _OF_PARTITIONS}
     return replace(
-        whole,
-        group_sizes=sizes,
-        group_quotas=sizes,
-        shuffled_rows=remaining[indices],
-        partition_groups=np.concatenate([empty, groups[order]]),
-        partition_starts=np.concatenate([empty, starts[order]]),
-        partition_sizes=np.concatenate([empty, partition_sizes[order]]),
+        whole, group_sizes=sizes, group_quotas=sizes, **{**vars(layout), **before, "rows": remaining[layout.rows]}
     )
+
+
+_OF_PARTITIONS = ("partition_groups", "partition_starts", "partition_sizes")
+
+
+def _heaviest_first(plan: EpochPlan, tokens: NDArray[Any]) -> EpochPlan:
+    """Move the step with the costliest micro-batch to the front; a last step with fewer micro-steps stays."""
+    costs = []
+    for first, end in plan._chunks():
+        rows, sizes = plan._read(first, end)
+        counts = sizes.ravel()
+        costs.append(np.maximum.reduceat(tokens[rows], np.cumsum(counts) - counts) * counts)
+    step = plan.world_size * plan.accumulation_steps
+    by_step = np.concatenate(costs)
+    whole_steps = max(1, len(by_step) // step)
+    heaviest = int(np.maximum.reduceat(by_step, np.arange(whole_steps) * step)[:whole_steps].argmax())
+    size = step // plan.micro_batches_per_partition
+    order = np.arange(len(plan.partition_sizes))
+    order = np.concatenate(
+        [order[heaviest * size :][:size], np.delete(order, slice(heaviest * size, (heaviest + 1) * size))]
+    )
+    return replace(plan, **{name: getattr(plan, name)[order] for name in _OF_PARTITIONS})
 
 
 def _check_arguments(
@@ -399,13 +472,11 @@ def _check_arguments(
     world_size: int,
     accumulation_steps: int,
     purity: str,
-    remainder: str,
     weights: Mapping[int, float] | str,
     seed: int,
     epoch: int,
 ) -> None:
     check_choice("purity", purity, PURITIES)
-    check_choice("remainder", remainder, REMAINDERS)
     check_weights(weights)
     least = {"micro_batch_size": 1, "world_size": 1, "accumulation_steps": 1, "seed": 0, "epoch": 0}
     values = (micro_batch_size, world_size, accumulation_steps, seed, epoch)
@@ -422,83 +493,15 @@ def _check_arguments(
         )
 
 
-def _rows_by_group(ids: NDArray[np.integer[Any]]) -> tuple[NDArray[np.integer[Any]], NDArray[np.int64]]:
-    """Return (samples,) row numbers sorted by group, ascending within each, and (groups,) rows of each group."""
-    groups = int(ids.max()) + 1
-    chunks = range(0, len(ids), _CHUNK)
-    sizes = np.zeros(groups, dtype=np.int64)
-    for start in chunks:
-        chunk = ids[start : start + _CHUNK].astype(np.int64, copy=False)
-        sizes += np.bincount(chunk, minlength=groups)
-    rows: NDArray[np.integer[Any]] = np.empty(
-        len(ids), dtype=np.int32 if len(ids) <= np.iinfo(np.int32).max else np.int64
-    )
-    next_indices = np.cumsum(sizes) - sizes
-    # A stable sort of 16-bit integers is a radix sort, many times faster than others.
-    sort_type = np.int16 if groups <= np.iinfo(np.int16).max else np.int64
-    for start in chunks:
-        chunk = ids[start : start + _CHUNK].astype(sort_type)
-        counts = np.bincount(chunk, minlength=groups)
-        rows[concatenated_ranges(next_indices, counts)] = np.argsort(chunk, kind="stable") + start
-        next_indices += counts
-    return rows, sizes
+def _checked_positions(ids: NDArray[Any], positions: ArrayLike | None) -> NDArray[np.float64] | None:
+    values = None if positions is None else np.asarray(positions, dtype=np.float64)
+    if values is not None and (values.ndim != 1 or len(values) <= ids.max() or not np.isfinite(values).all()):
+        raise ValueError(f"positions={positions!r}: give a finite number for each group from 0 to {ids.max()}.")
+    return values
 
 
-def _shuffle_groups(rows: NDArray[np.integer[Any]], sizes: NDArray[np.int64], rng: np.random.Generator) -> None:
-    """Shuffle `rows` within each group, in place."""
-    for end, size in zip(np.cumsum(sizes).tolist(), sizes.tolist(), strict=True):
-        group = rows[end - size : end].astype(np.int64)  # NumPy shuffles 8 bytes at a time faster than 4
-        rng.shuffle(group)
-        rows[end - size : end] = group
-
-
-def _cut_evenly(
-    quotas: NDArray[np.int64], partitions: NDArray[np.int64], micro_batches: int, equal_sizes: bool
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Cut each group's quota into partitions whose sizes differ by at most one.
-
-    Args:
-        quotas, partitions: (groups,) samples and partitions of each group.
-        micro_batches: per partition; each gets a sample.
-        equal_sizes: make all sizes multiples of `micro_batches`; they differ by at most `micro_batches`.
-
-    Returns:
-        (partitions,) group, index of the first sample in the group, and size of each partition.
-    """
-    groups = np.repeat(np.arange(len(partitions)), partitions)
-    number = np.arange(len(groups)) - np.repeat(np.cumsum(partitions) - partitions, partitions)
-    multiple = micro_batches if equal_sizes else 1
-    base, extra = np.divmod(-(-quotas // multiple), np.maximum(partitions, 1))
-    starts = number * base[groups] + np.minimum(number, extra[groups])
-    sizes = base[groups] + (number < extra[groups])
-    return groups, starts * multiple, np.maximum(sizes * multiple, micro_batches)
-
-
-def _quotas(sizes: NDArray[np.int64], weights: Mapping[int, float] | str) -> NDArray[np.int64]:
-    """Return the (groups,) samples that each group contributes; the sum is the number of samples in the dataset."""
-    if weights == "proportional":
-        return sizes.copy()
-    if weights == "uniform":
-        shares = (sizes > 0).astype(np.float64)
-    elif weights == "sqrt":
-        shares = np.sqrt(sizes)
-    else:
-        assert not isinstance(weights, str)
-        unknown = [group for group in weights if not 0 <= group < len(sizes) or not sizes[group]]
-        missing = [int(group) for group in np.flatnonzero(sizes) if group not in weights]
-        if unknown or missing:
-            raise ValueError(
-                f"weights must name every group that has samples: missing {missing}, without samples {unknown}."
-            )
-        shares = np.array([weights.get(group, 0.0) for group in range(len(sizes))], dtype=np.float64)
-    exact = shares / shares.sum() * sizes.sum()
-    quotas = np.floor(exact).astype(np.int64)
-    missing_samples = int(sizes.sum() - quotas.sum())
-    quotas[np.argsort(quotas - exact, kind="stable")[:missing_samples]] += 1  # the largest fractions
-    return quotas
-
-
-def _add_partitions(partitions: NDArray[np.int64], quotas: NDArray[np.int64], count: int) -> None:
-    """Add `count` partitions, one at a time, to the group with the fullest partitions; in place."""
-    for _ in range(count):
-        partitions[np.argmax(quotas / np.maximum(partitions, 1))] += 1
+def _one_per_row(ids: NDArray[Any], name: str, given: ArrayLike | None) -> NDArray[Any] | None:
+    values = None if given is None else np.asarray(given)
+    if values is not None and values.shape != ids.shape:
+        raise ValueError(f"{name} has shape {values.shape}, group_ids {ids.shape}: give one for each row.")
+    return values

@@ -7,6 +7,7 @@ else.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from inspect import signature
 from typing import Any, Self
 
 import numpy as np
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 
 from commonit_trl.config import CommonITArguments, nearest
 from commonit_trl.plan.epoch import EpochPlan, plan_epoch, plan_remaining
+
+_BY_EPOCH = ("pure_fraction", "heaviest_first", "epoch")
+_ARGUMENTS = tuple(name for name in signature(plan_epoch).parameters if name not in _BY_EPOCH)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +36,14 @@ class PlanSpec:
     accumulation_steps: int = 1
     purity: str = "step"
     remainder: str = "keep"
+    pure_fraction: tuple[float, ...] = (1.0,)
+    """By epoch; the last one holds for all that follow."""
+    order: str = "random"
+    positions: NDArray[np.float64] | None = None
+    mixed_groups: tuple[int, ...] = ()
+    left_out_groups: tuple[int, ...] = ()
+    heaviest_first: NDArray[Any] | None = None
+    """(samples,) tokens of each sample, by which the heaviest step of epoch 0 comes first."""
     weights: Mapping[int, float] | str = "proportional"
     equal_sizes: bool = False
     seed: int = 0
@@ -39,6 +51,8 @@ class PlanSpec:
     """Epoch that started with another spec; its plan holds only `remaining_rows`."""
     remaining_rows: NDArray[np.integer[Any]] | None = None
     """(remaining samples,) sample numbers, as `EpochPlan.remaining` returns them."""
+    remaining_pure: int = 0
+    """How many of them that spec had in pure partitions."""
     _plans: dict[int, EpochPlan] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -71,22 +85,14 @@ class PlanSpec:
             ValueError: as `plan_epoch` and `plan_remaining`.
         """
         if epoch not in self._plans:
-            plan = plan_epoch(
-                self.group_ids,
-                self.lengths,
-                micro_batch_size=self.micro_batch_size,
-                world_size=self.world_size,
-                accumulation_steps=self.accumulation_steps,
-                purity=self.purity,
-                remainder=self.remainder,
-                weights=self.weights,
-                equal_sizes=self.equal_sizes,
-                seed=self.seed,
-                epoch=epoch,
-            )
+            same = {name: getattr(self, name) for name in _ARGUMENTS}
+            fraction = self.pure_fraction[min(epoch, len(self.pure_fraction) - 1)]
+            heaviest = self.heaviest_first if epoch == 0 else None
+            plan = plan_epoch(**same, pure_fraction=fraction, heaviest_first=heaviest, epoch=epoch)
             if epoch == self.resumed_epoch:
                 assert self.remaining_rows is not None
-                plan = plan_remaining(plan, self.remaining_rows, seed=self.seed, epoch=epoch)
+                rows, pure = self.remaining_rows, self.remaining_pure
+                plan = plan_remaining(plan, rows, pure_samples=pure, seed=self.seed, epoch=epoch)
             self._plans.clear()
             self._plans[epoch] = plan
         return self._plans[epoch]
@@ -100,12 +106,17 @@ class PlanSpec:
         rows = self.plan(epoch).remaining(steps)
         if not steps or not len(rows):
             return then.whole
-        return replace(then, resumed_epoch=epoch, remaining_rows=rows)
+        pure = self.plan(epoch).remaining_pure(steps)
+        return replace(then, resumed_epoch=epoch, remaining_rows=rows, remaining_pure=pure)
 
     @property
     def whole(self) -> "PlanSpec":
         """This spec without remaining rows: every epoch is complete."""
-        return self if self.resumed_epoch is None else replace(self, resumed_epoch=None, remaining_rows=None)
+        return (
+            self
+            if self.resumed_epoch is None
+            else replace(self, resumed_epoch=None, remaining_rows=None, remaining_pure=0)
+        )
 
     @cached_property
     def fingerprint(self) -> str:

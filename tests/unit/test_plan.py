@@ -78,7 +78,8 @@ def test_seed_and_epoch_are_0_by_default():
 def test_i4_the_chunk_size_does_not_change_the_plan(lengths, monkeypatch):
     plans = []
     for samples in (1, 50, 1 << 16):
-        monkeypatch.setattr("commonit_trl.plan.epoch._CHUNK", samples)
+        for module in ("compose", "epoch"):
+            monkeypatch.setattr(f"commonit_trl.plan.{module}.CHUNK", samples)
         plan = plan_epoch(np.arange(900) % 7, lengths, micro_batch_size=3, world_size=2, accumulation_steps=2)
         plans.append((plan.fingerprint(), plan.indices.tolist(), list(plan.batches(0)), list(plan.batches(1, 21))))
     assert plans[0] == plans[1] == plans[2]
@@ -128,7 +129,7 @@ def test_the_group_with_the_fullest_partitions_gets_one_more(sizes, partitions):
     ("change", "message"),
     [
         ({"purity": "steps"}, "purity='steps' is not one of step, micro: did you mean 'step'?"),
-        ({"remainder": "dorp"}, "remainder='dorp' is not one of keep, drop: did you mean 'drop'?"),
+        ({"remainder": "dorp"}, "remainder='dorp' is not one of keep, mix, drop: did you mean 'drop'?"),
         ({"weights": "unifrom"}, "did you mean 'uniform'?"),
         ({"weights": {0: 1.0}}, "weights must name every group that has samples: missing [1], without samples []."),
         ({"weights": {0: 1.0, 1: 1.0, 2: 1.0}}, "missing [], without samples [2]."),

@@ -45,7 +45,7 @@ def test_i2_each_sample_is_trained_once_however_often_settings_change(data):
     for _ in range(3):
         run = data.draw(settings_of_a_run(rows))
         whole = plan_epoch(**run, epoch=epoch)
-        plan = whole if plan is None else plan_remaining(whole, remaining, seed=run["seed"], epoch=epoch)
+        plan = whole if plan is None else plan_remaining(whole, remaining, pure_samples=0, seed=run["seed"], epoch=epoch)
         assert (plan.num_micro_steps, plan.num_steps) == (whole.num_micro_steps, whole.num_steps)
         steps, first = steps_of(plan), plan.first_step
         assert not any(steps[:first]) and all(steps[first:])
@@ -104,7 +104,7 @@ def test_with_weights_a_row_remains_as_often_as_its_quota_repeats_it():
     seen = Counter(row for step in steps_of(plan)[:done] for row in step)
     remaining = plan.remaining(done)
     assert Counter(remaining.tolist()) + seen == quota
-    replanned = plan_remaining(plan, remaining, seed=1, epoch=0)
+    replanned = plan_remaining(plan, remaining, pure_samples=0, seed=1, epoch=0)
     assert Counter(row for step in steps_of(replanned) for row in step) == Counter(remaining.tolist())
 
 
@@ -113,7 +113,7 @@ def test_more_steps_than_a_complete_epoch_are_an_error():
     whole = plan_epoch(ids, micro_batch_size=3)
     few = plan_epoch(ids, micro_batch_size=12, weights={0: 1, 1: 0, 2: 0, 3: 0})
     with pytest.raises(ValueError) as caught:
-        plan_remaining(few, whole.remaining(0), seed=0, epoch=2)
+        plan_remaining(few, whole.remaining(0), pure_samples=0, seed=0, epoch=2)
     message = str(caught.value)
     assert all(part in message for part in ("commonit_resume='replan'", "12 remaining", "epoch 2", "larger batches"))
     assert "\n" not in message
@@ -124,10 +124,10 @@ def test_remaining_samples_are_read_and_saved_in_parts(monkeypatch):
     whole = plan_epoch(np.arange(40) % 3, np.arange(40), micro_batch_size=2, world_size=2, seed=1)
     remaining = whole.remaining(4)
     assert remaining.dtype.itemsize == 4
-    plan = plan_remaining(whole, remaining, seed=1, epoch=0)
+    plan = plan_remaining(whole, remaining, pure_samples=0, seed=1, epoch=0)
     at_once = steps_of(plan)
     assert not any(at_once[:2]) and sorted(row for step in at_once for row in set(step)) == remaining.tolist()
-    monkeypatch.setattr("commonit_trl.plan.epoch._CHUNK", 1)
+    monkeypatch.setattr("commonit_trl.plan.epoch.CHUNK", 1)
     assert steps_of(plan) == at_once
 
 
@@ -135,7 +135,7 @@ def test_i3_ranks_plan_the_same_remaining_epoch():
     group_ids = np.arange(400) % 3
     whole = plan_epoch(group_ids, micro_batch_size=2, world_size=2, seed=1)
     first, again, *others = (
-        plan_remaining(whole, np.arange(100, 400), seed=seed, epoch=epoch).fingerprint()
+        plan_remaining(whole, np.arange(100, 400), pure_samples=0, seed=seed, epoch=epoch).fingerprint()
         for seed, epoch in [(1, 2), (1, 2), (2, 2), (1, 3)]
     )
     assert first == again
