@@ -456,8 +456,8 @@ def _heaviest_first(plan: EpochPlan, tokens: NDArray[Any]) -> EpochPlan:
         costs.append(np.maximum.reduceat(tokens[rows], np.cumsum(counts) - counts) * counts)
     step = plan.world_size * plan.accumulation_steps
     by_step = np.concatenate(costs)
-    whole_steps = max(1, len(by_step) // step)
-    heaviest = int(np.maximum.reduceat(by_step, np.arange(whole_steps) * step)[:whole_steps].argmax())
+    complete = by_step[: len(by_step) // step * step]
+    heaviest = int(complete.reshape(-1, step).max(axis=1).argmax()) if len(complete) else 0
     size = step // plan.micro_batches_per_partition
     order = np.arange(len(plan.partition_sizes))
     order = np.concatenate(
