@@ -102,6 +102,7 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
                 run.spec,
                 group_ids=bins.group_ids,
                 lengths=None if run.spec.lengths is None else bins.lengths,
+                heaviest_first=None if run.spec.heaviest_first is None else bins.lengths,
                 micro_batch_size=bins_per_micro_batch,
             )
 

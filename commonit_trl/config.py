@@ -14,30 +14,36 @@ from typing import Any, Self, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-METRICS = ("task", "length", "embedding", "none")
+METRICS = ("task", "length", "embedding", "column")
+"""The metrics that group; two joined by `+` group by both."""
+NO_METRIC = "none"
 DEFAULT_TASK_COLUMNS = ("task", "task_name", "category", "source", "dataset")
-DEFAULT_NUM_GROUPS = {"length": 8, "embedding": 32}
+DEFAULT_NUM_GROUPS = {"length": 8, "embedding": 32, "column": 8}
 
 PURITIES = ("step", "micro")
 REMAINDERS = ("keep", "mix", "drop")
 ORDERS = ("random", "ascending", "descending", "pure_first", "mixed_first")
 _CHOICES = {
-    "commonit_metric": METRICS,
     "commonit_length_of": ("response", "prompt", "total"),
     "commonit_embedding_text": ("prompt", "response", "both"),
     "commonit_embedding_dtype": ("auto", "float32", "bfloat16", "float16"),
     "commonit_purity": PURITIES,
     "commonit_remainder": REMAINDERS,
+    "commonit_order": ORDERS,
+    "commonit_small_groups": ("merge", "mix", "drop"),
     "commonit_resume": ("exact", "replan"),
 }
 _LARGEST_WEIGHT = 1e100  # keeps the sum of weights finite
 WEIGHT_NAMES = ("proportional", "uniform", "sqrt")
 READ_BY = {
     "commonit_task_column": ("task",),
-    "commonit_num_groups": ("length", "embedding"),
+    "commonit_task_file": ("task",),
+    "commonit_column": ("column",),
+    "commonit_num_groups": ("length", "embedding", "column"),
     "commonit_length_of": ("length",),
     "commonit_length_edges": ("length",),
     "commonit_embedding_model": ("embedding",),
+    "commonit_embedding_column": ("embedding",),
     "commonit_embedding_text": ("embedding",),
     "commonit_embedding_dtype": ("embedding",),
     "commonit_reference_dataset": ("embedding",),
@@ -61,7 +67,8 @@ class CommonITArguments:
     commonit_metric: str | None = field(
         default=None,
         metadata={
-            "help": "Required. How to group the data: 'task', 'length', 'embedding' or 'none' (baseline batches)."
+            "help": "Required. How to group the data: 'task', 'length', 'embedding', 'column', two joined as in "
+            "'task+length' (the second inside each group of the first), or 'none' (baseline batches)."
         },
     )
     commonit_task_column: list[str] | None = field(
@@ -71,11 +78,22 @@ class CommonITArguments:
             f"dataset's first of {', '.join(DEFAULT_TASK_COLUMNS)}."
         },
     )
-    commonit_num_groups: int | None = field(
+    commonit_task_file: str | None = field(
         default=None,
         metadata={
-            "help": "Number of quantile bins (metric 'length', default 8) or of k-means clusters (metric "
-            "'embedding' without a reference dataset, default 32)."
+            "help": "Metric 'task': Parquet file with the task of each row of the training data, by row number, "
+            "instead of a label column; `commonit group` writes one."
+        },
+    )
+    commonit_column: str | None = field(
+        default=None,
+        metadata={"help": "Metric 'column': the column of numbers (difficulty, quality, ...), cut into quantile bins."},
+    )
+    commonit_num_groups: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Number of quantile bins (metrics 'length' and 'column', default 8) or of k-means clusters (metric "
+            "'embedding' without a reference dataset, default 32). Two joined metrics take one number each."
         },
     )
     commonit_length_of: str = field(
@@ -89,6 +107,13 @@ class CommonITArguments:
     commonit_embedding_model: str = field(
         default="sentence-transformers/all-MiniLM-L6-v2",
         metadata={"help": "Metric 'embedding': name or local path of a sentence-transformers model."},
+    )
+    commonit_embedding_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Metric 'embedding': a column of vectors that were computed elsewhere, instead of the encoder; a "
+            "reference dataset needs it too."
+        },
     )
     commonit_embedding_text: str = field(
         default="prompt",
@@ -123,14 +148,41 @@ class CommonITArguments:
         default="keep",
         metadata={
             "help": "Samples of a group that do not fill a step: 'keep' (its steps differ in size by at most one "
-            "sample) or 'drop'."
+            "sample), 'mix' (they fill steps of several groups, so an epoch has as many steps as with plain batches) "
+            "or 'drop'."
+        },
+    )
+    commonit_pure_fraction: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the full steps that stay pure, from 0 to 1 (default); the samples of the others are "
+            "mixed. A list has one number per epoch, the last for all that follow. Needs commonit_remainder 'mix' or "
+            "'drop'."
+        },
+    )
+    commonit_order: str = field(
+        default="random",
+        metadata={
+            "help": "Order of steps: 'random'; 'ascending' or 'descending' by length, by the column's value or by task "
+            "name; 'pure_first' or 'mixed_first'."
+        },
+    )
+    commonit_heaviest_first: bool = field(
+        default=False,
+        metadata={
+            "help": "Start the first epoch with the step whose largest micro-batch has the most tokens, so that "
+            "running out of memory happens at once."
         },
     )
     commonit_min_group_size: int = field(
         default=1,
+        metadata={"help": "Rows below which a group is small; commonit_small_groups says what becomes of it."},
+    )
+    commonit_small_groups: str = field(
+        default="merge",
         metadata={
-            "help": "Merge groups with fewer rows: a length bin into its smaller neighbour, a cluster into the "
-            "nearest, small tasks into 'other'."
+            "help": "Groups under commonit_min_group_size: 'merge' (a bin into its smaller neighbour, a cluster into "
+            "the nearest, small tasks into 'other'), 'mix' (all their rows, with commonit_remainder 'mix') or 'drop'."
         },
     )
     # HfArgumentParser reads a union in this order as str.
@@ -181,7 +233,7 @@ class CommonITArguments:
     @property
     def commonit_on(self) -> bool:
         """Whether the metric groups the data; `none` trains exactly as the parent trainer."""
-        return self.commonit_metric != "none"
+        return self.commonit_metric != NO_METRIC
 
 
 OPTIONS = {option.name: option for option in fields(CommonITArguments)}
@@ -197,6 +249,37 @@ def check_option_names(names: Iterable[str]) -> None:
     for name in names:
         if name.startswith("commonit") and name not in OPTIONS:
             raise ValueError(f"Unknown option {name}: did you mean {nearest(name, OPTIONS)}?")
+
+
+def parts_of(metric: str | None) -> list[str]:
+    """Return the metrics that a metric joins; of a single one, itself."""
+    return str(metric).split("+")
+
+
+def is_read(option: str, metric: str | None) -> bool:
+    """Return whether a metric reads an option; some are read by every metric that groups."""
+    return any(part in READ_BY.get(option, METRICS) for part in parts_of(metric))
+
+
+def check_metric(option: str, metric: str) -> None:
+    """Raise a `ValueError` for a metric that is neither known nor two known ones joined."""
+    parts = parts_of(metric)
+    if metric == NO_METRIC:
+        return
+    for part in parts:
+        check_choice(option, part, METRICS if len(parts) > 1 else (*METRICS, NO_METRIC))
+    if len(parts) > 2 or len(set(parts)) < len(parts):
+        raise ValueError(
+            f"{option}={metric!r} joins {len(parts)} metrics: join two different ones, as in 'task+length'."
+        )
+
+
+def wrap_lists(options: Any) -> None:
+    """Make lists of options that take one and were given a single value, in place."""
+    for name in ("commonit_task_column", "commonit_num_groups", "commonit_pure_fraction"):
+        value = getattr(options, name)
+        if value is not None and not isinstance(value, list | tuple):
+            setattr(options, name, [value])
 
 
 def check_choice(option: str, value: Any, choices: Iterable[str]) -> None:
@@ -215,11 +298,10 @@ def validate_options(options: CommonITArguments) -> None:
     """
     if options.commonit_metric is None:
         raise ValueError(
-            "commonit_metric is not set: write commonit_metric='task', 'length' or 'embedding', or 'none' to "
+            "commonit_metric is not set: write commonit_metric='task', 'length', 'embedding' or 'column', or 'none' to "
             "train with baseline batches."
         )
-    if isinstance(options.commonit_task_column, str):
-        options.commonit_task_column = [options.commonit_task_column]
+    wrap_lists(options)
     if isinstance(options.commonit_weights, str) and options.commonit_weights.lstrip().startswith("{"):
         options.commonit_weights = _parse_mapping("commonit_weights", options.commonit_weights)
     for name, option in OPTIONS.items():
@@ -229,6 +311,7 @@ def validate_options(options: CommonITArguments) -> None:
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise ValueError(f"{name}={value!r}: {reason}. {option.metadata['help']}") from None
+    check_metric("commonit_metric", options.commonit_metric)
     for name, choices in _CHOICES.items():
         check_choice(name, getattr(options, name), choices)
     if options.commonit_on:
@@ -246,37 +329,42 @@ def _parse_mapping(option: str, text: str) -> dict[str, Any]:
 def _check_combinations(options: CommonITArguments) -> None:
     metric = options.commonit_metric
     for name, metrics in READ_BY.items():
-        if metric not in metrics and getattr(options, name) != OPTIONS[name].default:
+        if not is_read(name, metric) and getattr(options, name) != OPTIONS[name].default:
             raise ValueError(
                 f"{name}={getattr(options, name)!r} is read by "
                 f"commonit_metric={' or '.join(map(repr, metrics))} only, not by {metric!r}: remove it or "
                 "change commonit_metric."
             )
-    for name, least in (("commonit_num_groups", 1), ("commonit_min_group_size", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value} must be at least {least}.")
+    if options.commonit_min_group_size < 1:
+        raise ValueError(f"commonit_min_group_size={options.commonit_min_group_size} must be at least 1.")
+    _check_num_groups(options)
+    _check_composition(options)
     edges = options.commonit_length_edges
-    if edges is not None:
-        if not edges or edges[0] < 1 or edges[-1] >= 2**63 or any(low >= high for low, high in pairwise(edges)):
-            raise ValueError(
-                f"commonit_length_edges={edges} must be one or more ascending token counts above 0 and under 2**63, "
-                "e.g. [64, 256]."
-            )
-        if options.commonit_num_groups is not None:
-            raise ValueError(
-                f"commonit_num_groups={options.commonit_num_groups} and commonit_length_edges={edges} both "
-                "set the number of bins: remove one."
-            )
+    if edges is not None and (
+        not edges or edges[0] < 1 or edges[-1] >= 2**63 or any(low >= high for low, high in pairwise(edges))
+    ):
+        raise ValueError(
+            f"commonit_length_edges={edges} must be one or more ascending token counts above 0 and under 2**63, "
+            "e.g. [64, 256]."
+        )
     if options.commonit_cache_dir == "":
         raise ValueError("commonit_cache_dir='' names no directory: name one, or remove the option.")
     if options.commonit_task_column is not None and not options.commonit_task_column:
         raise ValueError("commonit_task_column=[] names no column: name one or more, or remove the option.")
-    if options.commonit_reference_dataset is not None and options.commonit_num_groups is not None:
+    if options.commonit_task_column is not None and options.commonit_task_file is not None:
         raise ValueError(
-            f"commonit_num_groups={options.commonit_num_groups} has no use with commonit_reference_dataset="
-            f"{options.commonit_reference_dataset!r}, whose tasks are the groups: remove one."
+            f"commonit_task_column={options.commonit_task_column} and commonit_task_file="
+            f"{options.commonit_task_file!r} both name the tasks: remove one."
         )
+    if "column" in parts_of(metric) and not options.commonit_column:
+        raise ValueError("commonit_metric='column' needs commonit_column: name a column of numbers.")
+    for name in ("commonit_embedding_model", "commonit_embedding_text", "commonit_embedding_dtype"):
+        value = getattr(options, name)
+        if options.commonit_embedding_column is not None and value != OPTIONS[name].default:
+            raise ValueError(
+                f"{name}={value!r} has no use with commonit_embedding_column={options.commonit_embedding_column!r}, "
+                "which replaces the encoder: remove one."
+            )
     column = options.commonit_reference_task_column
     if options.commonit_reference_dataset is None and column != OPTIONS["commonit_reference_task_column"].default:
         raise ValueError(
@@ -286,6 +374,60 @@ def _check_combinations(options: CommonITArguments) -> None:
     if options.commonit_weights is None:
         raise ValueError("commonit_weights=None: write 'proportional', the default, or another weighting.")
     check_weights(options.commonit_weights)
+
+
+def num_groups_by_metric(options: CommonITArguments) -> dict[str, int]:
+    """Return metric -> `commonit_num_groups`, or its default, for the metrics that make a number of groups."""
+    counted = [part for part in parts_of(options.commonit_metric) if _makes_a_number_of_groups(options, part)]
+    given = options.commonit_num_groups
+    return dict(zip(counted, [DEFAULT_NUM_GROUPS[part] for part in counted] if given is None else given, strict=True))
+
+
+def _makes_a_number_of_groups(options: CommonITArguments, metric: str) -> bool:
+    fixed = {"length": options.commonit_length_edges, "embedding": options.commonit_reference_dataset}
+    return metric in DEFAULT_NUM_GROUPS and fixed.get(metric) is None
+
+
+def _check_num_groups(options: CommonITArguments) -> None:
+    given, parts = options.commonit_num_groups, parts_of(options.commonit_metric)
+    if given is None:
+        return
+    if not given or min(given) < 1:
+        raise ValueError(f"commonit_num_groups={given} must be at least 1.")
+    counted = [part for part in parts if _makes_a_number_of_groups(options, part)]
+    if not counted:
+        other = "commonit_length_edges" if options.commonit_length_edges else "commonit_reference_dataset"
+        raise ValueError(f"commonit_num_groups={given} has no use with {other}, which makes the groups: remove one.")
+    if len(given) != len(counted):
+        example = [DEFAULT_NUM_GROUPS[part] for part in counted]
+        raise ValueError(
+            f"commonit_num_groups={given}: commonit_metric={options.commonit_metric!r} takes {len(counted)}, for "
+            f"{' and '.join(counted)}. Write for example {example}."
+        )
+
+
+def _check_composition(options: CommonITArguments) -> None:
+    fractions, remainder = options.commonit_pure_fraction, options.commonit_remainder
+    if fractions is not None:
+        if not fractions or not all(0 <= fraction <= 1 for fraction in fractions):
+            raise ValueError(f"commonit_pure_fraction={fractions} must be one or more numbers from 0 to 1.")
+        if remainder == "keep" and min(fractions) < 1:
+            raise ValueError(
+                f"commonit_pure_fraction={fractions} mixes samples, and commonit_remainder='keep' mixes none: set "
+                "commonit_remainder='mix'."
+            )
+    small, least = options.commonit_small_groups, options.commonit_min_group_size
+    if small != "merge" and least == 1:
+        raise ValueError(f"commonit_small_groups={small!r}: no group is small. Set commonit_min_group_size.")
+    if small == "mix" and remainder != "mix":
+        raise ValueError(f"commonit_small_groups='mix' needs commonit_remainder='mix', not {remainder!r}: set it.")
+    parts = parts_of(options.commonit_metric)
+    by_value = options.commonit_order in ("ascending", "descending")
+    if by_value and "embedding" in parts and not {"length", "column"} & set(parts):
+        raise ValueError(
+            f"commonit_order={options.commonit_order!r}: clusters have no order. Group by length or column too, as in "
+            "commonit_metric='embedding+length', or set another order."
+        )
 
 
 def check_weights(weights: Mapping[Any, Any] | str) -> None:

@@ -138,6 +138,51 @@ class Rows:
 
     # --- tokens ---------------------------------------------------------------------------------------------
 
+    # --- numbers and vectors --------------------------------------------------------------------------------
+
+    def numbers(self, column: str) -> NDArray[np.float64]:
+        """The (rows,) values of a column of numbers, NaN where there is none.
+
+        Raises:
+            ValueError: on values that are no finite numbers.
+        """
+
+        def read(values: pa.Array) -> NDArray[np.float64]:
+            return values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+
+        kind = self._type(column)
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
+            raise ValueError(f"commonit_column={column!r}: values of type {kind}. Name a column of numbers.")
+        values = self._per_row([column], read).astype(np.float64)
+        if np.isinf(values).any():
+            raise ValueError(f"commonit_column={column!r}: {np.isinf(values).sum()} infinite values. Remove them.")
+        return values
+
+    def vector_chunks(self, column: str) -> Iterator[NDArray[np.float32]]:
+        """The (rows, dimensions) vectors of a column of lists, in chunks.
+
+        Raises:
+            ValueError: on values that are no lists of numbers, all of one length.
+        """
+        width: int | None = None
+        for chunk in self._chunks(column):
+            kind = chunk.type
+            lists = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+            if not lists or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
+                raise ValueError(
+                    f"commonit_embedding_column={column!r}: values of type {kind}. Name a column of lists of numbers."
+                )
+            values = chunk.flatten()
+            width = width or len(values) // max(len(chunk), 1)
+            if chunk.null_count or values.null_count or np.any(_list_lengths(chunk) != width) or not width:
+                raise ValueError(
+                    f"commonit_embedding_column={column!r}: vectors are missing, or not all of {width} numbers. Give "
+                    "every row a vector of the same length."
+                )
+            yield values.cast(pa.float32()).to_numpy(zero_copy_only=False).reshape(-1, width)
+
+    # --- tokens ---------------------------------------------------------------------------------------------
+
     @property
     def tokenized(self) -> bool:
         """Whether the rows have token ids."""

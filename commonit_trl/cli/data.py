@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDatasetDict, concatenate_datasets
 
+from commonit_trl.config import parts_of
 from commonit_trl.loading import file_stem, load_rows
 
 ENTRY_COLUMN = "dataset"
@@ -76,7 +77,8 @@ def load_all_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple
             "commonit_metric to 'none'."
         )
     if mixture.datasets:
-        entries_are_tasks = metric == "task" and training_args.commonit_task_column is None
+        labelled = training_args.commonit_task_column is not None or training_args.commonit_task_file is not None
+        entries_are_tasks = "task" in parts_of(metric) and not labelled
         if entries_are_tasks:
             training_args.commonit_task_column = [ENTRY_COLUMN]
         splits = load_mixture(mixture, ENTRY_COLUMN if entries_are_tasks else None, training_args.seed)

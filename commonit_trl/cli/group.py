@@ -29,7 +29,16 @@ from rich.console import Console
 
 from commonit_trl.cli.quiet import Screen
 from commonit_trl.cli.recipes import Recipe
-from commonit_trl.config import METRICS, OPTIONS, READ_BY, CommonITArguments, check_choice
+from commonit_trl.config import (
+    METRICS,
+    NO_METRIC,
+    OPTIONS,
+    CommonITArguments,
+    check_choice,
+    check_metric,
+    is_read,
+    parts_of,
+)
 from commonit_trl.files import replacing
 from commonit_trl.grouping import Grouper, build_grouper, fit_assign_cached, load_grouper
 from commonit_trl.grouping.dropped import DroppedRows
@@ -42,6 +51,7 @@ ASSIGNMENT_FILE = "assignment.parquet"
 # The options that affect how groups are fitted -> the groupers' names for them.
 FITTED_WITH = {
     "commonit_task_column": "columns",
+    "commonit_column": "column",
     "commonit_num_groups": "num_groups",
     "commonit_length_of": "of",
     "commonit_length_edges": "edges",
@@ -127,7 +137,6 @@ def asked_metrics(given: str | None, compare: str | None = None, load: str | Non
         compare: `--compare`, metrics separated by commas.
         load: `--load`, a directory of saved groups, whose metric is used.
     """
-    known = [metric for metric in METRICS if metric != "none"]
     if load is not None:
         metric = load_grouper(load).metric
         for option, other in (("commonit_metric", given), ("compare", compare)):
@@ -137,11 +146,13 @@ def asked_metrics(given: str | None, compare: str | None = None, load: str | Non
     if compare is not None:
         metrics = list(dict.fromkeys(name.strip() for name in compare.split(",")))
         for metric in metrics:
-            check_choice("--compare", metric, known)
+            check_metric("--compare", metric)
         return metrics
     if given is None:
-        raise ValueError(f"commonit_metric is not set. Write --commonit_metric {', '.join(known)}.")
-    check_choice("commonit_metric", given, known)
+        raise ValueError(f"commonit_metric is not set. Write --commonit_metric {', '.join(METRICS)}.")
+    check_metric("commonit_metric", given)
+    if given == NO_METRIC:
+        check_choice("commonit_metric", given, METRICS)
     return [given]
 
 
@@ -154,7 +165,7 @@ def options_for(given: Any, metric: str, *, compared: bool = False) -> CommonITA
     """
     values = {name: getattr(given, name) for name in OPTIONS} | {"commonit_metric": metric}
     if compared:
-        values = {name: value for name, value in values.items() if metric in READ_BY.get(name, METRICS)}
+        values = {name: value for name, value in values.items() if is_read(name, metric)}
     return CommonITArguments(**values)
 
 
@@ -165,9 +176,9 @@ def group_rows(recipe: Recipe, metric: str, *, compared: bool = False, load: str
         ValueError: when the rows lack what the metric reads, or the options contradict the loaded groups.
     """
     options, rows = options_for(recipe.options, metric, compared=compared), recipe.rows
-    if metric == "length" and not rows.tokenized:
+    if "length" in parts_of(metric) and not rows.tokenized:
         raise ValueError(
-            "commonit_metric='length': the rows are not tokenised. Add --tokenizer with a hub name or a directory."
+            f"commonit_metric={metric!r}: the rows are not tokenised. Add --tokenizer with a hub name or a directory."
         )
     if load is None:
         asked = build_grouper(options, rows.columns, seed=recipe.seed)

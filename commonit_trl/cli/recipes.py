@@ -26,9 +26,11 @@ from trl import SFTConfig
 
 from commonit_trl.cli import quiet
 from commonit_trl.cli.data import check_rows, load_splits, named_data
+from commonit_trl.config import parts_of, wrap_lists
 from commonit_trl.grouping import Grouper
 from commonit_trl.grouping.dropped import NONE_DROPPED, DroppedRows
 from commonit_trl.grouping.fit import data_seed
+from commonit_trl.grouping.task import with_task_file
 from commonit_trl.grouping.tracing import TracedRows
 from commonit_trl.rows import Rows
 from commonit_trl.trainer.loss import has_auxiliary_loss, is_causal_lm_loss
@@ -65,8 +67,7 @@ class SFTRecipeConfig(CommonITSFTConfig):
     """The options of `commonit sft`, whose `commonit_*` options are checked later, for one metric at a time."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.commonit_task_column, str):  # a YAML file may have one string
-            self.commonit_task_column = [self.commonit_task_column]
+        wrap_lists(self)  # a YAML file may have one value
         SFTConfig.__post_init__(self)
 
 
@@ -184,8 +185,11 @@ def sft_recipe(
         ValueError: on data, a model or a tokenizer that cannot be read, naming the option, on settings that
             training refuses, and when no row has a token to train on.
     """
-    training_args.commonit_metric = "task" if "task" in metrics else metrics[0]
+    by_task = [metric for metric in metrics if "task" in parts_of(metric)]
+    training_args.commonit_metric = (by_task or metrics)[0]
     train, _ = load_splits(script_args, mixture, training_args)
+    if training_args.commonit_task_file is not None:
+        train = with_task_file(train, training_args.commonit_task_file)
     data = named_data(script_args, mixture)
     if len(train) == 0:
         raise ValueError(f"{data}: the training split has no rows. Give data that has rows.")

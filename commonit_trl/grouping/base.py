@@ -6,11 +6,13 @@ A saved grouper is `groups.json` (metric, options, group names, fitted numbers) 
 `groups.safetensors`. No pickle.
 """
 
+import contextlib
 import json
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 GROUPS_FILE = "groups.json"
 ARRAYS_FILE = "groups.safetensors"
-FORMAT = 1
+FORMAT = 2
+_OPTIMAL = 1_000
 
 
 class Grouper(ABC):
@@ -33,7 +36,7 @@ class Grouper(ABC):
     their ids, and `notices`, warnings about the groups.
     """
 
-    metric: ClassVar[str]
+    metric: str
 
     def __init__(self, **options: Any) -> None:
         self.options = options
@@ -55,6 +58,36 @@ class Grouper(ABC):
     @abstractmethod
     def assign_values(self, values: Any) -> NDArray[np.int64]:
         """Return (rows,) group ids, -1 for unassigned rows."""
+
+    def subset(self, values: Any, numbers: NDArray[np.int64]) -> Any:
+        """Return the values of the rows of these numbers, in ascending order."""
+        return values[numbers]
+
+    def coordinates(self) -> NDArray[Any] | None:
+        """Return (groups, dimensions) numbers by which groups are near each other; None where none are."""
+        return None
+
+    def positions(self) -> NDArray[np.float64] | None:
+        """Return (groups,) numbers that put near groups side by side; None where no group is near another.
+
+        Groups with one coordinate are in its order. Others are the leaves of a hierarchical clustering by cosine, in
+        its optimal order up to `_OPTIMAL` groups.
+        """
+        coordinates = self.coordinates()
+        if coordinates is None or coordinates.shape[1] == 1:
+            return None if coordinates is None else coordinates[:, 0].astype(np.float64)
+        positions = np.zeros(len(coordinates))
+        if len(coordinates) > 1:
+            from scipy.cluster.hierarchy import leaves_list, linkage
+
+            tree = linkage(coordinates, "average", "cosine", optimal_ordering=len(coordinates) <= _OPTIMAL)
+            positions[leaves_list(tree)] = np.arange(len(coordinates))
+        return positions
+
+    @contextlib.contextmanager
+    def resources(self) -> Iterator[None]:
+        """Hold what fitting and assigning need, such as an encoder, over several calls."""
+        yield
 
     def fit_assign(self, values: Any, ranks: Ranks = ALONE) -> NDArray[np.int64]:
         """Fit the groups to `values` and return their (rows,) group ids.

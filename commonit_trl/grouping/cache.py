@@ -43,7 +43,7 @@ Grouped = tuple[Grouper, NDArray[np.int64]]
 
 _ASSIGNMENT_FILE = "assignment.safetensors"
 _CHECKSUM_FILE = "checksums.json"
-_VERSION = 3
+_VERSION = 4
 _LOCK_SECONDS = 10.0
 """Length of one attempt to take the lock, well under any process-group timeout."""
 

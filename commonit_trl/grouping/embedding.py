@@ -9,14 +9,15 @@ sample: the first chunks; (4) encode chunk by chunk and keep only the nearest ce
 encode every W-th chunk each, so the groups do not depend on the number of ranks.
 
 Cost: almost only encoding, in bfloat16 where the device supports it (`dtype`), 2 to 3 times as fast on a CPU. Equal
-texts are encoded once; memory is 8 bytes a row besides the sample. benchmarks/embedding.py has the figures.
+texts are encoded once; memory is 8 bytes a row besides the sample. benchmarks/embedding.py has the figures. With
+`column`, vectors that were computed elsewhere take the encoder's place.
 """
 
 import contextlib
 import functools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,26 @@ class Texts:
         return self.rows.select(numbers).texts(self.of)
 
 
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """The vectors of rows, read again whenever they are needed."""
+
+    rows: Rows
+    of: str
+    """Name of the column."""
+    digests: NDArray[np.uint64]
+    """(rows,) hashes of the vectors."""
+
+    def __getitem__(self, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.concatenate([*self.rows.select(numbers).vector_chunks(self.of)])
+
+
 class EmbeddingGrouper(Grouper):
     """Groups by the nearest centroid in the embedding space.
 
     Args:
         model: name or path of a sentence-transformers model.
+        column: name of a column of vectors, instead of the model.
         text: text of a row to encode, `prompt`, `response` or `both`; of a reference row, always the prompt.
         num_groups: clusters of k-means; unused with a reference.
         reference: hub name or local file of a reference dataset.
@@ -75,6 +91,7 @@ class EmbeddingGrouper(Grouper):
         self,
         *,
         model: str,
+        column: str | None = None,
         text: str = "prompt",
         num_groups: int = DEFAULT_NUM_GROUPS["embedding"],
         reference: str | None = None,
@@ -85,6 +102,7 @@ class EmbeddingGrouper(Grouper):
     ) -> None:
         super().__init__(
             model=model,
+            column=column,
             text=text,
             num_groups=num_groups,
             reference=reference,
@@ -94,21 +112,28 @@ class EmbeddingGrouper(Grouper):
             min_size=min_size,
         )
         self.centroids: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
-        self._reference: tuple[list[str], list[str]] | None = None
+        self._held: dict[str, Any] = {}  # the encoder and the reference's embeddings, shared by copies
 
-    def read(self, rows: Rows) -> Texts:
-        of = self.options["text"]
-        encoded = (chunk.cast(pa.binary()).to_pylist() for chunk in rows.text_chunks(of))
-        digests = map(xxhash.xxh3_64_intdigest, chain.from_iterable(encoded))
-        return Texts(rows, of, np.fromiter(digests, dtype=np.uint64, count=len(rows)))
+    def read(self, rows: Rows) -> Texts | Vectors:
+        column, of = self.options["column"], self.options["text"]
+        if column is not None:
+            items: Iterator[bytes] = (vector.tobytes() for chunk in rows.vector_chunks(column) for vector in chunk)
+        else:
+            encoded = (chunk.cast(pa.binary()).to_pylist() for chunk in rows.text_chunks(of))
+            items = chain.from_iterable(encoded)
+        digests = np.fromiter(map(xxhash.xxh3_64_intdigest, items), dtype=np.uint64, count=len(rows))
+        return Texts(rows, of, digests) if column is None else Vectors(rows, column, digests)
 
-    def hashed(self, values: Texts) -> NDArray[np.uint64]:
+    def hashed(self, values: Texts | Vectors) -> NDArray[np.uint64]:
         return values.digests
 
-    def fit_values(self, values: Texts) -> None:
+    def subset(self, values: Texts | Vectors, numbers: NDArray[np.int64]) -> Texts | Vectors:
+        return replace(values, rows=values.rows.select(numbers), digests=values.digests[numbers])
+
+    def fit_values(self, values: Texts | Vectors) -> None:
         self.fit_assign(values)
 
-    def fit_assign(self, values: Texts, ranks: Ranks = ALONE) -> NDArray[np.int64]:
+    def fit_assign(self, values: Texts | Vectors, ranks: Ranks = ALONE) -> NDArray[np.int64]:
         _, first_rows, text_of_row, counts = np.unique(values.digests, True, True, True)
         chunks = self._chunks(len(counts))
 
@@ -119,16 +144,16 @@ class EmbeddingGrouper(Grouper):
             chunk, features = item
             return _nearest_centroid(encode(chunk) if features is None else features, self.centroids)
 
-        with self._temporary_encoder():
+        with self.resources():
             sample: list[NDArray[np.float32]] = []
             if self.options["reference"] is None:
                 sampled = chunks[: -(-_SAMPLE // _CHUNK)]
-                sample = ranks.map(encode, sampled, "Encoding texts")
+                sample = ranks.map(encode, sampled, self._progress("Encoding texts"))
                 weights = counts[np.concatenate(sampled)]
                 self._set_clusters(ranks.broadcast(lambda: self.cluster(np.concatenate(sample), weights)))
             else:
                 self._fit_reference(ranks)
-            nearest = ranks.map(assign, [*zip_longest(chunks, sample)], "Assigning texts to groups")
+            nearest = ranks.map(assign, [*zip_longest(chunks, sample)], self._progress("Assigning texts to groups"))
             groups = np.empty(len(counts), dtype=np.int64)
             groups[np.concatenate(chunks)] = np.concatenate(nearest)
             if self.options["min_size"] > 1:
@@ -139,10 +164,10 @@ class EmbeddingGrouper(Grouper):
                     groups = self._dissolve_small_groups(groups, sizes, counts, small, features)
         return groups[text_of_row]
 
-    def assign_values(self, values: Texts) -> NDArray[np.int64]:
+    def assign_values(self, values: Texts | Vectors) -> NDArray[np.int64]:
         _, first_rows, text_of_row = np.unique(values.digests, return_index=True, return_inverse=True)
         groups = np.empty(len(first_rows), dtype=np.int64)
-        with self._temporary_encoder():
+        with self.resources():
             for chunk in self._chunks(len(groups)):
                 groups[chunk] = _nearest_centroid(self._encode(values[first_rows[chunk]]), self.centroids)
         return groups[text_of_row]
@@ -153,14 +178,18 @@ class EmbeddingGrouper(Grouper):
         Raises:
             ValueError: when the model cannot be loaded or returns NaN or infinite values.
         """
-        with self._temporary_encoder():
+        with self.resources():
             return self._encode(texts)
 
-    def _encode(self, texts: list[str]) -> NDArray[np.float32]:
+    def _encode(self, texts: list[str] | NDArray[np.float32]) -> NDArray[np.float32]:
         import torch
 
-        if not texts:
+        if not len(texts):
             return np.empty((0, 0), dtype=np.float32)
+        if isinstance(texts, np.ndarray):
+            if not np.isfinite(texts).all():
+                raise ValueError(f"commonit_embedding_column={self.options['column']!r}: NaN or infinite values.")
+            return _unit_length(texts)
         dtype, model = self._dtype, self._encoder
         reduced = torch.autocast(model.device.type, getattr(torch, dtype), enabled=dtype != "float32")
         with reduced:
@@ -175,13 +204,17 @@ class EmbeddingGrouper(Grouper):
         return _unit_length(embeddings)
 
     def identity(self) -> dict[str, Any]:
-        identity = super().identity() | {"dtype": self._dtype, "model_files": _model_identity(self.options["model"])}
+        identity = super().identity()
+        if self.options["column"] is None:
+            identity |= {"dtype": self._dtype, "model_files": _model_identity(self.options["model"])}
         if self.options["reference"] is not None:
-            identity["reference_rows"] = self._read_reference()
+            texts, labels = self._read_reference()
+            hashed = texts if isinstance(texts, list) else xxhash.xxh3_64_hexdigest(texts.tobytes())
+            identity["reference_rows"] = hashed, labels
         return identity
 
     def fitted_numbers(self) -> dict[str, Any]:
-        return {"dtype": self._dtype}
+        return {} if self.options["column"] is not None else {"dtype": self._dtype}
 
     def fitted_arrays(self) -> dict[str, NDArray[Any]]:
         return {"centroids": self.centroids}
@@ -195,8 +228,13 @@ class EmbeddingGrouper(Grouper):
     def _dtype(self) -> str:
         return best_dtype() if self.options["dtype"] == "auto" else self.options["dtype"]
 
-    @functools.cached_property
+    @property
     def _encoder(self) -> Any:
+        if "encoder" not in self._held:
+            self._held["encoder"] = self._load_encoder()
+        return self._held["encoder"]
+
+    def _load_encoder(self) -> Any:
         from sentence_transformers import SentenceTransformer
 
         try:
@@ -209,12 +247,22 @@ class EmbeddingGrouper(Grouper):
             ) from error
 
     @contextlib.contextmanager
-    def _temporary_encoder(self) -> Iterator[None]:
-        """Free the encoder afterwards: training needs the memory."""
+    def resources(self) -> Iterator[None]:
+        """Keep the encoder, once it is loaded, until the outermost use ends: training needs the memory."""
+        outermost = not self._held.get("used")
+        self._held["used"] = True
         try:
             yield
         finally:
-            self.__dict__.pop("_encoder", None)
+            if outermost:
+                self._held.pop("encoder", None)
+                self._held["used"] = False
+
+    def coordinates(self) -> NDArray[np.float32]:
+        return self.centroids
+
+    def _progress(self, description: str) -> str | None:
+        return description if self.options["column"] is None else None  # reading vectors takes no time
 
     def _chunks(self, texts: int) -> list[NDArray[np.int64]]:
         """Cut the texts, in random order, into chunks; the first chunks are a random sample."""
@@ -274,14 +322,16 @@ class EmbeddingGrouper(Grouper):
         """Set one group per reference task, its centroid the mean embedding of the task's examples."""
         texts, labels = ranks.broadcast(self._read_reference)
         chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
-        embeddings = np.concatenate(ranks.map(self._encode, chunks))
+        if "reference embeddings" not in self._held:
+            self._held["reference embeddings"] = np.concatenate(ranks.map(self._encode, chunks))
+        embeddings = self._held["reference embeddings"]
         self.names, task_of_row = (part.tolist() for part in np.unique(labels, return_inverse=True))
         sums = np.zeros((len(self.names), embeddings.shape[1]), dtype=np.float32)
         np.add.at(sums, task_of_row, embeddings)
         self.centroids = _unit_length(sums)  # the mean has the direction of the sum
 
-    def _read_reference(self) -> tuple[list[str], list[str]]:
-        if self._reference is None:
+    def _read_reference(self) -> tuple[list[str] | NDArray[np.float32], list[str]]:
+        if "reference" not in self._held:
             name, column = self.options["reference"], self.options["reference_task_column"]
             splits = load_rows("commonit_reference_dataset", name)
             rows = Rows(splits["train"] if "train" in splits else splits[next(iter(splits))])
@@ -291,8 +341,9 @@ class EmbeddingGrouper(Grouper):
                     f"Set it to one of: {', '.join(rows.columns)}."
                 )
             labels = rows.labels([column])
+            vectors = self.options["column"]
             try:
-                texts = rows.texts("prompt")
+                texts = rows.texts("prompt") if vectors is None else np.concatenate([*rows.vector_chunks(vectors)])
             except ValueError as error:
                 raise ValueError(f"commonit_reference_dataset={name!r}: {error}") from error
             if None in labels:
@@ -300,8 +351,8 @@ class EmbeddingGrouper(Grouper):
                     f"commonit_reference_dataset={name!r}: {labels.count(None)} of {len(labels)} rows have no "
                     f"{column!r}. Label or remove them."
                 )
-            self._reference = texts, [label for label in labels if label is not None]
-        return self._reference
+            self._held["reference"] = texts, [label for label in labels if label is not None]
+        return self._held["reference"]
 
 
 def best_dtype() -> str:

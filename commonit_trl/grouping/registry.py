@@ -3,19 +3,21 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter
 from safetensors.numpy import load_file
 
-from commonit_trl.config import DEFAULT_NUM_GROUPS, DEFAULT_TASK_COLUMNS, CommonITArguments
+from commonit_trl.config import DEFAULT_TASK_COLUMNS, CommonITArguments, num_groups_by_metric, parts_of
 from commonit_trl.grouping.base import ARRAYS_FILE, FORMAT, GROUPS_FILE, Grouper
+from commonit_trl.grouping.column import ColumnGrouper
 from commonit_trl.grouping.embedding import EmbeddingGrouper
+from commonit_trl.grouping.joined import JoinedGrouper
 from commonit_trl.grouping.length import LengthGrouper
-from commonit_trl.grouping.task import TaskGrouper
+from commonit_trl.grouping.task import TASK_FILE_COLUMN, TaskGrouper
 
 GROUPERS: dict[str, type[Grouper]] = {
-    grouper.metric: grouper for grouper in (TaskGrouper, LengthGrouper, EmbeddingGrouper)
+    grouper.metric: grouper for grouper in (TaskGrouper, LengthGrouper, EmbeddingGrouper, ColumnGrouper)
 }
 
 
@@ -30,27 +32,42 @@ def build_grouper(options: CommonITArguments, columns: Sequence[str], seed: int 
     Raises:
         ValueError: when the dataset has no task column to group by.
     """
-    min_size = options.commonit_min_group_size
-    if options.commonit_metric == "task":
-        return TaskGrouper(columns=resolve_task_columns(options, columns), min_size=min_size)
-    num_groups = options.commonit_num_groups or DEFAULT_NUM_GROUPS[str(options.commonit_metric)]
-    if options.commonit_metric == "length":
-        return LengthGrouper(
-            of=options.commonit_length_of,
-            num_groups=num_groups,
-            edges=options.commonit_length_edges,
-            min_size=min_size,
-        )
+    parts = [_build_part(metric, options, columns, seed) for metric in parts_of(options.commonit_metric)]
+    return parts[0] if len(parts) == 1 else JoinedGrouper(*parts)
+
+
+def _build_part(metric: str, options: CommonITArguments, columns: Sequence[str], seed: int) -> Grouper:
+    shared: dict[str, Any] = {}
+    shared["min_size"] = options.commonit_min_group_size if options.commonit_small_groups == "merge" else 1
+    if metric == "task":
+        return TaskGrouper(columns=resolve_task_columns(options, columns), **shared)
+    if metric in (counted := num_groups_by_metric(options)):
+        shared["num_groups"] = counted[metric]
+    if metric == "length":
+        return LengthGrouper(of=options.commonit_length_of, edges=options.commonit_length_edges, **shared)
+    if metric == "column":
+        column = _existing("commonit_column", options.commonit_column, columns)
+        return ColumnGrouper(column=column, **shared)
+    if options.commonit_embedding_column is not None:
+        _existing("commonit_embedding_column", options.commonit_embedding_column, columns)
     return EmbeddingGrouper(
         model=options.commonit_embedding_model,
+        column=options.commonit_embedding_column,
         text=options.commonit_embedding_text,
-        num_groups=num_groups,
         reference=options.commonit_reference_dataset,
         reference_task_column=options.commonit_reference_task_column,
         dtype=options.commonit_embedding_dtype,
         seed=seed,
-        min_size=min_size,
+        **shared,
     )
+
+
+def _existing(option: str, column: str | None, columns: Sequence[str]) -> str:
+    if column is None or column not in columns:
+        raise ValueError(
+            f"{option}={column!r}: not a column of the dataset, which has: {', '.join(columns)}. Name one."
+        )
+    return column
 
 
 def resolve_task_columns(options: CommonITArguments, columns: Sequence[str]) -> list[str]:
@@ -64,6 +81,8 @@ def resolve_task_columns(options: CommonITArguments, columns: Sequence[str]) -> 
         ValueError: when the dataset lacks the columns.
     """
     given = options.commonit_task_column
+    if options.commonit_task_file is not None:
+        return [TASK_FILE_COLUMN]
     if given is None:
         found = [column for column in DEFAULT_TASK_COLUMNS if column in columns]
         if not found:
@@ -72,13 +91,15 @@ def resolve_task_columns(options: CommonITArguments, columns: Sequence[str]) -> 
                 f"has: {', '.join(columns)}. Set commonit_task_column to one of them."
             )
         return found[:1]
-    for column in given:
-        if column not in columns:
-            raise ValueError(
-                f"commonit_task_column={column!r}: not a column of the dataset, which has: {', '.join(columns)}. Name "
-                "one of them."
-            )
-    return list(given)
+    return [_existing("commonit_task_column", column, columns) for column in given]
+
+
+def _from_options(metric: str, options: dict[str, Any]) -> Grouper:
+    if "parts" in options:
+        return JoinedGrouper(*(_from_options(part.pop("metric"), part) for part in options["parts"]))
+    kind = GROUPERS[metric]
+    types = get_type_hints(kind.__init__)
+    return kind(**{name: TypeAdapter(types[name]).validate_python(value) for name, value in options.items()})
 
 
 def load_grouper(directory: str | Path) -> Grouper:
@@ -92,10 +113,8 @@ def load_grouper(directory: str | Path) -> Grouper:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
-        kind, texts = GROUPERS[saved["metric"]], TypeAdapter(list[str])
-        types = get_type_hints(kind.__init__)
-        options = {name: TypeAdapter(types[name]).validate_python(value) for name, value in saved["options"].items()}
-        grouper = kind(**options)
+        texts = TypeAdapter(list[str])
+        grouper = _from_options(saved["metric"], saved["options"])
         grouper.names, grouper.notices = (texts.validate_python(saved[name]) for name in ("names", "notices"))
         arrays = {}
         if saved["arrays"]:

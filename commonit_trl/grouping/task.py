@@ -4,9 +4,13 @@ Rows without a label form the group `(no label)`; with a minimum group size, sma
 carry these names as labels join the same groups. Cost: one pass over the labels, well under a second for 10^6 rows.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
 from numpy.typing import NDArray
 
 from commonit_trl.grouping.base import Grouper
@@ -14,6 +18,40 @@ from commonit_trl.rows import Rows
 
 NO_LABEL = "(no label)"
 OTHER = "other"
+TASK_FILE_COLUMN = "commonit_task"
+
+
+def with_task_file(dataset: Dataset, file: str | Path) -> Dataset:
+    """Add the tasks of a Parquet file to a dataset, as the column `commonit_task`.
+
+    Args:
+        file: has the task of each row in `name`, and its number in `row`, as `commonit group` writes it; without
+            `row`, its rows are in the order of the dataset.
+
+    Raises:
+        ValueError: on a file that cannot be read or does not name each row of the dataset once.
+    """
+    option = f"commonit_task_file={str(file)!r}"
+    try:
+        table = pq.read_table(file)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{option}: not a Parquet file that can be read ({' '.join(str(error).split())}).") from error
+    if "name" not in table.column_names:
+        raise ValueError(f"{option}: no column 'name', the task of each row; it has {', '.join(table.column_names)}.")
+    names = table["name"].cast(pa.string()).combine_chunks()
+    if "row" in table.column_names:
+        order = np.argsort(table["row"].to_numpy(), kind="stable")
+        if not np.array_equal(table["row"].to_numpy()[order], np.arange(len(dataset))):
+            raise ValueError(
+                f"{option}: its {len(table)} rows do not number the {len(dataset)} rows of the dataset from 0, each "
+                "once. Write it again from this dataset."
+            )
+        names = names.take(pa.array(order))
+    elif len(table) != len(dataset):
+        raise ValueError(f"{option}: {len(table)} rows for a dataset of {len(dataset)}. Write it from this dataset.")
+    if TASK_FILE_COLUMN in dataset.column_names:
+        raise ValueError(f"{option}: the dataset has a column {TASK_FILE_COLUMN!r} already: rename or remove it.")
+    return dataset.add_column(TASK_FILE_COLUMN, names)
 
 
 class TaskGrouper(Grouper):
@@ -59,6 +97,14 @@ class TaskGrouper(Grouper):
         # `other` holds the small tasks, so unseen tasks join it too.
         elsewhere = ids.get(OTHER, -1) if self.options["min_size"] > 1 else -1
         return np.array([ids.get(label, elsewhere) for label in [*labels, NO_LABEL]], dtype=np.int64)[codes]
+
+    def subset(
+        self, values: tuple[NDArray[np.int64], list[str]], numbers: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], list[str]]:
+        codes, labels = values[0][numbers], values[1]
+        used, renumbered = np.unique(codes, return_inverse=True)
+        missing = int(len(used) > 0 and used[0] < 0)
+        return renumbered - missing, [labels[code] for code in used[missing:].tolist()]
 
     def restore(self, numbers: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         pass  # the names are the whole state

@@ -350,6 +350,8 @@ def plan_epoch(
     capacity = micro_batch_size * micro_batches_per_partition
     trained = sizes.copy()
     trained[[group for group in left_out_groups if group < len(sizes)]] = 0
+    if isinstance(weights, Mapping):
+        weights = {group: weight for group, weight in weights.items() if group not in left_out_groups}
     quotas = share_out(trained, weights)
     full = composition.full_partitions(quotas, capacity)
     if remainder == "drop":

@@ -57,23 +57,47 @@ class PlanSpec:
 
     @classmethod
     def from_options(
-        cls, options: CommonITArguments, names: Sequence[str], group_ids: NDArray[np.integer[Any]], **geometry: Any
+        cls,
+        options: CommonITArguments,
+        names: Sequence[str],
+        group_ids: NDArray[np.integer[Any]],
+        *,
+        positions: NDArray[np.float64] | None,
+        row_counts: NDArray[np.integer[Any]],
+        tokens: NDArray[Any] | None,
+        **geometry: Any,
     ) -> Self:
         """Build the spec of a run with these `commonit_*` options.
 
         Args:
-            options: gives purity, remainder and weights.
+            options: give purity, composition and weights.
             names: (groups,) group names; `commonit_weights` may map them to weights.
             group_ids: (samples,) group ids.
+            positions: (groups,) of the grouper.
+            row_counts: (groups,) rows of each group, to find the small ones; a sample may hold several rows.
+            tokens: (samples,) tokens, None if unknown.
             geometry: the other fields.
 
         Raises:
-            ValueError: when `commonit_weights` has an unknown group, or not all groups.
+            ValueError: when `commonit_weights` has an unknown group, or not all groups, and when the heaviest step is
+                asked for without token counts.
         """
+        if options.commonit_heaviest_first and tokens is None:
+            raise ValueError(
+                "commonit_heaviest_first=True: the rows have no token counts before training. Set it to False, or "
+                "give tokenised rows."
+            )
+        small = np.flatnonzero((row_counts > 0) & (row_counts < options.commonit_min_group_size)).tolist()
         return cls(
             group_ids=group_ids,
             purity=options.commonit_purity,
             remainder=options.commonit_remainder,
+            pure_fraction=tuple(options.commonit_pure_fraction or (1.0,)),
+            order=options.commonit_order,
+            positions=positions,
+            mixed_groups=tuple(small) if options.commonit_small_groups == "mix" else (),
+            left_out_groups=tuple(small) if options.commonit_small_groups == "drop" else (),
+            heaviest_first=tokens if options.commonit_heaviest_first else None,
             weights=weights_by_id(options.commonit_weights, names, group_ids),
             **geometry,
         )

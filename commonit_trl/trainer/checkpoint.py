@@ -51,6 +51,11 @@ def describe(trainer: Any) -> dict[str, Any]:
         "commonit_metric": args.commonit_metric,
         "commonit_purity": spec.purity,
         "commonit_remainder": spec.remainder,
+        "commonit_pure_fraction": list(spec.pure_fraction),
+        "commonit_order": spec.order,
+        "commonit_heaviest_first": spec.heaviest_first is not None,
+        "mixed groups": list(spec.mixed_groups),
+        "left-out groups": list(spec.left_out_groups),
         "commonit_weights": args.commonit_weights,
         "commonit_balance_lengths": spec.lengths is not None,
         "equal micro-batches": spec.equal_sizes,
@@ -67,7 +72,7 @@ def describe(trainer: Any) -> dict[str, Any]:
         "order of samples": trainer.commonit_fingerprint(),
         "rest of an epoch": None
         if spec.remaining_rows is None
-        else [spec.resumed_epoch, fingerprint(np.ascontiguousarray(spec.remaining_rows))],
+        else [spec.resumed_epoch, fingerprint(np.ascontiguousarray(spec.remaining_rows)), spec.remaining_pure],
         "times replanned": run.replanned,
     }
 
@@ -238,9 +243,16 @@ def _saved_spec(trainer: Any, checkpoint: Path, saved: Mapping[str, Any], differ
     grouper, group_ids = load_grouper(checkpoint / COMMONIT_DIR), run.spec.group_ids
     if "assignment of rows to groups" in differences:
         group_ids = grouper.assign(run.grouping.rows)
+    tokens = row_costs(trainer.train_dataset, trainer.data_collator)
     return PlanSpec(
         group_ids=group_ids,
-        lengths=row_costs(trainer.train_dataset, trainer.data_collator) if saved["commonit_balance_lengths"] else None,
+        lengths=tokens if saved["commonit_balance_lengths"] else None,
+        pure_fraction=tuple(saved["commonit_pure_fraction"]),
+        order=saved["commonit_order"],
+        positions=grouper.positions(),
+        mixed_groups=tuple(saved["mixed groups"]),
+        left_out_groups=tuple(saved["left-out groups"]),
+        heaviest_first=tokens if saved["commonit_heaviest_first"] else None,
         micro_batch_size=saved["per-device batch size"],
         world_size=saved["world size"],
         accumulation_steps=saved["gradient accumulation steps"],
@@ -251,6 +263,7 @@ def _saved_spec(trainer: Any, checkpoint: Path, saved: Mapping[str, Any], differ
         seed=saved["data seed"],
         resumed_epoch=run.spec.resumed_epoch,
         remaining_rows=run.spec.remaining_rows,
+        remaining_pure=run.spec.remaining_pure,
     )
 
 
@@ -260,7 +273,8 @@ def load_remaining(directory: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
     if not described:
         return {}
     rows = load_file(directory / REMAINING_FILE)["rows"]
-    return {"resumed_epoch": operator.index(described[0]), "remaining_rows": rows}
+    epoch, _, pure = described
+    return {"resumed_epoch": operator.index(epoch), "remaining_rows": rows, "remaining_pure": operator.index(pure)}
 
 
 def move_schedule(scheduler: Any, step: int) -> None:

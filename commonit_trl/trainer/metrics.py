@@ -7,12 +7,13 @@
 |---|---|
 | `loss_<group>` | mean loss of the group's trained tokens, on all ranks and over accumulation |
 | `grad_norm_<group>` | mean gradient norm, before clipping, of the steps that hold this group alone |
-| `commonit_group` | id of the last step's group (see `groups.json`); -1 for a step of several groups |
+| `commonit_group` | id of the last step's group (see `groups.json`); -1 for a mixed step or one of several groups |
 | `commonit_tokens` | tokens of the data, on all ranks |
 | `commonit_padding` | share of the computed tokens that are padding |
 
-Where the loss is no mean over tokens (classifiers, preferences), `loss_<group>` is the mean over the group's samples of
-the trainer's own loss of their micro-batch. Tokens are logged where the batches have them.
+Micro-batches of mixed steps count as a group `(mixed)`. Where the loss is no mean over tokens (classifiers,
+preferences), `loss_<group>` is the mean over the group's samples of the trainer's own loss of their micro-batch. Tokens
+are logged where the batches have them.
 
 Cost: four sums over each micro-batch's tokens, and one reduction of 2 x groups + 2 numbers per log.
 """
@@ -26,6 +27,7 @@ import torch
 from transformers.trainer_pt_utils import find_batch_size
 
 IGNORED_LABEL = -100
+MIXED_NAME = "(mixed)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class GroupMetrics:
     """Collects metrics of the groups `names` since the last log."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
+        self.names = [*names, MIXED_NAME]  # which the group id -1 takes
         self.clear()
 
     def clear(self) -> None:
@@ -88,7 +90,7 @@ class GroupMetrics:
     def add_micro_batch(
         self, group: int, loss: torch.Tensor, weight: torch.Tensor, tokens: TokenCounts | None = None
     ) -> None:
-        """Add a micro-batch of `group`.
+        """Add a micro-batch of `group`, -1 for several.
 
         Args:
             loss: sum of the losses of `weight` trained tokens or samples.
@@ -116,8 +118,8 @@ class GroupMetrics:
             groups, losses, weights = zip(*self._micro_batches, strict=True)
             values = zip(groups, torch.stack(losses).tolist(), torch.stack(weights).tolist(), strict=True)
             for group, loss, weight in values:
-                sums[group] += loss
-                sums[count + group] += weight
+                sums[group % count] += loss
+                sums[count + group % count] += weight
         if self._tokens:
             sums[-2] = sum(torch.stack([counts.data for counts in self._tokens]).tolist())
             sums[-1] = sum(counts.computed for counts in self._tokens)

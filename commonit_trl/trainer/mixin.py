@@ -23,6 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from commonit_trl.grouping import Grouper, build_grouper
 from commonit_trl.grouping.fit import Grouping
+from commonit_trl.grouping.task import with_task_file
 from commonit_trl.plan import EpochPlan
 from commonit_trl.plan.sampler import CommonITBatchSampler, CommonITDataLoader
 from commonit_trl.rows import Rows
@@ -64,7 +65,7 @@ class CommonITMixin(_Mixed):
     commonit_logger = logger  # a framework that hides other packages' messages sets its own
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = {**inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments, **kwargs}
+        given = {**inspect.signature(super().__init__).bind_partial(*args).arguments, **kwargs}
         options: Any = given.get("args")
         dataset: Any = given.get("train_dataset")
         validate.check_options(options)
@@ -72,6 +73,10 @@ class CommonITMixin(_Mixed):
             # Before the first collective that only some metrics have: a rank without CommonIT takes part in none.
             validate.compare_ranks({"commonit_metric": options.commonit_metric})
         if options.commonit_on and dataset is not None:
+            if options.commonit_task_file is not None:
+                validate.check_dataset(dataset)
+                dataset = with_task_file(dataset, options.commonit_task_file)
+                args, kwargs = (), {**given, "train_dataset": dataset}
             self.commonit_check(options, dataset)
             self._commonit_raw_dataset = dataset
         super().__init__(*args, **kwargs)

@@ -171,13 +171,17 @@ def start_run(trainer: Any) -> None:
     grouping, row_groups = trainer.commonit_group()
     world_size, rank = validate.data_parallel_rank(trainer)
     summed = trainer.commonit_loss_is_summed()
+    tokens = row_costs(trainer.train_dataset, trainer.data_collator)
     run = trainer.commonit = Run(
         grouping=grouping,
         spec=PlanSpec.from_options(
             args,
             grouping.names,
             row_groups,
-            lengths=_balanced_lengths(trainer, summed),
+            positions=grouping.grouper.positions(),
+            row_counts=np.bincount(grouping.group_ids, minlength=len(grouping.names)),
+            tokens=tokens,
+            lengths=tokens if _is_balanced(trainer, summed, tokens) else None,
             micro_batch_size=trainer._train_batch_size,
             world_size=world_size,
             accumulation_steps=args.gradient_accumulation_steps,
@@ -210,10 +214,10 @@ def group_rows(trainer: Any) -> tuple[Grouping, NDArray[np.integer[Any]]]:
     return grouping, grouping.group_ids
 
 
-def _balanced_lengths(trainer: Any, summed_over_tokens: bool) -> NDArray[np.int64] | None:
-    """The (rows,) tokens by which to balance steps; None for micro-batches of equal size."""
+def _is_balanced(trainer: Any, summed_over_tokens: bool, tokens: NDArray[np.int64] | None) -> bool:
+    """Whether steps are balanced by the tokens of rows, rather than of micro-batches of equal size."""
     if not trainer.args.commonit_balance_lengths:
-        return None
+        return False
     if not summed_over_tokens or has_auxiliary_loss(trainer):
         trainer.commonit_logger.warning(
             "commonit_balance_lengths=True: the loss of %s is not a sum over the step's tokens, so micro-batches of "
@@ -221,11 +225,10 @@ def _balanced_lengths(trainer: Any, summed_over_tokens: bool) -> NDArray[np.int6
             "silence this.",
             type(trainer.model).__name__,
         )
-        return None
-    lengths = row_costs(trainer.train_dataset, trainer.data_collator)
-    if lengths is None:
+        return False
+    if tokens is None:
         logger.info("commonit_balance_lengths: the rows are not tokenised, so micro-batches keep equal sizes.")
-    return lengths
+    return tokens is not None
 
 
 def row_costs(dataset: Dataset, data_collator: Any) -> NDArray[np.int64] | None:

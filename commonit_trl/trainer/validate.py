@@ -14,7 +14,7 @@ from accelerate.utils import gather
 from datasets import Dataset
 from transformers import Trainer
 
-from commonit_trl.config import CommonITArguments
+from commonit_trl.config import CommonITArguments, parts_of
 
 
 def check_options(args: Any) -> None:
@@ -40,10 +40,10 @@ def check_dataset(dataset: Any) -> None:
 def check_images(options: CommonITArguments, dataset: Dataset) -> None:
     """Refuse metric `length` for rows with images, which TRL's collator tokenises during training."""
     images = [column for column in ("image", "images") if column in dataset.column_names]
-    if images and options.commonit_metric == "length":
+    if images and "length" in parts_of(options.commonit_metric):
         raise ValueError(
-            f"commonit_metric='length': rows with a column {images[0]!r} have no token count before training, because "
-            "the collator tokenises them. Use commonit_metric='task' or 'embedding'."
+            f"commonit_metric={options.commonit_metric!r}: rows with a column {images[0]!r} have no token count before "
+            "training, because the collator tokenises them. Use commonit_metric='task' or 'embedding'."
         )
 
 
