@@ -28,17 +28,13 @@ class ColumnGrouper(Grouper):
     """
 
     metric = "column"
+    edges: NDArray[Any] = np.empty(0, dtype=np.int64)
+    """(bins - 1,) values at which the next bin starts."""
+    lowest = 0.0
+    has_missing = False
 
-    def __init__(
-        self, *, column: str, num_groups: int = DEFAULT_NUM_GROUPS["column"], min_size: int = 1, **options: Any
-    ) -> None:
-        super().__init__(column=column, num_groups=num_groups, min_size=min_size, **options)
-        self._clear()
-
-    def _clear(self) -> None:
-        self.edges: NDArray[Any] = np.empty(0)
-        self.lowest = 0.0
-        self.has_missing = False
+    def __init__(self, *, column: str, num_groups: int = DEFAULT_NUM_GROUPS["column"], min_size: int = 1) -> None:
+        super().__init__(column=column, num_groups=num_groups, min_size=min_size)
 
     def read(self, rows: Rows) -> NDArray[Any]:
         return rows.numbers(self.options["column"])

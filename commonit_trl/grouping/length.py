@@ -36,7 +36,6 @@ class LengthGrouper(ColumnGrouper):
         min_size: int = 1,
     ) -> None:
         Grouper.__init__(self, of=of, num_groups=num_groups, edges=edges, min_size=min_size)
-        self._clear()
 
     def read(self, rows: Rows) -> NDArray[np.int64]:
         return rows.token_counts(self.options["of"])

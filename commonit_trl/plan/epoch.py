@@ -39,6 +39,8 @@ from commonit_trl.plan.compose import (
     take_rows,
 )
 
+_OF_PARTITIONS = ("partition_groups", "partition_starts", "partition_sizes")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSummary:
@@ -236,6 +238,26 @@ class EpochPlan:
         done = slice(steps * self.accumulation_steps * self.world_size // self.micro_batches_per_partition, None)
         return int(self.partition_sizes[done][self.partition_groups[done] != MIXED].sum())
 
+    def heaviest_first(self, tokens: NDArray[Any]) -> "EpochPlan":
+        """Return the plan with the step of the costliest micro-batch in front.
+
+        Args:
+            tokens: (samples,) tokens of each row; a micro-batch costs its longest row times its number of rows.
+        """
+        costs = []
+        for first, end in self._chunks():
+            rows, sizes = self._read(first, end)
+            counts = sizes.ravel()
+            costs.append(np.maximum.reduceat(tokens[rows], np.cumsum(counts) - counts) * counts)
+        size = self.world_size * self.accumulation_steps
+        by_step = np.concatenate(costs)
+        by_step = by_step[: len(by_step) // size * size].reshape(-1, size).max(axis=1)  # without a last, shorter step
+        partitions = size // self.micro_batches_per_partition
+        start = partitions * int(by_step.argmax()) if len(by_step) else 0
+        order = np.arange(len(self.partition_sizes))
+        order = np.concatenate([order[start : start + partitions], order[:start], order[start + partitions :]])
+        return replace(self, **{name: getattr(self, name)[order] for name in _OF_PARTITIONS})
+
     def summary(self) -> PlanSummary:
         """Count the samples that the epoch leaves out and repeats, by group and in total."""
         pure = self.partition_groups != MIXED
@@ -390,7 +412,7 @@ def plan_epoch(
         equal_sizes=equal_sizes,
         composition=composition,
     )
-    return plan if tokens is None else _heaviest_first(plan, tokens)
+    return plan if tokens is None else plan.heaviest_first(tokens)
 
 
 def plan_remaining(whole: EpochPlan, rows: ArrayLike, *, pure_samples: int, seed: int, epoch: int) -> EpochPlan:
@@ -444,28 +466,6 @@ def plan_remaining(whole: EpochPlan, rows: ArrayLike, *, pure_samples: int, seed
     return replace(
         whole, group_sizes=sizes, group_quotas=sizes, **{**vars(layout), **before, "rows": remaining[layout.rows]}
     )
-
-
-_OF_PARTITIONS = ("partition_groups", "partition_starts", "partition_sizes")
-
-
-def _heaviest_first(plan: EpochPlan, tokens: NDArray[Any]) -> EpochPlan:
-    """Move the step with the costliest micro-batch to the front; a last step with fewer micro-steps stays."""
-    costs = []
-    for first, end in plan._chunks():
-        rows, sizes = plan._read(first, end)
-        counts = sizes.ravel()
-        costs.append(np.maximum.reduceat(tokens[rows], np.cumsum(counts) - counts) * counts)
-    step = plan.world_size * plan.accumulation_steps
-    by_step = np.concatenate(costs)
-    complete = by_step[: len(by_step) // step * step]
-    heaviest = int(complete.reshape(-1, step).max(axis=1).argmax()) if len(complete) else 0
-    size = step // plan.micro_batches_per_partition
-    order = np.arange(len(plan.partition_sizes))
-    order = np.concatenate(
-        [order[heaviest * size :][:size], np.delete(order, slice(heaviest * size, (heaviest + 1) * size))]
-    )
-    return replace(plan, **{name: getattr(plan, name)[order] for name in _OF_PARTITIONS})
 
 
 def _check_arguments(
