@@ -22,6 +22,7 @@ NAMES = (
     "reading",
     "padding",
     "balance",
+    "compositions",
     "training",
     "overhead",
     "embedding",
