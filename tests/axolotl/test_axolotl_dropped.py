@@ -63,12 +63,7 @@ KEYS = {"sequence_len": 128, "min_sample_len": 50, "dataset_exact_deduplication"
 METRICS: dict[str, tuple[dict[str, Any], dict[tuple[str, str], int]]] = {
     "task": (
         {"commonit_task_column": "task"},
-        {
-            (LONG, "maths"): 2,
-            (LONG, "code"): 1,
-            (SHORT, "code"): 1,
-            (SHORT, "chat"): 1,
-        },
+        {(LONG, "maths"): 2, (LONG, "code"): 1, (SHORT, "code"): 1, (SHORT, "chat"): 1},
     ),
     "length": ({}, {(LONG, "a"): 2, (LONG, "b"): 1, (SHORT, "a"): 1, (SHORT, "b"): 1}),
 }

@@ -1,7 +1,6 @@
 """Checks of the Axolotl internals that the plugin depends on; a failure names the code to adapt."""
 
 import inspect
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from axolotl.integrations.base import PluginManager
 from axolotl.integrations.config import merge_training_args
 from axolotl.utils.collators import V2BatchSamplerDataCollatorForSeq2Seq
 from axolotl.utils.dict import DictDefault
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from helpers.axolotl_recipes import PLUGIN
 from helpers.toys import QUIET, id_rows, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
@@ -73,19 +72,6 @@ def test_axolotl_calls_replaced_functions_by_name() -> None:
     assert replaced == set(labels._REPLACED), "what labels.py replaces and what is checked here differ"
 
 
-def test_datasets_keep_description(tmp_path: Path) -> None:
-    """`axolotl_plugin.dropped` stores the counts there; they must survive saving, splits, shards and selections."""
-    rows = Dataset.from_dict({"input_ids": [[1]] * 8, "labels": [[1]] * 8})
-    rows = rows.filter(lambda row: True).map(lambda row: row)
-    rows.info.description = "counts"
-    rows.save_to_disk(tmp_path / "rows")
-    saved = load_from_disk(tmp_path / "rows")
-    split = saved.train_test_split(test_size=2, shuffle=False, train_new_fingerprint="a", test_new_fingerprint="b")
-    derived = [saved, saved.shard(2, 0), split["train"], split["test"], saved.select([3, 1]), saved.shuffle(seed=0)]
-    derived.append(saved.remove_columns("labels"))
-    assert [part.info.description for part in derived] == ["counts"] * len(derived)
-
-
 def test_data_preparation_helpers() -> None:
     rows = Dataset.from_dict({"input_ids": [[1]], "attention_mask": [[1]], "labels": [[1]]})
     assert wrappers._is_dataset_already_tokenized(rows)
@@ -111,18 +97,6 @@ def test_axolotl_ignores_plugin_import_errors(tmp_path: Path, monkeypatch: pytes
     assert not manager.plugins
     with pytest.raises(RuntimeError, match="cannot be imported"):
         manager.register("commonit_broken.Plugin")
-
-
-def test_broken_commonit_import_raises_runtime_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "axolotl_plugin"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "commonit_trl.config", None)  # its import raises ModuleNotFoundError
-    manager = PluginManager.get_instance()
-    with pytest.raises(
-        RuntimeError, match=r"^axolotl_plugin.CommonITPlugin cannot be imported \(ModuleNotFound"
-    ) as error:
-        manager.register(PLUGIN)
-    assert "pip install 'commonit-trl[axolotl]'" in str(error.value) and "\n" not in str(error.value)
 
 
 # --- training arguments -----------------------------------------------------------------------------------------------

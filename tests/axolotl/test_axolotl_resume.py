@@ -79,12 +79,6 @@ def test_resumed_run_has_same_final_weights(runs):
         assert difference == 0 if world_size == 1 else difference <= 1e-6, name
 
 
-def test_groups_are_saved_with_model_and_checkpoints(runs):
-    directory, _, per_epoch = runs
-    for folder in ("whole-out", f"whole-out/checkpoint-{2 * per_epoch}"):
-        assert sorted(file.name for file in (directory / folder / "commonit").iterdir()) >= ["groups.json", "run.json"]
-
-
 CHECKPOINTS = {
     "named": lambda checkpoint: {"resume_from_checkpoint": str(checkpoint)},
     "found": lambda checkpoint: {"auto_resume_from_checkpoints": True},
