@@ -85,20 +85,14 @@ RECIPES: dict[str, tuple[Any, str]] = {
     # name: (the file, or changed keys, parts of the line)
     "no such file": (None, "--axolotl bad.yml | name a recipe's YAML file"),
     "an empty file": (b"", "--axolotl bad.yml | write lines such as"),
-    "a list": (b"- a", "--axolotl bad.yml | write lines such as"),
     "bytes that are no text": (b"\xff\xfe\x00", "--axolotl bad.yml | not YAML"),
     "a Python object": (b"plugins: !!python/object/apply:pathlib.Path.touch [ran]", "--axolotl bad.yml | not YAML"),
     "no plugin": ({"plugins": ...}, NO_PLUGIN),
     "a plugin instead of a list": ({"plugins": PLUGIN}, NO_PLUGIN),
-    "a misspelt key": ({"commonit_matric": "task"}, "commonit_matric | did you mean commonit_metric?"),
     "no datasets": ({"datasets": []}, "--axolotl bad.yml | datasets | change it"),
     "a numeric path": ({"datasets": [{"path": 3}]}, "--axolotl bad.yml | path | change it"),
     "an empty data file": (data("empty.jsonl"), "--axolotl bad.yml | datasets | has rows"),
     "an incomplete data file": (data("broken.jsonl"), "--axolotl bad.yml | datasets | has rows"),
-    "an unknown column": (
-        {**TASK, "commonit_task_column": "kind"},
-        "rows.jsonl | commonit_task_column='kind' | Name one",
-    ),
     "labels that are lists": ({**TASK, **data("lists.jsonl")}, "lists.jsonl | list< | name a column"),
     "a column with an escape sequence": (
         {**TASK, **data("escapes.jsonl")},

@@ -5,7 +5,7 @@ without the plugin are unchanged.
 """
 
 import importlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 

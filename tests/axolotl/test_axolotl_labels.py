@@ -122,7 +122,6 @@ def rows_of(number: int, kind: str) -> dict[str, Any]:
         "segments": lambda: {"segments": [{"label": False, "text": mark}, {"label": True, "text": answer}]},
         "custom": lambda: {"question": mark, "reply": answer},
         "summary": lambda: {"article": mark, "summary": answer},
-        "quiz": lambda: {"question": mark, "category": topic_of(number), "answer": answer},
         "tokens": lambda: tokenized(f"{mark}{answer}", masked=len(mark)),
     }[kind]()
     return {**body, "topic": topic_of(number), "level": number % 2}
@@ -145,7 +144,6 @@ TYPES: dict[str, Any] = {
         "no_input_format": "Q: {instruction}\nA: ",
     },
     "summary": "summarizetldr",
-    "quiz": "jeopardy",
     "tokens": None,
 }
 
@@ -237,17 +235,8 @@ def test_entries_of_one_path_are_different_tasks(directory: Path) -> None:
         {"path": sharded, "preprocess_shards": 3, "type": "alpaca"},
         {"path": half, "shards": 2, "type": "alpaca"},
     ]
-    splits_path = str(directory / "splits")
-    labels = [
-        splits_path,
-        f"{splits_path} (2)",
-        "named/algebra",
-        "named/geometry",
-        twice,
-        "sharded",
-        "half",
-        *[None] * 7,
-    ]
+    split = str(directory / "splits")
+    labels = [split, f"{split} (2)", "named/algebra", "named/geometry", twice, "sharded", "half", *[None] * 7]
     rows, _ = assert_labelled(
         directory, entries, lambda number: f"{twice} (2)" if number >= 100 else str(labels[number // 10])
     )
@@ -271,7 +260,7 @@ def test_the_labels_of_one_entry_come_from_columns(directory: Path) -> None:
     assert label_columns(prepared) == ["commonit_task[topic+level]"]
 
 
-# --- shuffling, splits, shards, packing --------------------------------------------------------------------------------
+# --- shuffling, splits, shards, packing ------------------------------------------------------------------------------
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "in order": {"shuffle_merged_datasets": False, "excess_length_strategy": "truncate", "dataset_num_proc": 2},
