@@ -163,25 +163,20 @@ def test_the_type_of_a_label_does_not_change_the_fingerprint() -> None:
 def test_every_option_changes_the_fingerprint(tmp_path: Path) -> None:
     for other in ("a", "b"):
         (tmp_path / f"{other}.jsonl").write_text(json.dumps({"task": "t", "subject": "s", "text": other}))
-    reference = {"reference": str(tmp_path / "a.jsonl")}
-    variants = [
-        *(TaskGrouper(columns=columns) for columns in (["a"], ["b"], ["a", "b"])),
-        TaskGrouper(columns=["a"], min_size=2),
-        *(LengthGrouper(**options) for options in ({}, {"of": "total"}, {"num_groups": 3}, {"min_size": 2})),
-        LengthGrouper(edges=[3]),
-        *(EmbeddingGrouper(model=model) for model in ("org/x", "org/y")),
-        EmbeddingGrouper(model="org/x", text="both"),
-        EmbeddingGrouper(model="org/x", num_groups=3),
-        EmbeddingGrouper(model="org/x", dtype="float16"),
-        EmbeddingGrouper(model="org/x", seed=1),
-        EmbeddingGrouper(model="org/x", **reference),
-        EmbeddingGrouper(model="org/x", reference=str(tmp_path / "b.jsonl")),
-        EmbeddingGrouper(model="org/x", reference_task_column="subject", **reference),
+    options: list[tuple[type[Grouper], dict[str, Any]]] = [
+        *((TaskGrouper, {"columns": columns}) for columns in (["a"], ["b"], ["a", "b"])),
+        (TaskGrouper, {"columns": ["a"], "min_size": 2}),
+        *((LengthGrouper, changed) for changed in ({}, {"of": "total"}, {"num_groups": 3}, {"min_size": 2})),
+        (LengthGrouper, {"edges": [3]}),
+        (EmbeddingGrouper, {"model": "org/y"}),
     ]
+    embedding: list[dict[str, Any]] = [{}, {"text": "both"}, {"num_groups": 3}, {"dtype": "float16"}, {"seed": 1}]
+    embedding += [{"reference": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl")]
+    embedding.append({**embedding[-1], "reference_task_column": "subject"})
+    options += [(EmbeddingGrouper, {"model": "org/x", **changed}) for changed in embedding]
     dataset = Dataset.from_dict({"text": ["x"], "a": ["x"], "b": ["x"], "input_ids": [[1]]})
-    prints = [print_of(grouper, dataset) for grouper in variants]
-    assert len(set(prints)) == len(variants)
-    assert prints == [print_of(grouper, dataset) for grouper in variants]
+    first, again = ([print_of(kind(**given), dataset) for kind, given in options] for _ in range(2))
+    assert first == again and len(set(first)) == len(options)
 
 
 def test_the_fingerprint_depends_on_the_content_of_the_reference(tmp_path: Path) -> None:
@@ -195,21 +190,20 @@ def test_the_fingerprint_depends_on_the_content_of_the_reference(tmp_path: Path)
 
 
 def test_the_fingerprint_depends_on_the_files_of_a_local_model(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    config, weights = model / "1_Pooling" / "config.json", model / "model.safetensors"
-    config.parent.mkdir(parents=True)
+    config, weights = tmp_path / "1_Pooling" / "config.json", tmp_path / "model.safetensors"
+    config.parent.mkdir()
     config.write_text("{}")
     weights.write_bytes(b"0")
     changes: list[Callable[[], Any]] = [
         lambda: None,
         lambda: weights.write_bytes(b"12"),
         lambda: os.utime(config, (1, 1)),
-        lambda: weights.rename(model / "model.bin"),
+        lambda: weights.rename(tmp_path / "model.bin"),
     ]
-    prints = [print_of(EmbeddingGrouper(model=str(model)), X)]
+    prints = [print_of(EmbeddingGrouper(model=str(tmp_path)), X)]
     for change in changes:
         change()
-        prints.append(print_of(EmbeddingGrouper(model=str(model)), X))
+        prints.append(print_of(EmbeddingGrouper(model=str(tmp_path)), X))
     assert prints[0] == prints[1] and len(set(prints)) == 4
 
 
@@ -341,19 +335,16 @@ def test_centroids_must_match_the_names(tmp_path: Path) -> None:
     assert "centroids of shape (3, 2) do not make 1 groups" in refusal(tmp_path)
 
 
-def test_saved_groups_are_readable_text(tmp_path: Path) -> None:
+def test_saved_groups_are_readable_text_and_replace_others(tmp_path: Path) -> None:
+    directory = tmp_path / "missing" / "directory"
+    GROUPERS["embedding"]().fit(some_rows()).save(directory)
     rows = Rows(Dataset.from_dict({"task": ["übersetzen", "sum"]}))
-    TaskGrouper(columns=["task"]).fit(rows).save(tmp_path / "not" / "there yet", data="mine")
-    text = (tmp_path / "not" / "there yet" / "groups.json").read_text(encoding="utf-8")
+    grouper = TaskGrouper(columns=["task"]).fit(rows)
+    grouper.save(directory, data="mine")
+    (file,) = directory.iterdir()
+    text = file.read_text(encoding="utf-8")
     assert '\n  "names": [\n    "sum",\n    "übersetzen"\n  ],\n' in text and '\n  "data": "mine"' in text
-
-
-def test_saving_replaces_another_grouper(tmp_path: Path) -> None:
-    GROUPERS["embedding"]().fit(some_rows()).save(tmp_path)
-    grouper = LengthGrouper().fit(some_rows())
-    grouper.save(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["groups.json"]
-    assert load_grouper(tmp_path).description() == grouper.description()
+    assert load_grouper(directory).description() == grouper.description()
 
 
 # --- an unusable directory --------------------------------------------------------------------------------

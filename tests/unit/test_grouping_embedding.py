@@ -1,11 +1,5 @@
 """`EmbeddingGrouper`: groups by the nearest centroid, of reference tasks or of k-means.
 
-1. A row joins the group with the nearest centroid by cosine, as an independent computation confirms.
-2. The same rows, options and seed give the same groups; equal texts are encoded once.
-3. Groups under the minimum size dissolve into the nearest remaining group.
-4. An unusable model or reference is an error of one line that names the option.
-5. A saved grouper assigns like the fitted one, and holds no pickle.
-
 Tests of the encoder use the real MiniLM; the others use a static model whose words are the axes of the space.
 """
 
@@ -88,25 +82,14 @@ def by_group(grouper: EmbeddingGrouper, texts: list[str]) -> set[frozenset[str]]
 # --- the nearest centroid -----------------------------------------------------------------------------------
 
 REFERENCE = {
-    "astronomy": [
-        "How far away is the moon?",
-        "Which planet is the largest in the solar system?",
-        "What is a comet?",
-    ],
+    "astronomy": ["How far away is the moon?", "Which planet is the largest?", "What is a comet?"],
     "cooking": ["How long do I boil an egg?", "Which spices go into a curry?"],
-    "law": [
-        "What is a contract?",
-        "Who decides an appeal?",
-        "Explain the term negligence.",
-        "What does a judge do?",
-    ],
+    "law": ["What is a contract?", "Who decides an appeal?", "What does a judge do?"],
 }
 QUESTIONS = [
     "How hot is the surface of the sun?",
     "Give me a recipe for bread.",
     "Can a tenant end a lease early?",
-    "Describe the rings of Saturn.",
-    "What can I cook with rice and beans?",
     "Is a verbal agreement binding?",
     "Write a poem.",
 ]
@@ -137,32 +120,30 @@ def test_a_row_joins_the_nearest_reference_task(dtype: str, tolerance: float, mi
 
 
 @pytest.mark.parametrize(
-    "cuda, can, expected",
+    "device, can, expected",
     [
-        (None, {"avx512_bf16": True}, "bfloat16"),
-        (None, {"avx512_bf16": False, "amx_bf16": True}, "bfloat16"),
-        (None, {"avx512_bf16": False}, "float32"),
-        (True, {}, "bfloat16"),
-        (False, {"amx_bf16": True}, "float16"),
+        ("cpu", {"avx512_bf16": True}, "bfloat16"),
+        ("cpu", {"avx512_bf16": False, "amx_bf16": True}, "bfloat16"),
+        ("cpu", {"avx512_bf16": False}, "float32"),
+        ("cpu", None, "float32"),  # torch before 2.12
+        ("cuda", {"bf16": True}, "bfloat16"),
+        ("cuda", {"amx_bf16": True}, "float16"),
+        ("mps", {}, "float32"),
     ],
 )
 def test_auto_precision_depends_on_the_device(
-    cuda: bool | None, can: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+    device: str, can: dict[str, bool] | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda is not None)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cuda or including_emulation)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
-    assert best_dtype() == expected
-    assert EmbeddingGrouper(model="any").identity()["dtype"] == expected
+    monkeypatch.setattr("sentence_transformers.util.get_device_name", lambda: device)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: "bf16" in can or including_emulation
+    )
+    if can is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+    assert best_dtype() == EmbeddingGrouper(model="any").identity()["dtype"] == expected
     assert EmbeddingGrouper(model="any", dtype="float32").identity()["dtype"] == "float32"
-
-
-def test_auto_precision_of_old_torch_and_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # torch before 2.12
-    assert best_dtype() == "float32"
-    monkeypatch.setattr("sentence_transformers.util.get_device_name", lambda: "mps")
-    assert best_dtype() == "float32"
 
 
 def test_a_centroid_is_the_mean_of_normalised_embeddings(tmp_path: Path) -> None:
@@ -246,9 +227,7 @@ def test_k_means_fits_a_random_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sklearn.cluster.KMeans, "fit", record)
     rng = np.random.default_rng(0)
     blob = np.sort(rng.integers(0, 5, size=10_000))  # the first rows are all of one kind
-    features = np.eye(8)[blob] + rng.normal(scale=0.02, size=(10_000, 8))
-    features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
-    grouper = FromVectors(features, num_groups=5)
+    grouper = FromVectors(np.eye(8)[blob] + rng.normal(scale=0.02, size=(10_000, 8)), num_groups=5)
     pairs = set(zip(blob.tolist(), grouper.group_ids))
     assert len(pairs) == len({group for _, group in pairs}) == 5
     assert fitted == [1_536]  # three chunks of 512
@@ -471,19 +450,3 @@ def test_build_grouper_passes_the_options() -> None:
     assert built(**given) == default | expected | {"reference_task_column": "subject"}
     arguments = CommonITArguments(commonit_metric="embedding")
     assert build_grouper(arguments, ["text"], seed=3).options["seed"] == 3
-
-
-# --- the real data ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.real_data
-def test_questions_join_their_own_reference_task(minilm: str, real_data: Path, tmp_path: Path) -> None:
-    lines = (real_data / "mmlu_dev.jsonl").read_text().splitlines()[:30]  # 6 of the 57 tasks, for time
-    reference = tmp_path / "reference.jsonl"
-    reference.write_text("\n".join(lines))
-    rows = Rows(Dataset.from_list([json.loads(line) for line in lines]))
-    grouper = EmbeddingGrouper(model=minilm, reference=str(reference))
-    group_ids = grouper.fit(rows).assign(rows)
-    assert len(grouper.names) == 6
-    own = np.mean([grouper.names[group] == task for group, task in zip(group_ids, rows.labels(["task"]))])
-    assert own > 0.8  # by chance 1 of 6

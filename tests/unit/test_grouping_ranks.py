@@ -1,11 +1,4 @@
-"""`fit_assign_cached` in several processes: two real gloo ranks, or independent ones.
-
-1. The ranks encode each distinct text once, an equal share each, and end with the groups that one process finds.
-2. Every rank ends with rank 0's result, whatever the cache directories hold; no disk need be shared.
-3. An error on one rank is raised on every rank; a killed rank leaves no lock behind.
-4. Ranks with different rows or options stop.
-5. Independent processes that share a cache fit once; while ranks wait for the lock, they keep meeting in collectives.
-"""
+"""`fit_assign_cached` in several processes: two real gloo ranks, or independent processes that share a cache."""
 
 import json
 import logging
@@ -48,17 +41,10 @@ class RandomEncoder(EmbeddingGrouper):
 
 
 def rows_of(texts: int) -> Rows:
-    """Each text twice, with columns for the other metrics."""
+    """Return rows with each text twice, and columns for the other metrics."""
     numbers = [*range(texts)] * 2
-    return Rows(
-        Dataset.from_dict(
-            {
-                "text": [str(number) for number in numbers],
-                "task": [f"task {number % 3}" for number in numbers],
-                "input_ids": [[1] * (number % 7) for number in numbers],
-            }
-        )
-    )
+    columns = {"text": list(map(str, numbers)), "task": [f"task {number % 3}" for number in numbers]}
+    return Rows(Dataset.from_dict({**columns, "input_ids": [[1] * (number % 7) for number in numbers]}))
 
 
 def group(folder: Path, cache_dir: Path, texts: int = 18, **options: Any) -> dict[str, Any]:
@@ -159,24 +145,20 @@ def test_metrics_without_an_encoder_agree(tmp_path: Path) -> None:
 # --- one result ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("filled", "damaged"), [(0, False), (0, True), (1, False)])
-def test_rank_0_decides_whether_the_groups_are_cached(filled: int, damaged: bool, tmp_path: Path) -> None:
-    """Each rank has its own directory; one of the two is filled, and may be damaged."""
-    expected = group(tmp_path, tmp_path / f"cache {filled}")
-    if damaged:
-        file = entry_of(tmp_path / f"cache {filled}") / "assignment.safetensors"
+@pytest.mark.parametrize("kept", ["rank 0", "rank 0, damaged", "rank 1", "both, differing"])
+def test_rank_0_decides_whether_the_groups_are_cached(kept: str, tmp_path: Path) -> None:
+    """Each rank has its own cache directory; `kept` says which hold an entry."""
+    number = int("1" in kept)
+    expected = group(tmp_path, tmp_path / f"cache {number}")
+    entry = entry_of(tmp_path / f"cache {number}")
+    if "damaged" in kept:
+        file = entry / "assignment.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    elif "both" in kept:
+        group(tmp_path, tmp_path / "cache 1", seed=1, num_groups=2)
+        entry_of(tmp_path / "cache 1").rename(tmp_path / "cache 1" / entry.name)
     assert on_ranks(group_in_own_directory, tmp_path, {}) == [expected, expected]
-    share = len(encoded(tmp_path, "alone")) // 2
-    assert all((len(encoded(tmp_path, rank)) >= share) == (damaged or filled != 0) for rank in range(2))
-
-
-def test_different_cache_entries_give_one_result(tmp_path: Path) -> None:
-    expected = group(tmp_path, tmp_path / "cache 0")
-    name = entry_of(tmp_path / "cache 0").name
-    group(tmp_path, tmp_path / "cache 1", seed=1, num_groups=2)
-    entry_of(tmp_path / "cache 1").rename(tmp_path / "cache 1" / name)
-    assert on_ranks(group_in_own_directory, tmp_path, {}) == [expected, expected]
+    assert all(bool(encoded(tmp_path, rank)) == (kept in ("rank 0, damaged", "rank 1")) for rank in range(2))
 
 
 # --- errors -------------------------------------------------------------------------------------------------
