@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from helpers.axolotl_recipes import axolotl, launch, make_rows, recipe, result, seen, write_recipe, write_rows
+from helpers.axolotl_recipes import launch, make_rows, recipe, result, seen, write_recipe, write_rows
 
 ROWS = make_rows({"x": 31, "y": 17, "z": 9})
 LENGTH = 512
@@ -81,9 +81,3 @@ def test_output_contains_groups_and_report(directory):
 def test_max_steps_sets_warmup(directory):
     outcome = result(directory / "max-steps")
     assert (outcome["global_step"], outcome["max_steps"], outcome["warmup_steps"]) == (5, 5, 2)
-
-
-def test_evaluate_packed_recipe(directory):
-    done = axolotl("evaluate", directory / "packed-eval.yml", None, "--launcher", "python")
-    assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-2000:])
-    assert "eval_x_loss" in done.stdout + done.stderr

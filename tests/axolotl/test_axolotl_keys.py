@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
-from axolotl.cli.config import load_cfg, prepare_plugins
+from axolotl.cli.config import prepare_plugins
 from axolotl.integrations.base import PluginManager
 from axolotl.integrations.config import merge_input_args, merge_training_args
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
-from helpers.axolotl_recipes import PLUGIN, make_rows, recipe, write_recipe, write_rows
+from helpers.axolotl_recipes import PLUGIN, make_rows, recipe, write_rows
 from transformers import TrainingArguments
 
 from axolotl_plugin.args import read_options
@@ -146,6 +146,21 @@ def test_a_conflict_is_an_error_with_a_fix(directory: Path, key: str) -> None:
     assert line.startswith(f"{key}: {value!r} does not go with commonit_metric: length: ") and fix in line
 
 
+BAD_KEYS = [
+    # tests/unit/test_config.py tests the rules; these are values and names as YAML reads them
+    ({"commonit_metric": None}, "commonit_metric is not set"),
+    ({"commonit_metric": True}, "commonit_metric=True"),
+    ({"commonit_metric": "none", "commonitpurity": 4}, "commonitpurity: did you mean commonit_purity?"),
+    ({"commonit-metric": "task"}, "commonit-metric: did you mean commonit_metric?"),
+    ({"commonit_weights": {"a": float("nan")}}, "commonit_weights: the weight nan of group 'a'"),
+]
+
+
+@pytest.mark.parametrize(("keys", "part"), BAD_KEYS)
+def test_a_wrong_key_is_an_error(directory: Path, keys: dict[str, Any], part: str) -> None:
+    assert part in refusal(directory, **keys)
+
+
 def test_replanning_needs_unpacked_rows(directory: Path) -> None:
     line = refusal(directory, commonit_resume="replan", sample_packing=True)
     assert line.startswith("commonit_resume: 'replan' does not go with sample_packing: true: ") and "exact" in line
@@ -219,11 +234,3 @@ def test_an_earlier_recipe_without_the_plugin_does_not_matter(directory: Path) -
     assert not issubclass(training_args.AxolotlTrainingArguments, CommonITArguments)
     validated(directory)
     assert issubclass(training_args.AxolotlTrainingArguments, CommonITArguments)
-
-
-def test_a_recipe_from_a_file_with_flags(directory: Path) -> None:
-    path = write_recipe(directory / "file.yml", written(directory, commonit_num_groups=4).to_dict())
-    cfg = load_cfg(str(path))
-    assert read_options(cfg) == CommonITArguments(commonit_metric="length", commonit_num_groups=4)
-    overridden = load_cfg(str(path), commonit_num_groups="5")  # as `accelerate launch -m axolotl.cli.train` does
-    assert overridden.commonit_num_groups == 5

@@ -295,20 +295,20 @@ def test_the_labels_stay_with_their_rows(directory: Path, variant: str) -> None:
     assert ("position_ids" in rows.column_names) == (variant == "packed")
 
 
-@pytest.mark.parametrize("processed", ["raw", "tokenized"])
+@pytest.mark.parametrize("tokenised", [False, True])
 def test_a_test_set_without_the_label_column_has_no_labels(
-    directory: Path, processed: str, axolotl_log: pytest.LogCaptureFixture
+    directory: Path, tokenised: bool, axolotl_log: pytest.LogCaptureFixture
 ) -> None:
-    """Training continues: only the losses by group of the evaluation need the labels."""
+    """Training continues: only the evaluation losses by group need the labels."""
     train = [{"path": write(directory, "labelled.jsonl", [rows_of(n, "alpaca") for n in range(12)]), "type": "alpaca"}]
-    if processed == "tokenized":
-        rows = [{"unlabelled": n, **tokenized(f"#{n}#aa", masked=4)} for n in range(20, 26)]
-        Dataset.from_list(rows).remove_columns("unlabelled").save_to_disk(directory / "unlabelled")
+    if tokenised:
         test = {"path": str(directory / "unlabelled"), "split": "train"}
+        rows = Dataset.from_list([tokenized(f"#{n}#aa", masked=4) for n in range(20, 26)])
+        rows.save_to_disk(test["path"])
     else:
-        rows = [{"instruction": f"#{n}#", "output": "a"} for n in range(20, 26)]
-        test = {"path": write(directory, "unlabelled.jsonl", rows), "type": "alpaca", "split": "train"}
-    keys = {"test_datasets": [test], "dataset_prepared_path": str(directory / f"unlabelled-{processed}-prepared")}
+        raw = [{"instruction": f"#{n}#", "output": "a"} for n in range(20, 26)]
+        test = {"path": write(directory, "unlabelled.jsonl", raw), "type": "alpaca", "split": "train"}
+    keys = {"test_datasets": [test], "dataset_prepared_path": str(directory / f"unlabelled-{tokenised}-prepared")}
     rows, evaluation = prepare(directory, train, commonit_task_column="topic", **keys)
     assert {label for _, label in labels_of(rows)} == {*TOPICS}
     assert sorted(labels_of(evaluation)) == [(number, "") for number in range(20, 26)]
@@ -410,12 +410,12 @@ def test_rows_from_the_hub_are_checked(directory: Path, prepared: Any) -> None:
     keys["hf_use_auth_token"] = True
     again, _ = prepare(directory, entries, commonit_task_column="topic", **keys)
     assert labels_of(again) == labels_of(labelled)
-    with pytest.raises(ValueError, match=r"with other task labels \(commonit_task\[topic\]\): make it again") as error:
+    with pytest.raises(ValueError, match=r"other task labels \(commonit_task\[topic\]\)") as error:
         prepare(directory, entries, commonit_task_column="level", **keys)
     assert str(hub) in str(error.value)
     cfg = load_cfg(str(directory / "recipe.yml"))
     cfg.is_preprocess = True
-    assert try_load_from_hub(cfg, folder, "train") is None, "the remedy would be refused too"
+    assert try_load_from_hub(cfg, folder, "train") is None, "the fix would fail too"
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

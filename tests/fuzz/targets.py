@@ -14,7 +14,6 @@ import random
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers import TrainerState
 
 from commonit_trl.cli import main as cli
 from commonit_trl.config import OPTIONS, CommonITArguments
-from commonit_trl.grouping import EmbeddingGrouper, LengthGrouper, TaskGrouper, cache, fit_assign_cached, load_grouper
+from commonit_trl.grouping import EmbeddingGrouper, LengthGrouper, TaskGrouper, fit_assign_cached, load_grouper
 from commonit_trl.rows import Rows
 from commonit_trl.sanitize import sanitize
 from commonit_trl.trainer.checkpoint import last_checkpoint, load_remaining, read_checkpoint
@@ -83,17 +82,16 @@ class Files:
         self.folder = folder
         self.sound = {name: (folder / name).read_bytes() for name in names}
 
-    def seeds(self, times: int = 1) -> list[bytes]:
-        names = [*self.sound] * times
-        return [bytes([number]) + self.sound[name] for number, name in enumerate(names)]
+    def seeds(self) -> list[bytes]:
+        return [bytes([number]) + sound for number, sound in enumerate(self.sound.values())]
 
-    def damage(self, content: bytes) -> tuple[str, int]:
-        """Write all files; return the name of the damaged one and the first byte divided by the number of files."""
-        turn, number = divmod(content[0] if content else 0, len(self.sound))
-        for place, (name, sound) in enumerate(self.sound.items()):
+    def damage(self, content: bytes) -> str:
+        """Write all files and return the name of the damaged one."""
+        damaged = [*self.sound][content[0] % len(self.sound) if content else 0]
+        for name, sound in self.sound.items():
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / name).write_bytes(content[1:] if place == number else sound)
-        return [*self.sound][number], turn
+            (self.folder / name).write_bytes(content[1:] if name == damaged else sound)
+        return damaged
 
 
 def saved_groups(folder: Path) -> Target:
@@ -105,7 +103,7 @@ def saved_groups(folder: Path) -> Target:
     files = Files(folder, [*names, "embedding/groups.safetensors"])
 
     def run(content: bytes) -> None:
-        name, _ = files.damage(content)
+        name = files.damage(content)
         with refusals():
             grouper = load_grouper((folder / name).parent)
             grouper.log_notices()
@@ -120,23 +118,17 @@ def saved_groups(folder: Path) -> Target:
 
 
 def cache_entry(folder: Path) -> Target:
-    """The first byte also selects whether the checksum of the damaged file is corrected."""
     _, expected = fit_assign_cached(embedding_grouper(), ROWS, folder)
     (entry,) = (path for path in folder.iterdir() if path.is_dir())
     files = Files(entry, sorted(file.name for file in entry.iterdir()))
 
     def run(content: bytes) -> None:
-        name, turn = files.damage(content)
-        correct = turn % 2 == 1 and name != "checksums.json"
-        if correct:
-            sums = {file: cache._checksum(entry / file) for file in files.sound if file != "checksums.json"}
-            (entry / "checksums.json").write_text(json.dumps(sums))
+        name = files.damage(content)
         _, group_ids = fit_assign_cached(embedding_grouper(), ROWS, folder)
         assert group_ids.shape == (len(ROWS),)
-        if not correct and name != "checksums.json":
-            assert group_ids.tolist() == expected.tolist()
+        assert name == "checksums.json" or group_ids.tolist() == expected.tolist()
 
-    return Target(files.seeds(times=2), run, slow=True)
+    return Target(files.seeds(), run, slow=True)
 
 
 def run_json(folder: Path) -> Target:
@@ -220,30 +212,9 @@ def _parse(argv: list[str]) -> None:
         os.environ.update(environment)
 
 
-def axolotl_recipe(folder: Path) -> Target:
-    """The `commonit_*` keys of an Axolotl recipe, and its file."""
-    from axolotl_plugin.args import read_options
-    from axolotl_plugin.recipe import _check_file
-
-    path = folder / "recipe.yml"
-
-    def run(content: bytes) -> None:
-        path.write_bytes(content)
-        with refusals(sanitize):
-            _check_file(str(path))
-            options = read_options(yaml.safe_load(content))
-            assert asdict(read_options(asdict(options))) == asdict(options)
-
-    seeds = [{"plugins": ["axolotl_plugin.CommonITPlugin"]} | values for values in OPTION_VALUES]
-    return Target([*_json_seeds(seeds), *(yaml.safe_dump(seed).encode() for seed in seeds[:2])], run)
-
-
 TARGETS: dict[str, Callable[[Path], Target]] = {
     target.__name__: target for target in (saved_groups, cache_entry, run_json, arguments, yaml_file)
 }
-with contextlib.suppress(PackageNotFoundError):
-    version("axolotl")
-    TARGETS["axolotl_recipe"] = axolotl_recipe
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

@@ -80,15 +80,6 @@ def test_lengths_beyond_32_bits(case):
         assert (small == large).all()
 
 
-def test_equal_lengths_keep_their_order():
-    """I4 on every machine: the sort is stable."""
-    lengths = np.repeat([9, 7, 5, 3], 100)[np.random.default_rng(0).permutation(400)]
-    order, sizes = balance(lengths, np.array([400]), 2, 2)
-    for batch in np.split(order, np.cumsum(sizes[0])[:-1]):
-        for length in np.unique(lengths[batch]):
-            assert (np.diff(batch[lengths[batch] == length]) > 0).all()
-
-
 def least_peak(lengths, blocks):
     """The least cost of the costliest micro-batch, by dynamic programming over the sorted lengths."""
     lengths = np.sort(np.maximum(lengths, 1))[::-1].tolist()

@@ -5,16 +5,13 @@ Each docstring names the failure, silent or late, that a change would cause; rea
 
 import inspect
 from collections import defaultdict
-from dataclasses import fields
 
-from accelerate import skip_first_batches
 from helpers.toys import id_rows, tiny_model, tiny_tokenizer
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from commonit_trl import CommonITBatchSampler, CommonITSFTConfig, CommonITSFTTrainer
-from commonit_trl.plan.sampler import CommonITDataLoader
 
 ROWS = id_rows([5, 4])
 QUIET = {"use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
@@ -39,25 +36,6 @@ def make_ours(directory, **options):
 
 def parameters(function):
     return list(inspect.signature(function).parameters)
-
-
-def test_prepare_dataset_is_where_trl_prepares_and_packs(tmp_path):
-    """`CommonITSFTTrainer` overrides `SFTTrainer._prepare_dataset` to group rows before packing.
-
-    A changed signature fails at construction. If TRL passed another object than `train_dataset`, called it before
-    setting `_tokenizer` and `chat_template`, or not at all, packs would be grouped instead of rows.
-    """
-    expected = ["self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"]
-    assert parameters(SFTTrainer._prepare_dataset) == expected
-    calls = []
-
-    class Watched(SFTTrainer):
-        def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-            calls.append((dataset is ROWS, packing, dataset_name, self._tokenizer is not None, self.chat_template))
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-
-    make(tmp_path, Watched, packing=True, max_length=64)
-    assert calls == [(True, True, "train", True, None), (True, True, "eval", True, None)]
 
 
 def test_eval_metrics_gather_in_metrics(tmp_path):
@@ -92,39 +70,6 @@ def test_train_batch_size_is_the_current_one(tmp_path):
     assert trainer._train_batch_size == 3
     trainer._update_auto_batch_size(1)
     assert trainer._train_batch_size == 1 and trainer.args.per_device_train_batch_size == 3
-
-
-def test_trainer_passes_our_dataloader_to_on_epoch_begin(tmp_path):
-    """`_EpochStart` sets the sampler's epoch through the `train_dataloader` of `on_epoch_begin`.
-
-    Otherwise a resumed run and every later epoch would repeat the order of epoch 0.
-    """
-    loaders, epochs = [], []
-
-    class Watch(TrainerCallback):
-        def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-            loaders.append(train_dataloader)
-
-        def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs):
-            epochs.append(train_dataloader.commonit_sampler.epoch)
-
-    make_ours(tmp_path, callbacks=[Watch()], num_train_epochs=2).train()
-    assert [type(loader) for loader in loaders] == [CommonITDataLoader] * 2
-    assert sorted(epochs) == epochs and set(epochs) == {0, 1}
-
-
-def test_skip_first_batches_keeps_our_sampler(tmp_path):
-    """Resuming within an epoch wraps our sampler, which must yield the remaining micro-batches of the epoch set before.
-
-    The wrapped loader has no `set_epoch`, so `_EpochStart` sets it on the sampler.
-    """
-    loader = make_ours(tmp_path).get_train_dataloader()
-    loader.set_epoch(3)
-    skipped = skip_first_batches(loader, 2)
-    assert skipped.batch_sampler.batch_sampler is loader.commonit_sampler
-    assert list(skipped.batch_sampler) == list(loader.commonit_sampler)[2:]
-    assert skipped.collate_fn is loader.collate_fn and skipped.worker_init_fn is loader.worker_init_fn
-    assert skipped.generator is loader.generator
 
 
 def test_dataloader_options_are_known():
@@ -181,13 +126,6 @@ def test_methods_that_the_mixin_overrides():
         (Trainer._init_training_state, ["max_steps", "num_update_steps_per_epoch"]),
     ):
         assert parameters(method)[: 1 + len(expected)] == ["self", *expected]
-
-
-def test_unsupported_settings_exist():
-    """The trainer rejects these settings by name; a renamed one would be accepted."""
-    names = {"accelerator_config", "auto_find_batch_size", "average_tokens_across_devices", "dataloader_drop_last"}
-    names |= {"ignore_data_skip", "train_sampling_strategy"}
-    assert names <= {option.name for option in fields(TrainingArguments)}
 
 
 def test_trainer_attributes_select_the_loss_normalisation(tmp_path):
