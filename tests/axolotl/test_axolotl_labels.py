@@ -111,17 +111,13 @@ def topic_of(number: int) -> str:
 
 
 def rows_of(number: int, kind: str) -> dict[str, Any]:
-    """Return the raw row of this number for the dataset type `kind`."""
+    """Return the raw row of this number for the dataset type `kind`; test_axolotl_platform.py covers other types."""
     mark, answer = f"#{number}#", "a" * (1 + number % 7)
+    turn = [{"role": "user", "content": mark}, {"role": "assistant", "content": answer}]
     body = {
         "alpaca": lambda: {"instruction": mark, "input": "", "output": answer},
-        "chat": lambda: {
-            "messages": [{"role": "user", "content": mark}, {"role": "assistant", "content": answer}] * (1 + number % 2)
-        },
+        "chat": lambda: {"messages": turn * (1 + number % 2)},
         "text": lambda: {"text": mark * (60 * (number % 4) + 1)},  # up to 4 rows of 256 tokens
-        "segments": lambda: {"segments": [{"label": False, "text": mark}, {"label": True, "text": answer}]},
-        "custom": lambda: {"question": mark, "reply": answer},
-        "summary": lambda: {"article": mark, "summary": answer},
         "tokens": lambda: tokenized(f"{mark}{answer}", masked=len(mark)),
     }[kind]()
     return {**body, "topic": topic_of(number), "level": number % 2}
@@ -136,14 +132,6 @@ TYPES: dict[str, Any] = {
     "alpaca": "alpaca",
     "chat": "chat_template",
     "text": "completion",
-    "segments": "input_output",
-    "custom": {
-        "field_instruction": "question",
-        "field_output": "reply",
-        "format": "Q: {instruction}\nA: ",
-        "no_input_format": "Q: {instruction}\nA: ",
-    },
-    "summary": "summarizetldr",
     "tokens": None,
 }
 

@@ -126,12 +126,9 @@ def test_check_weights_accepts_numeric_groups() -> None:
     ],
 )
 def test_an_unknown_name_is_an_error_with_the_nearest(wrong: str, right: str) -> None:
+    check_option_names(["learning_rate", "commit", *OPTIONS])
     message = error_of(commonit_metric="none", **{wrong: 1})
     assert wrong in message and f"did you mean {right}?" in message
-
-
-def test_names_without_the_prefix_are_ignored() -> None:
-    check_option_names(["learning_rate", "commit", *OPTIONS])
 
 
 READ_BY = {

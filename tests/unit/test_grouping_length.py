@@ -89,14 +89,6 @@ def test_no_edge_could_be_nearer_to_its_quantile(lengths: list[int], asked: int)
             )
 
 
-def test_quantile_bins_are_even() -> None:
-    lengths = np.random.default_rng(0).gamma(2.0, 150.0, size=20_000).astype(np.int64)
-    for asked in (2, 8, 20):
-        sizes = [len(members) for members in bins_of(fitted(lengths, num_groups=asked), lengths)]
-        assert len(sizes) == asked
-        assert max(sizes) - min(sizes) < 2 * np.bincount(lengths).max()
-
-
 def test_fewer_bins_than_requested_is_a_warning(caplog: Any) -> None:
     for number in (8, 3):
         caplog.clear()
