@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from commonit_trl.plan import plan_epoch, plan_remaining
+from commonit_trl.plan import PlanSpec, plan_epoch, plan_remaining
 
 
 @st.composite
@@ -140,3 +140,10 @@ def test_i3_ranks_plan_the_same_remaining_epoch():
         for seed, epoch in [(1, 2), (1, 2), (2, 2), (1, 3)]
     )
     assert first == again and len({first, other_seed, other_epoch}) == 3
+
+
+def test_an_epoch_without_trained_or_remaining_samples_is_planned_whole():
+    started, then = (PlanSpec(group_ids=np.arange(40) % 3, micro_batch_size=size) for size in (2, 4))
+    steps = started.plan(0).num_steps
+    assert started.remaining(0, 0, then) is started.remaining(0, steps, then) is then
+    assert started.remaining(0, 1, then).resumed_epoch == 0

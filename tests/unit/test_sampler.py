@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from accelerate.data_loader import SkipBatchSampler
 
 from commonit_trl import CommonITBatchSampler
@@ -87,6 +88,22 @@ def test_loader(options):
     for epoch in (0, 1):
         loader.set_epoch(epoch)
         assert list(loader) == list(plan_of(epoch, world_size=1, accumulation_steps=3).batches(0))
+
+
+def worker_seed(batch):
+    return torch.initial_seed()
+
+
+def test_worker_seeds_depend_on_the_epoch_alone():
+    """I4: a resumed run has the seeds of an uninterrupted one, whatever its process drew before."""
+    seeds = []
+    for epochs in ((0, 1), (1,)):
+        (sampler,) = samplers(1, 3)
+        loader = CommonITDataLoader(range(len(GROUP_IDS)), sampler, collate_fn=worker_seed, num_workers=1)
+        for epoch in epochs:
+            loader.set_epoch(epoch)
+            seeds.append(set(loader))
+    assert seeds[0] != seeds[1] == seeds[2]
 
 
 def test_defaults_and_pickling():
