@@ -26,7 +26,7 @@ class Workspace:
         self.directory = directory
         rows = make_rows(TASKS)
         self.tasks = [row["task"] for row in rows]
-        self.rows = write_rows(directory / "rows.jsonl", [{**row, "level": n % 2} for n, row in enumerate(rows)])
+        self.rows = write_rows(directory / "rows.jsonl", rows)
 
     def recipe(self, name: str, **keys: Any) -> Path:
         keys = {"plugins": [PLUGIN, RECORDER], "num_epochs": 1, "val_set_size": 4, "eval_strategy": "epoch", **keys}
@@ -48,9 +48,6 @@ class Workspace:
         assert done.returncode != 0, output_of(done)[-3000:]
         assert not (self.directory / f"{name}.ids.rank0").exists(), "it trained"
         return done.stderr.strip().splitlines()[-1]
-
-    def groups_of_steps(self, name: str, groups: list[Any]) -> list[set[Any]]:
-        return [{groups[n] for rank in ranks for batch in rank for n in batch} for ranks in self.seen(name).values()]
 
     def seen(self, name: str) -> dict[int, list[list[list[int]]]]:
         return seen(self.directory / name)
@@ -95,38 +92,20 @@ def test_none_matches_axolotl_exactly(workspace: Workspace, plain: str) -> None:
     assert weights[0] == weights[1]
 
 
-def test_length_uses_data_prepared_without_commonit(workspace: Workspace, plain: str) -> None:
-    output = workspace.trained("length", commonit_metric="length", commonit_length_edges=[20])
-    assert "Tokenizing Prompts" not in output
-    lengths = [row.count("a") for row in re.findall(r'"output": "(a*)"', workspace.rows.read_text(encoding="utf-8"))]
-    assert all(len(groups) == 1 for groups in workspace.groups_of_steps("length", [n >= 20 for n in lengths]))
-
-
-def test_task_refuses_data_prepared_without_labels(workspace: Workspace, plain: str) -> None:
+def test_task_refuses_data_prepared_without_labels_until_prepared_again(workspace: Workspace, plain: str) -> None:
     line = workspace.refused("task", commonit_metric="task")
-    recipe = workspace.directory / "task.yml"
-    assert line.startswith("ValueError: commonit_metric='task' needs the task of each row"), line
-    assert "was made without task labels" in line
-    (remedy,) = re.findall("`(.*)`", line)
-    assert remedy == f"axolotl preprocess {recipe}"
-
-    command, path = shlex.split(remedy)[1:]
+    (fix,) = re.findall("`(.*)`", line)
+    command, path = shlex.split(fix)[1:]
     done = axolotl(command, Path(path))
     assert done.returncode == 0 and "Tokenizing Prompts" in output_of(done), output_of(done)[-3000:]
     output = workspace.trained("task", commonit_metric="task")
     assert "Tokenizing Prompts" not in output
-    assert all(len(groups) == 1 for groups in workspace.groups_of_steps("task", workspace.tasks))
+    for ranks in workspace.seen("task").values():
+        assert len({workspace.tasks[number] for rank in ranks for batch in rank for number in batch}) == 1
     on = [line for line in output.splitlines() if "CommonIT is on: " in line]
     assert len(on) == 1 and "commonit_metric=task (columns=['commonit_task[default]']" in on[0]
     losses = {name for entry in workspace.result("task")["log"] for name in entry if re.fullmatch("eval_.+_loss", name)}
     assert losses and losses <= {f"eval_{task}_loss" for task in TASKS}
-
-    line = workspace.refused("level", commonit_metric="task", commonit_task_column="level")
-    assert "needs the task of each row (commonit_task[level])" in line
-    assert line.partition("was made ")[2] == (
-        "with other task labels (commonit_task[default]): make it again with "
-        f"`axolotl preprocess {workspace.directory / 'level.yml'}`."
-    )
 
     for command in ("evaluate", "inference"):
         done = workspace.run(command, "task", "--launcher", "python", commonit_metric="task")

@@ -2,8 +2,7 @@
 
 1. Complete: prepared rows plus dropped rows are the raw rows, for every reason and metric.
 2. Named: each dropped row counts under its task label, or its entry of `datasets:` without labels.
-3. Kept: rows from Axolotl's cache have the counts of the preparation that created them; rows prepared without CommonIT
-   have none.
+3. Kept: rows from Axolotl's cache have the counts of their preparation; rows prepared without CommonIT have none.
 4. Unchanged: counting changes neither the prepared rows nor their order.
 """
 
@@ -63,12 +62,7 @@ KEYS = {"sequence_len": 128, "min_sample_len": 50, "dataset_exact_deduplication"
 METRICS: dict[str, tuple[dict[str, Any], dict[tuple[str, str], int]]] = {
     "task": (
         {"commonit_task_column": "task"},
-        {
-            (LONG, "maths"): 2,
-            (LONG, "code"): 1,
-            (SHORT, "code"): 1,
-            (SHORT, "chat"): 1,
-        },
+        {(LONG, "maths"): 2, (LONG, "code"): 1, (SHORT, "code"): 1, (SHORT, "chat"): 1},
     ),
     "length": ({}, {(LONG, "a"): 2, (LONG, "b"): 1, (SHORT, "a"): 1, (SHORT, "b"): 1}),
 }
@@ -129,28 +123,6 @@ def test_splits_keep_counts(directory: Path, entries: list[dict[str, Any]]) -> N
     part, evaluation = prepare(directory, entries, metric="length", dataset_prepared_path=place, val_set_size=4, **KEYS)
     assert len(part) + len(evaluation) == len(whole)
     assert dropped_rows(part) == dropped_rows(whole) is not None
-
-
-def test_count_is_unknown_after_preparing_without_commonit(
-    directory: Path, entries: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
-) -> None:
-    """`axolotl preprocess` overwrites the folder of the first preparation."""
-    from axolotl.cli.args import TrainerCliArgs
-    from axolotl.cli.config import load_cfg
-    from axolotl.common.datasets import load_datasets
-    from axolotl.integrations.base import PluginManager
-
-    place = str(directory / "prepared-again")
-    first, _ = prepare(directory, entries, metric="length", dataset_prepared_path=place, **KEYS)
-    assert dropped_rows(first) is not None
-    keys = recipe(directory, entries, plugins=None, dataset_prepared_path=place, **KEYS)
-    PluginManager.get_instance().plugins.clear()
-    cfg = load_cfg(str(write_recipe(directory / "again.yml", keys)))
-    cfg.is_preprocess = True
-    load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
-    again, _ = prepare(directory, entries, metric="length", dataset_prepared_path=place, **KEYS)
-    assert tokens(again) == tokens(first)
-    assert dropped_rows(again) is None
 
 
 # --- rows without a trained token, which Axolotl keeps unless it packs ------------------------------------------------

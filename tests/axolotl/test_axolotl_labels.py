@@ -1,7 +1,7 @@
-"""Task labels through Axolotl's own data preparation.
+"""Task labels through Axolotl's data preparation.
 
-Every prepared row has the label of the raw row that it was made of, which its mark (`#12#`) tells, and the rows are
-those that Axolotl prepares without the plugin, in their order.
+Every prepared row has the label of its raw row, whose number it contains as `#12#`, and the rows are those that Axolotl
+prepares without the plugin, in the same order.
 """
 
 import json
@@ -34,7 +34,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepare(
     directory: Path, entries: Entries, metric: str | None = "task", training: bool = True, **keys: Any
 ) -> tuple[Any, Any]:
-    """The training and the evaluation rows of `axolotl train`, or of `axolotl evaluate`, which asks no plugin first."""
+    """Return the training and evaluation rows of `axolotl train`; without `training`, those of `axolotl evaluate`."""
     keys = {"plugins": [PLUGIN] if metric else None, "commonit_metric": metric, **keys}
     path = write_recipe(directory / "recipe.yml", recipe(directory, entries, **keys))
     manager = PluginManager.get_instance()
@@ -52,9 +52,8 @@ def tokens(dataset: Dataset) -> list[tuple[list[int], ...]]:
 
 
 def number_of(row: list[int]) -> int:
-    numbers = {int(number) for number in MARK.findall(TOKENIZER.decode(row))}
-    assert len(numbers) == 1, f"a row is made of the raw rows {numbers}"
-    return numbers.pop()
+    (number,) = {int(number) for number in MARK.findall(TOKENIZER.decode(row))}
+    return number
 
 
 @pytest.fixture
@@ -79,22 +78,22 @@ def labels_of(dataset: Dataset) -> list[tuple[int, str]]:
 def assert_labelled(
     directory: Path, entries: Entries, label: Callable[[int], str], **keys: Any
 ) -> tuple[Dataset, Dataset | None]:
-    """Prepare with the labels and without the plugin, and compare; returns the rows with labels.
+    """Prepare with the labels and without the plugin, compare, and return the rows with labels.
 
-    Axolotl's cache does not tell all recipes apart: `place` and `plain_place` are for those that it takes for others.
+    `folder` and `plain_folder` separate recipes that Axolotl's cache does not distinguish.
     """
     ours = {name: keys.pop(name) for name in list(keys) if name.startswith("commonit")}
-    place = str(directory / keys.pop("place", "prepared"))
-    plain_place = str(directory / keys.pop("plain_place", "plain"))
-    plain = prepare(directory, entries, metric=None, dataset_prepared_path=plain_place, **keys)
-    labelled = prepare(directory, entries, dataset_prepared_path=place, **ours, **keys)
+    folder = str(directory / keys.pop("folder", "prepared"))
+    plain_folder = str(directory / keys.pop("plain_folder", "plain"))
+    plain = prepare(directory, entries, metric=None, dataset_prepared_path=plain_folder, **keys)
+    labelled = prepare(directory, entries, dataset_prepared_path=folder, **ours, **keys)
     for with_labels, without in zip(labelled, plain, strict=True):
         assert (with_labels is None) == (without is None)
         if with_labels is not None:
             assert len(with_labels)
             assert tokens(with_labels) == tokens(without)
-            for number, said in labels_of(with_labels):
-                assert said == label(number), number
+            for number, found in labels_of(with_labels):
+                assert found == label(number), number
     return labelled
 
 
@@ -112,22 +111,13 @@ def topic_of(number: int) -> str:
 
 
 def rows_of(number: int, kind: str) -> dict[str, Any]:
-    """The raw row of this number, as the dataset type `kind` wants it."""
+    """Return the raw row of this number for the dataset type `kind`; test_axolotl_platform.py covers other types."""
     mark, answer = f"#{number}#", "a" * (1 + number % 7)
+    turn = [{"role": "user", "content": mark}, {"role": "assistant", "content": answer}]
     body = {
         "alpaca": lambda: {"instruction": mark, "input": "", "output": answer},
-        "chat": lambda: {
-            "messages": [
-                {"role": "user", "content": mark},
-                {"role": "assistant", "content": answer},
-            ]
-            * (1 + number % 2)
-        },
+        "chat": lambda: {"messages": turn * (1 + number % 2)},
         "text": lambda: {"text": mark * (60 * (number % 4) + 1)},  # up to 4 rows of 256 tokens
-        "segments": lambda: {"segments": [{"label": False, "text": mark}, {"label": True, "text": answer}]},
-        "custom": lambda: {"question": mark, "reply": answer},
-        "summary": lambda: {"article": mark, "summary": answer},
-        "quiz": lambda: {"question": mark, "category": topic_of(number), "answer": answer},
         "tokens": lambda: tokenized(f"{mark}{answer}", masked=len(mark)),
     }[kind]()
     return {**body, "topic": topic_of(number), "level": number % 2}
@@ -142,15 +132,6 @@ TYPES: dict[str, Any] = {
     "alpaca": "alpaca",
     "chat": "chat_template",
     "text": "completion",
-    "segments": "input_output",
-    "custom": {
-        "field_instruction": "question",
-        "field_output": "reply",
-        "format": "Q: {instruction}\nA: ",
-        "no_input_format": "Q: {instruction}\nA: ",
-    },
-    "summary": "summarizetldr",
-    "quiz": "jeopardy",
     "tokens": None,
 }
 
@@ -176,14 +157,14 @@ def entries_of_all_types(directory: Path) -> Entries:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_type_carries_the_column(directory: Path, processes: int) -> None:
     entries = entries_of_all_types(directory)
-    keys = {"sequence_len": 256, "dataset_num_proc": processes, "place": f"{processes} processes"}
+    keys = {"sequence_len": 256, "dataset_num_proc": processes, "folder": f"{processes} processes"}
     rows, _ = assert_labelled(directory, entries, topic_of, commonit_task_column="topic", **keys)
     numbers = [number for number, _ in labels_of(rows)]
     expected = {number for place in range(len(TYPES)) for number in range(100 * place, 100 * place + 12)}
     assert set(numbers) == expected
     assert max(map(numbers.count, range(200, 212))) == 4, "long texts were not split"
     assert label_columns(rows) == ["commonit_task[topic]"]
-    assert "topic" not in rows.column_names, "of rows that were tokenised before; packing would take it for numbers"
+    assert "topic" not in rows.column_names, "packing reads all columns of tokenised rows as numbers"
 
 
 def test_every_type_is_a_task_by_its_entry(directory: Path) -> None:
@@ -193,20 +174,8 @@ def test_every_type_is_a_task_by_its_entry(directory: Path) -> None:
     assert label_columns(rows) == ["commonit_task[datasets]"]
 
 
-def test_columns_are_joined(directory: Path) -> None:
-    entry = {"path": write(directory, "joined.jsonl", [rows_of(n, "alpaca") for n in range(12)]), "type": "alpaca"}
-    rows, _ = assert_labelled(
-        directory,
-        [entry],
-        lambda number: f"{topic_of(number)} / {number % 2}",
-        commonit_task_column=["topic", "level"],
-        training=False,
-    )
-    assert label_columns(rows) == ["commonit_task[topic+level]"]
-
-
-def test_labels_of_every_kind(directory: Path) -> None:
-    """Text, none, numbers, truth values and class labels, as text; a row without one has an empty label."""
+def test_label_values_become_text(directory: Path) -> None:
+    """A row without a label has an empty one."""
     given: dict[str, list[Any]] = {
         "text": ["maths", None, "", "  ", " code "],
         "numbers": [3, 0, None, -1, 10],
@@ -229,8 +198,8 @@ def test_labels_of_every_kind(directory: Path) -> None:
 # --- entries as tasks -------------------------------------------------------------------------------------------------
 
 
-def test_entries_of_one_place_are_told_apart(directory: Path) -> None:
-    """By their splits, names and types; the shards in which an entry is prepared are one task."""
+def test_entries_of_one_path_are_different_tasks(directory: Path) -> None:
+    """They differ in split, name or type; the shards of an entry are one task."""
     halves = {"easy": range(0, 10), "hard": range(10, 20)}
     splits = {name: Dataset.from_list([rows_of(n, "alpaca") for n in numbers]) for name, numbers in halves.items()}
     DatasetDict(splits).save_to_disk(directory / "splits")
@@ -254,22 +223,32 @@ def test_entries_of_one_place_are_told_apart(directory: Path) -> None:
         {"path": sharded, "preprocess_shards": 3, "type": "alpaca"},
         {"path": half, "shards": 2, "type": "alpaca"},
     ]
-    place = str(directory / "splits")
-    labels = [place, f"{place} (2)", "named/algebra", "named/geometry", twice, "sharded", "half", *[None] * 7]
+    split = str(directory / "splits")
+    labels = [split, f"{split} (2)", "named/algebra", "named/geometry", twice, "sharded", "half", *[None] * 7]
     rows, _ = assert_labelled(
         directory, entries, lambda number: f"{twice} (2)" if number >= 100 else str(labels[number // 10])
     )
     assert len(rows) == 75
 
 
-def test_one_entry_is_read_by_its_first_default_column(directory: Path) -> None:
-    rows = [{**rows_of(n, "alpaca"), "category": topic_of(n), "source": "one place"} for n in range(12)]
+def test_the_labels_of_one_entry_come_from_columns(directory: Path) -> None:
+    """By default from the first of `DEFAULT_TASK_COLUMNS`; several columns are joined."""
+    rows = [{**rows_of(n, "alpaca"), "category": topic_of(n), "source": "one source"} for n in range(12)]
     entry = {"path": write(directory, "default.jsonl", rows), "type": "alpaca", "preprocess_shards": 2}
     prepared, _ = assert_labelled(directory, [entry], topic_of)
     assert label_columns(prepared) == ["commonit_task[default]"]
+    prepared, _ = assert_labelled(
+        directory,
+        [entry],
+        lambda number: f"{topic_of(number)} / {number % 2}",
+        commonit_task_column=["topic", "level"],
+        training=False,
+        folder="joined",
+    )
+    assert label_columns(prepared) == ["commonit_task[topic+level]"]
 
 
-# --- what Axolotl does to rows afterwards -----------------------------------------------------------------------------
+# --- shuffling, splits, shards, packing ------------------------------------------------------------------------------
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "in order": {"shuffle_merged_datasets": False, "excess_length_strategy": "truncate", "dataset_num_proc": 2},
@@ -293,7 +272,7 @@ def long_and_short(directory: Path) -> tuple[Entries, Callable[[int], str]]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_labels_stay_with_their_rows(directory: Path, variant: str) -> None:
     entries, label = long_and_short(directory)
-    keys = {"sequence_len": 256, **VARIANTS[variant], "place": variant, "plain_place": f"{variant}, plain"}
+    keys = {"sequence_len": 256, **VARIANTS[variant], "folder": variant, "plain_folder": f"{variant}, plain"}
     rows, evaluation = assert_labelled(directory, entries, label, **keys)
     numbers = [number for number, _ in labels_of(rows)]
     in_all = numbers + ([] if evaluation is None else [number for number, _ in labels_of(evaluation)])
@@ -304,27 +283,20 @@ def test_the_labels_stay_with_their_rows(directory: Path, variant: str) -> None:
     assert ("position_ids" in rows.column_names) == (variant == "packed")
 
 
-def test_an_evaluation_set_of_its_own_has_labels(directory: Path) -> None:
-    entries, label = long_and_short(directory)
-    tests = [{**entry, "split": "train"} for entry in entries]
-    _, evaluation = assert_labelled(directory, entries, label, test_datasets=tests)
-    assert len(evaluation) == 60
-
-
-@pytest.mark.parametrize("processed", ["raw", "tokenized"])
+@pytest.mark.parametrize("tokenised", [False, True])
 def test_a_test_set_without_the_label_column_has_no_labels(
-    directory: Path, processed: str, axolotl_log: pytest.LogCaptureFixture
+    directory: Path, tokenised: bool, axolotl_log: pytest.LogCaptureFixture
 ) -> None:
-    """Training continues: only the losses by group of the evaluation need the labels."""
+    """Training continues: only the evaluation losses by group need the labels."""
     train = [{"path": write(directory, "labelled.jsonl", [rows_of(n, "alpaca") for n in range(12)]), "type": "alpaca"}]
-    if processed == "tokenized":
-        rows = [{"unlabelled": n, **tokenized(f"#{n}#aa", masked=4)} for n in range(20, 26)]
-        Dataset.from_list(rows).remove_columns("unlabelled").save_to_disk(directory / "unlabelled")
+    if tokenised:
         test = {"path": str(directory / "unlabelled"), "split": "train"}
+        rows = Dataset.from_list([tokenized(f"#{n}#aa", masked=4) for n in range(20, 26)])
+        rows.save_to_disk(test["path"])
     else:
-        rows = [{"instruction": f"#{n}#", "output": "a"} for n in range(20, 26)]
-        test = {"path": write(directory, "unlabelled.jsonl", rows), "type": "alpaca", "split": "train"}
-    keys = {"test_datasets": [test], "dataset_prepared_path": str(directory / f"unlabelled-{processed}-prepared")}
+        raw = [{"instruction": f"#{n}#", "output": "a"} for n in range(20, 26)]
+        test = {"path": write(directory, "unlabelled.jsonl", raw), "type": "alpaca", "split": "train"}
+    keys = {"test_datasets": [test], "dataset_prepared_path": str(directory / f"unlabelled-{tokenised}-prepared")}
     rows, evaluation = prepare(directory, train, commonit_task_column="topic", **keys)
     assert {label for _, label in labels_of(rows)} == {*TOPICS}
     assert sorted(labels_of(evaluation)) == [(number, "") for number in range(20, 26)]
@@ -333,32 +305,30 @@ def test_a_test_set_without_the_label_column_has_no_labels(
     assert "\n" not in warning and "give the test set the label column" in warning
 
 
-def test_test_sets_named_unlike_the_training_sets_are_warned_of(
-    directory: Path, axolotl_log: pytest.LogCaptureFixture
-) -> None:
-    entries, _ = long_and_short(directory)
+def test_test_sets_with_other_names_cause_a_warning(directory: Path, axolotl_log: pytest.LogCaptureFixture) -> None:
+    entries, label = long_and_short(directory)
     tests = [{**entry, "split": "train"} for entry in entries]
-    prepare(directory, entries, test_datasets=tests, dataset_prepared_path=str(directory / "same-names"))
-    assert not warnings_of(axolotl_log, "test_datasets: ")
+    keys = {"test_datasets": tests, "folder": "same-names", "plain_folder": "same-names-plain"}
+    _, evaluation = assert_labelled(directory, entries, label, **keys)
+    assert len(evaluation) == 60 and not warnings_of(axolotl_log, "test_datasets: ")
     renamed = write(directory, "left-heldout.jsonl", [rows_of(number, "alpaca") for number in range(70, 76)])
     tests[0] = {**tests[0], "path": renamed}
     keys = {"test_datasets": tests, "dataset_prepared_path": str(directory / "other-names")}
     _, evaluation = prepare(directory, entries, **keys)
-    assert {said for _, said in labels_of(evaluation)} == {"left-heldout", "right"}
+    assert {name for _, name in labels_of(evaluation)} == {"left-heldout", "right"}
     (warning,) = warnings_of(axolotl_log, "test_datasets: ")
     assert "'left-heldout'" in warning and "('left', 'right')" in warning and "commonit_task_column" in warning
 
 
 @pytest.mark.parametrize("validation", [0, 6])
 def test_equal_rows_are_dropped_as_without_labels(directory: Path, validation: int) -> None:
-    """They may have different tasks, which Axolotl knows nothing of: the first stays, with its task."""
+    """Axolotl ignores tasks: the first of equal rows stays, with its task."""
     once = [rows_of(number, "alpaca") for number in range(12)]
     entries = [
         {"path": write(directory, f"equal-{name}.jsonl", rows), "type": "alpaca"}
         for name, rows in {"first": once[:8], "second": once[4:] + once[10:]}.items()
     ]
-    keys = {"dataset_exact_deduplication": True, "val_set_size": validation}
-    keys |= {"shuffle_merged_datasets": False}
+    keys = {"dataset_exact_deduplication": True, "val_set_size": validation, "shuffle_merged_datasets": False}
     rows, evaluation = assert_labelled(
         directory, entries, lambda number: "equal-first" if number < 8 else "equal-second", **keys
     )
@@ -371,11 +341,10 @@ def test_equal_rows_are_dropped_as_without_labels(directory: Path, validation: i
 
 @pytest.fixture
 def prepared(directory: Path, request: pytest.FixtureRequest) -> tuple[Entries, dict[str, Any]]:
-    """An entry, and a place for what is prepared from it."""
+    """Return an entry and the folder of its prepared rows."""
     rows = [rows_of(number, "alpaca") for number in range(12)]
-    place = directory / f"of-{request.node.name}"
     entry = {"path": write(directory, "prepared.jsonl", rows), "type": "alpaca"}
-    return [entry], {"dataset_prepared_path": str(place)}
+    return [entry], {"dataset_prepared_path": str(directory / f"of-{request.node.name}")}
 
 
 def folders(keys: dict[str, Any]) -> set[str]:
@@ -398,25 +367,23 @@ def test_rows_with_labels_are_kept_apart(directory: Path, prepared: Any) -> None
     assert folders(keys) == {folder, folder.removesuffix(CACHE_SUFFIX)}
 
 
-def test_rows_without_these_labels_are_refused(directory: Path, prepared: Any) -> None:
+def test_rows_prepared_with_other_labels_are_refused(directory: Path, prepared: Any) -> None:
     entries, keys = prepared
-    remedy = f"make it again with `axolotl preprocess {directory / 'recipe.yml'}`."
     prepare(directory, entries, metric=None, **keys)
     (plain,) = folders(keys)
-    with pytest.raises(ValueError) as error:
-        prepare(directory, entries, commonit_task_column="topic", **keys)
-    place = Path(keys["dataset_prepared_path"]) / plain
-    assert str(error.value) == (
-        "commonit_metric='task' needs the task of each row (commonit_task[topic]), and the prepared dataset in "
-        f"{place} was made without task labels: {remedy}"
-    )
+    labelled = {"dataset_prepared_path": f"{keys['dataset_prepared_path']}-labelled"}
+    prepare(directory, entries, commonit_task_column="topic", **labelled)
+    for column, where, was in (
+        ("topic", keys, "made without task labels"),
+        ("level", labelled, "made with other task labels (commonit_task[topic])"),
+    ):
+        with pytest.raises(ValueError) as error:
+            prepare(directory, entries, commonit_task_column=column, **where)
+        line = str(error.value)
+        assert line.startswith("commonit_metric='task' ") and f"commonit_task[{column}]" in line and was in line
+        assert where["dataset_prepared_path"] in line and "\n" not in line
+        assert line.endswith(f"`axolotl preprocess {directory / 'recipe.yml'}`.")
     assert folders(keys) == {plain}
-    elsewhere = {"dataset_prepared_path": f"{place}-labelled"}
-    prepare(directory, entries, commonit_task_column="topic", **elsewhere)
-    with pytest.raises(ValueError) as error:
-        prepare(directory, entries, commonit_task_column="level", **elsewhere)
-    assert "was made with other task labels (commonit_task[topic]): " + remedy in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_rows_from_the_hub_are_checked(directory: Path, prepared: Any) -> None:
@@ -427,40 +394,37 @@ def test_rows_from_the_hub_are_checked(directory: Path, prepared: Any) -> None:
     labelled.to_parquet(hub / "rows.parquet")
     config = {"configs": [{"config_name": folder, "data_files": "rows.parquet"}]}
     (hub / "README.md").write_text(f"---\n{json.dumps(config)}\n---\n", encoding="utf-8")
-    keys = {
-        "dataset_prepared_path": str(directory / "empty"),
-        "push_dataset_to_hub": str(hub),
-        "hf_use_auth_token": True,
-    }
+    keys = {"dataset_prepared_path": str(directory / "empty"), "push_dataset_to_hub": str(hub)}
+    keys["hf_use_auth_token"] = True
     again, _ = prepare(directory, entries, commonit_task_column="topic", **keys)
     assert labels_of(again) == labels_of(labelled)
-    with pytest.raises(ValueError, match=r"with other task labels \(commonit_task\[topic\]\): make it again") as error:
+    with pytest.raises(ValueError, match=r"other task labels \(commonit_task\[topic\]\)") as error:
         prepare(directory, entries, commonit_task_column="level", **keys)
     assert str(hub) in str(error.value)
     cfg = load_cfg(str(directory / "recipe.yml"))
     cfg.is_preprocess = True
-    assert try_load_from_hub(cfg, folder, "train") is None, "the remedy would be refused too"
+    assert try_load_from_hub(cfg, folder, "train") is None, "the fix would fail too"
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_column_that_an_entry_lacks_is_named(directory: Path) -> None:
+def test_a_missing_label_column_is_an_error_that_names_the_entry(directory: Path) -> None:
     rows = [rows_of(number, "alpaca") for number in range(4)]
     with_topic = write(directory, "with.jsonl", rows)
     without = write(directory, "without.jsonl", [{"topics": row.pop("topic"), **row} for row in rows])
     entries = [{"path": path, "type": "alpaca"} for path in (with_topic, without)]
     with pytest.raises(ValueError) as error:
         prepare(directory, entries, commonit_task_column="topic")
-    said = str(error.value)
-    assert said.startswith(f"datasets: path={without!r}: commonit_task_column='topic': not a column"), said
-    assert "topics" in said and "\n" not in said
+    line = str(error.value)
+    assert line.startswith(f"datasets: path={without!r}: commonit_task_column='topic': not a column"), line
+    assert "topics" in line and "\n" not in line
     with pytest.raises(ValueError, match=r"commonit_metric='task': .*task, task_name") as error:
         prepare(directory, entries[1:])
     assert str(error.value).startswith(f"datasets: path={without!r}: ")
 
 
-def test_a_type_that_makes_rows_of_its_own_needs_an_entry_for_each_task(directory: Path) -> None:
+def test_generated_rows_need_an_entry_for_each_task(directory: Path) -> None:
     made = {"path": "synthetic", "type": "_synthetic", "length": 6, "sequence_length": 16, "max_input_id": 200}
     with pytest.raises(ValueError, match="commonit_metric='task': "):
         prepare(directory, [made])

@@ -1,23 +1,17 @@
 """Checks of the Axolotl internals that the plugin depends on; a failure names the code to adapt."""
 
 import inspect
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import axolotl.utils.data.sft as sft
 import axolotl.utils.data.shared as shared
 import axolotl.utils.data.wrappers as wrappers
 import pytest
-from axolotl.core.builders import HFCausalTrainerBuilder
 from axolotl.core.trainers import AxolotlTrainer
 from axolotl.integrations.base import PluginManager
 from axolotl.integrations.config import merge_training_args
-from axolotl.utils.collators import V2BatchSamplerDataCollatorForSeq2Seq
-from axolotl.utils.dict import DictDefault
-from datasets import Dataset, load_from_disk
 from helpers.axolotl_recipes import PLUGIN
 from helpers.toys import QUIET, id_rows, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
@@ -71,76 +65,6 @@ def test_axolotl_calls_replaced_functions_by_name() -> None:
             assert caller.__globals__ is vars(module) and name in caller.__code__.co_names, message
             replaced.add((module, name))
     assert replaced == set(labels._REPLACED), "what labels.py replaces and what is checked here differ"
-
-
-def test_datasets_keep_description(tmp_path: Path) -> None:
-    """`axolotl_plugin.dropped` stores the counts there; they must survive saving, splits, shards and selections."""
-    rows = Dataset.from_dict({"input_ids": [[1]] * 8, "labels": [[1]] * 8})
-    rows = rows.filter(lambda row: True).map(lambda row: row)
-    rows.info.description = "counts"
-    rows.save_to_disk(tmp_path / "rows")
-    saved = load_from_disk(tmp_path / "rows")
-    split = saved.train_test_split(test_size=2, shuffle=False, train_new_fingerprint="a", test_new_fingerprint="b")
-    derived = [saved, saved.shard(2, 0), split["train"], split["test"], saved.select([3, 1]), saved.shuffle(seed=0)]
-    derived.append(saved.remove_columns("labels"))
-    assert [part.info.description for part in derived] == ["counts"] * len(derived)
-
-
-def test_data_preparation_helpers() -> None:
-    rows = Dataset.from_dict({"input_ids": [[1]], "attention_mask": [[1]], "labels": [[1]]})
-    assert wrappers._is_dataset_already_tokenized(rows)
-    assert not wrappers._is_dataset_already_tokenized(rows.remove_columns("attention_mask"))
-    entries = [DictDefault(path="a", preprocess_shards=2), DictDefault(path="b")]
-    expanded = list(shared.datasets_with_name_generator(entries))
-    assert [entry.path for entry in expanded] == ["a", "a", "b"]
-    assert set(expanded[0]) - set(entries[0]) == {"shards", "shards_idx"}, "the keys that labels._key leaves out"
-    path = shared.get_prepared_dataset_path(DictDefault(dataset_prepared_path="prepared"), "hash")
-    assert path == Path("prepared/hash")
-
-
-# --- plugins ----------------------------------------------------------------------------------------------------------
-
-
-def test_axolotl_ignores_plugin_import_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Therefore `axolotl_plugin/__init__.py` raises a RuntimeError instead of an ImportError."""
-    monkeypatch.syspath_prepend(tmp_path)
-    for name, error in {"commonit_lost": "ImportError", "commonit_broken": "RuntimeError"}.items():
-        (tmp_path / f"{name}.py").write_text(f"raise {error}('cannot be imported')", encoding="utf-8")
-    manager = PluginManager.get_instance()
-    manager.register("commonit_lost.Plugin")
-    assert not manager.plugins
-    with pytest.raises(RuntimeError, match="cannot be imported"):
-        manager.register("commonit_broken.Plugin")
-
-
-def test_broken_commonit_import_raises_runtime_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "axolotl_plugin"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "commonit_trl.config", None)  # its import raises ModuleNotFoundError
-    manager = PluginManager.get_instance()
-    with pytest.raises(
-        RuntimeError, match=r"^axolotl_plugin.CommonITPlugin cannot be imported \(ModuleNotFound"
-    ) as error:
-        manager.register(PLUGIN)
-    assert "pip install 'commonit-trl[axolotl]'" in str(error.value) and "\n" not in str(error.value)
-
-
-# --- training arguments -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("keys", "expected"),
-    [
-        ({"warmup_ratio": 0.1, "logging_steps": 3}, {"warmup_steps": 5, "logging_steps": 3}),
-        ({"warmup_steps": 7}, {"warmup_steps": 7, "logging_steps": 1}),
-        ({}, {"warmup_steps": 2, "logging_steps": 1}),
-    ],
-)
-def test_warmup_and_logging_steps_from_recipe(keys: dict[str, Any], expected: dict[str, int]) -> None:
-    """`plugin._steps_of_axolotl` calls the builder's method with an object that only has `cfg`."""
-    builder, arguments = SimpleNamespace(cfg=DictDefault(keys)), {}
-    assert HFCausalTrainerBuilder._configure_warmup_and_logging(builder, 50, arguments) is None
-    assert arguments == expected
 
 
 # --- the trainer ------------------------------------------------------------------------------------------------------
@@ -203,27 +127,3 @@ def test_bin_capacity_matches_axolotl(tmp_path: Path, real_batches: bool) -> Non
     assert ours.commonit_plan().micro_batch_size == sampler.batch_size == (4 if real_batches else 1)
     taken = inspect.signature(type(sampler)).parameters
     assert {"group_size", "bin_size", "sequential", "num_processes", "mp_start_method"} <= set(taken)
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_packed_rows_keep_every_column(tmp_path: Path, packing: bool) -> None:
-    """Labels are removed before training because collators of packed rows read every column as numbers."""
-    args = arguments(tmp_path, sample_packing=packing, max_seq_length=64, dataset_num_proc=1)
-    rows = id_rows([6, 6]).remove_columns("row")
-    collator = V2BatchSamplerDataCollatorForSeq2Seq(tiny_tokenizer())
-    given = {"train_dataset": rows, "processing_class": tiny_tokenizer(), "data_collator": collator}
-    loader = AxolotlTrainer(model=tiny_model(), args=args, **given).get_train_dataloader()
-    assert ("task" in loader.dataset.column_names) == packing
-    if packing:
-        with pytest.raises(ValueError, match="zero-dimensional arrays"):
-            collator([[loader.dataset[0], loader.dataset[1]]])
-
-
-def test_overridden_trainer_hooks_exist() -> None:
-    for name, expected in {
-        "_get_train_sampler": ["self", "train_dataset"],
-        "_get_dataloader": ["self", "dataset", "description", "batch_size", "sampler_fn", "is_training"],
-        "_create_multipack_sampler": ["self", "base_sampler", "dataset"],
-    }.items():
-        found = list(inspect.signature(getattr(AxolotlTrainer, name)).parameters)
-        assert found[: len(expected)] == expected, f"AxolotlTrainer.{name} takes {found} now"

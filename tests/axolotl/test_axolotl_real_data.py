@@ -13,8 +13,6 @@ from helpers.axolotl_recipes import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 ROWS = 150
-EFFICIENCY_MARGIN = 0.03
-SMALL_STEP = 32  # sequences of 2,048 tokens in a step: a fortieth of the data
 
 pytestmark = [pytest.mark.real_data, pytest.mark.slow]
 
@@ -37,20 +35,3 @@ def test_steps_are_pure_and_cover_every_row(name, found):
     assert ours["pure_steps"] == 1.0
     assert (ours["lost"], ours["repeated"]) == (0, 0)
     assert axolotls["pure_steps"] < 0.5
-
-
-def test_less_padding_without_packing(found):
-    unpacked = found["trained"]["unpacked"]
-    assert unpacked["ours"]["cost"] < unpacked["axolotl"]["cost"]
-
-
-def test_packing_by_task_is_nearly_as_efficient(found):
-    """For steps that are small relative to the data, or micro-batches that may hold fewer bins."""
-    losses = {
-        (row["micro_batch_size"], row["multipack_real_batches"], int(micro_batches)): row["axolotl"] - efficiency
-        for row in found["packed"]
-        for micro_batches, efficiency in row["ours"]["task"].items()
-    }
-    compared = {key: loss for key, loss in losses.items() if key[1] or key[0] * key[2] <= SMALL_STEP}
-    assert len(compared) == 12
-    assert max(compared.values()) < EFFICIENCY_MARGIN, compared

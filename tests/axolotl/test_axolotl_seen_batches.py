@@ -46,8 +46,7 @@ def question(task, rng):
 
 def make_rows():
     rng = random.Random(0)
-    tasks = [task for task, size in SIZES.items() for _ in range(size)]
-    lengths = [length for length, size in ANSWER_LENGTHS.items() for _ in range(size)]
+    tasks, lengths = ([name for name, size in of.items() for _ in range(size)] for of in (SIZES, ANSWER_LENGTHS))
     rng.shuffle(tasks)
     rng.shuffle(lengths)
     return [
@@ -62,11 +61,8 @@ def make_reference():
 
 
 ROWS = make_rows()
-GROUPS = {
-    "task": [row["task"] for row in ROWS],
-    "length": [len(row["output"]) for row in ROWS],
-    "embedding": [row["task"] for row in ROWS],
-}
+TASKS, LENGTHS = [row["task"] for row in ROWS], [len(row["output"]) for row in ROWS]
+GROUPS = {"task": TASKS, "length": LENGTHS, "embedding": TASKS}
 
 
 @dataclass(frozen=True)
@@ -106,28 +102,18 @@ def directory(tmp_path_factory, minilm) -> Path:
         },
     }
 
-    def write(name, metric, packing, **keys):
-        keys |= {**PACKINGS[packing], **metrics[metric], "commonit_metric": metric, "num_epochs": EPOCHS}
+    def run(name, case):
+        keys = {**PACKINGS[case.packing], **metrics[case.metric], "commonit_metric": case.metric}
         keys |= {"sequence_len": SEQUENCE_LEN, "micro_batch_size": BATCH_SIZE, "warmup_ratio": 0.1}
+        keys |= {"gradient_accumulation_steps": case.accumulation, "num_epochs": EPOCHS}
         keys |= {"output_dir": str(directory / f"{name}-out")}
-        return write_recipe(directory / f"{name}.yml", recipe(directory, data, **keys))
+        return {"name": name, "recipe": str(write_recipe(directory / f"{name}.yml", recipe(directory, data, **keys)))}
 
-    runs = [
-        (
-            case.world_size,
-            {
-                "name": case.name,
-                "recipe": str(
-                    write(case.name, case.metric, case.packing, gradient_accumulation_steps=case.accumulation)
-                ),
-            },
-        )
-        for case in CASES
-    ]
-    again = write("again", "task", "packed", gradient_accumulation_steps=3)
-    runs.append((2, {"name": "again", "recipe": str(again)}))
     for world_size in (1, 2):  # the run on one rank prepares the rows for two
-        launch([run for size, run in runs if size == world_size], directory, world_size)
+        runs = [run(case.name, case) for case in CASES if case.world_size == world_size]
+        if world_size == 2:
+            runs.append(run("again", Case("task", "packed", 3, 2)))
+        launch(runs, directory, world_size)
     return directory
 
 
@@ -151,15 +137,9 @@ def flat(step):
     return [number for rank in step for micro_batch in rank for number in micro_batch]
 
 
-def test_all_ranks_use_commonit_trainer(case, directory):
-    outcome = result(directory / case.name)
-    assert (outcome["trainer"], outcome["world_size"]) == ("CommonITAxolotlTrainer", case.world_size)
-
-
 def test_each_step_has_one_group(case, steps):
-    group_of = GROUPS[case.metric]
     for step in steps.values():
-        assert len({group_of[number] for number in flat(step)}) == 1
+        assert len({GROUPS[case.metric][number] for number in flat(step)}) == 1
 
 
 def test_each_row_is_seen_once_per_epoch(case, steps):
@@ -187,6 +167,7 @@ def test_run_length_matches_plans(case, steps, directory):
     sizes = Counter(GROUPS[case.metric]).values()
     capacity = BATCH_SIZE * case.world_size * case.accumulation
     unpacked = sum(-(-size // capacity) for size in sizes)
+    assert (outcome["trainer"], outcome["world_size"]) == ("CommonITAxolotlTrainer", case.world_size)
     assert len(steps) % EPOCHS == 0
     if case.packing == "plain":
         assert len(steps) == EPOCHS * unpacked
@@ -205,10 +186,8 @@ def test_epochs_differ(steps):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.packing != "plain"], ids=lambda case: case.name)
 def test_packed_micro_batches_fit_capacity(case, directory):
-    shapes = []
-    for rank in range(case.world_size):
-        lines = Path(f"{directory / case.name}.ids.rank{rank}").read_text(encoding="utf-8").splitlines()
-        shapes += [json.loads(line)["shape"] for line in lines]
+    paths = [Path(f"{directory / case.name}.ids.rank{rank}") for rank in range(case.world_size)]
+    shapes = [json.loads(line)["shape"] for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
     for rows, tokens in shapes:
         if case.packing == "packed":
             assert rows == 1 and tokens <= BATCH_SIZE * SEQUENCE_LEN

@@ -8,14 +8,23 @@ unchanged, by the commands in its header.
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import yaml
-from helpers.axolotl_recipes import ENVIRONMENT, PLUGIN, launch, result, save_model, seen, write_recipe, write_rows
+from helpers.axolotl_recipes import (
+    ENVIRONMENT,
+    PLUGIN,
+    launch,
+    process,
+    result,
+    save_model,
+    seen,
+    write_recipe,
+    write_rows,
+)
 from pydantic import AliasChoices, BaseModel
 
 from commonit_trl import load_grouper
@@ -108,29 +117,10 @@ def test_recipe_is_valid_without_unknown_keys(path, load):
 
 def test_unknown_keys_finds_nested_keys(load):
     _, schema = load(read(EXAMPLES / "smoke-cpu.yml"))
-    keys = {
-        "sequence_length": 1,
-        "sequence_len": 1,
-        "datasets": [{"path": "a"}, {"path": "b", "tpye": "c", "type": {"field_prompt": "d", "format": "e"}}],
-        "fsdp_config": {"version": 2, "wrap_policy": "f"},
-    }
-    assert unknown_keys(keys, schema) == [
-        "sequence_length",
-        "datasets.1.tpye",
-        "datasets.1.type.field_prompt",
-        "fsdp_config.wrap_policy",
-    ]
-
-
-def test_axolotl_ignores_commonit_keys_without_plugin(load):
-    keys = read(EXAMPLES / "length.yml")
-    del keys["plugins"]
-    assert "commonit_metric" not in load(keys)[0]
-
-
-def test_axolotl_continues_without_unknown_plugin(load, caplog):
-    cfg, _ = load(read(EXAMPLES / "length.yml") | {"plugins": ["axolotl_plugins.CommonITPlugin"]})
-    assert "Failed to load plugin" in caplog.text and "commonit_metric" not in cfg
+    keys = {"sequence_length": 1, "sequence_len": 1, "fsdp_config": {"version": 2, "wrap_policy": "f"}}
+    keys["datasets"] = [{"path": "b", "tpye": "c", "type": {"field_prompt": "d", "format": "e"}}]
+    nested = ["fsdp_config.wrap_policy", "datasets.0.tpye", "datasets.0.type.field_prompt"]
+    assert unknown_keys(keys, schema) == ["sequence_length", *nested]
 
 
 def test_readme_keys_enable_commonit(load):
@@ -209,14 +199,7 @@ def test_smoke_recipe_trains(tmp_path):
         words = shlex.split(line)
         settings = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
         program, *arguments = words[len(settings) :]
-        done = subprocess.run(
-            [programs[program], *arguments],
-            env=environment | settings,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = process([programs[program], *arguments], env=environment | settings, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
     output = re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr)
     for line in "".join(blocks("text")).splitlines():  # output quoted in the README
@@ -294,21 +277,15 @@ def trained(tmp_path_factory, minilm):
 def test_recipe_trains_pure_steps(name, trained):
     """I1: topics differ in source, file, response length and meaning, so a group of any metric has one topic."""
     folder, _ = trained
-    steps = seen(folder / name)
+    steps, outcome = seen(folder / name), result(folder / name)
     assert sorted(steps) == [0, 1]
     for ranks in steps.values():
         rows = [row for micro_batches in ranks for micro_batch in micro_batches for row in micro_batch]
         assert len(rows) > 4
         assert len({row // ROWS_PER_TOPIC for row in rows}) == 1
-    assert result(folder / name)["trainer"] == "CommonITAxolotlTrainer"
-
-
-def test_evaluation_logs_loss_by_task(trained):
-    folder, _ = trained
-    for name in TRAINED:
-        logged = {key for entry in result(folder / name)["log"] for key in entry if re.fullmatch("eval_.+_loss", key)}
-        evaluates = "val_set_size" in read(EXAMPLES / f"{name}.yml")
-        assert logged == ({f"eval_{topic}_loss" for topic in TOPICS} if evaluates else set())
+    logged = {key for entry in outcome["log"] for key in entry if re.fullmatch("eval_.+_loss", key)}
+    evaluates = "val_set_size" in read(EXAMPLES / f"{name}.yml")
+    assert logged == ({f"eval_{topic}_loss" for topic in TOPICS} if evaluates else set())
 
 
 def test_every_recipe_logs_commonit_is_on(trained):

@@ -12,9 +12,8 @@ import json
 import os
 import random
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers import TrainerState
 
 from commonit_trl.cli import main as cli
 from commonit_trl.config import OPTIONS, CommonITArguments
-from commonit_trl.grouping import EmbeddingGrouper, LengthGrouper, TaskGrouper, cache, fit_assign_cached, load_grouper
+from commonit_trl.grouping import EmbeddingGrouper, LengthGrouper, TaskGrouper, fit_assign_cached, load_grouper
 from commonit_trl.rows import Rows
 from commonit_trl.sanitize import sanitize
 from commonit_trl.trainer.checkpoint import last_checkpoint, load_remaining, read_checkpoint
@@ -76,60 +75,64 @@ def refusals(shown_as: Callable[[str], str] = str) -> Iterator[None]:
 # --- files that we write ----------------------------------------------------------------------------------------------
 
 
-def groups_json(folder: Path) -> Target:
-    seeds = []
+class Files:
+    """Sound files below a folder; the first byte of an input selects one of them, which the rest replaces."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.folder = folder
+        self.sound = {name: (folder / name).read_bytes() for name in names}
+
+    def seeds(self) -> list[bytes]:
+        return [bytes([number]) + sound for number, sound in enumerate(self.sound.values())]
+
+    def damage(self, content: bytes) -> str:
+        """Write all files and return the name of the damaged one."""
+        damaged = [*self.sound][content[0] % len(self.sound) if content else 0]
+        for name, sound in self.sound.items():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).write_bytes(content[1:] if name == damaged else sound)
+        return damaged
+
+
+def saved_groups(folder: Path) -> Target:
+    """`groups.json` of each metric, and `groups.safetensors`."""
+    names = []
     for grouper in (TaskGrouper(columns=["task"]), LengthGrouper(edges=[3, 8]), embedding_grouper()):
-        grouper.fit(ROWS).save(folder)  # the arrays of the last one remain in the folder
-        seeds.append((folder / "groups.json").read_bytes())
-    return Target(seeds, lambda content: _read_groups(folder, "groups.json", content))
+        grouper.fit(ROWS).save(folder / grouper.metric)
+        names.append(f"{grouper.metric}/groups.json")
+    files = Files(folder, [*names, "embedding/groups.safetensors"])
 
+    def run(content: bytes) -> None:
+        name = files.damage(content)
+        with refusals():
+            grouper = load_grouper((folder / name).parent)
+            grouper.log_notices()
+            grouper.save(folder / "again")
+            again = load_grouper(folder / "again")
+            assert json.dumps(again.description()) == json.dumps(grouper.description())
+            if not isinstance(grouper, EmbeddingGrouper):  # it would load its model
+                group_ids = grouper.assign(ROWS)
+                assert group_ids.min() >= -1 and group_ids.max() < len(grouper.names)
 
-def groups_safetensors(folder: Path) -> Target:
-    embedding_grouper().fit(ROWS).save(folder)
-    file = folder / "groups.safetensors"
-    return Target([file.read_bytes()], lambda content: _read_groups(folder, file.name, content))
-
-
-def _read_groups(folder: Path, name: str, content: bytes) -> None:
-    (folder / name).write_bytes(content)
-    with refusals():
-        grouper = load_grouper(folder)
-        grouper.log_notices()
-        grouper.save(folder / "again")
-        again = load_grouper(folder / "again")
-        assert json.dumps(again.description()) == json.dumps(grouper.description())
-        if not isinstance(grouper, EmbeddingGrouper):  # it would load its model
-            group_ids = grouper.assign(ROWS)
-            assert group_ids.min() >= -1 and group_ids.max() < len(grouper.names)
+    return Target(files.seeds(), run)
 
 
 def cache_entry(folder: Path) -> Target:
-    """The first byte selects the damaged file of an entry, and whether its checksum is corrected."""
     _, expected = fit_assign_cached(embedding_grouper(), ROWS, folder)
     (entry,) = (path for path in folder.iterdir() if path.is_dir())
-    whole = {file.name: file.read_bytes() for file in sorted(entry.iterdir())}
-    names = [*whole]
+    files = Files(entry, sorted(file.name for file in entry.iterdir()))
 
     def run(content: bytes) -> None:
-        number, content = content[0] if content else 0, content[1:]
-        name, fits = names[number % len(names)], number // len(names) % 2 == 1
-        entry.mkdir(exist_ok=True)
-        for file, whole_content in whole.items():
-            (entry / file).write_bytes(content if file == name else whole_content)
-        if fits and name != "checksums.json":
-            sums = {file: cache._checksum(entry / file) for file in names if file != "checksums.json"}
-            (entry / "checksums.json").write_text(json.dumps(sums))
+        name = files.damage(content)
         _, group_ids = fit_assign_cached(embedding_grouper(), ROWS, folder)
         assert group_ids.shape == (len(ROWS),)
-        if not fits and name != "checksums.json":
-            assert group_ids.tolist() == expected.tolist()
+        assert name == "checksums.json" or group_ids.tolist() == expected.tolist()
 
-    seeds = [bytes([number]) + whole[names[number % len(names)]] for number in range(2 * len(names))]
-    return Target(seeds, run, slow=True)
+    return Target(files.seeds(), run, slow=True)
 
 
 def run_json(folder: Path) -> Target:
-    """The first byte selects the damaged file in the newer of two checkpoints."""
+    """Files of the newer of two checkpoints."""
     run = {"world size": 2, "rest of an epoch": None, "times replanned": 0, "data seed": 3, "commonit_purity": "step"}
     for step in (5, 10):
         checkpoint = folder / f"checkpoint-{step}"
@@ -139,13 +142,10 @@ def run_json(folder: Path) -> Target:
         for rank in range(2):
             with zipfile.ZipFile(checkpoint / f"rng_state_{rank}.pth", "w") as archive:
                 archive.writestr("data", "x")
-    names = ("commonit/run.json", "trainer_state.json", "rng_state_1.pth")
-    whole = {name: (checkpoint / name).read_bytes() for name in names}
+    files = Files(checkpoint, ("commonit/run.json", "trainer_state.json", "rng_state_1.pth"))
 
     def read(content: bytes) -> None:
-        number, content = content[0] if content else 0, content[1:]
-        for name, whole_content in whole.items():
-            (checkpoint / name).write_bytes(content if name == names[number % len(names)] else whole_content)
+        files.damage(content)
         assert last_checkpoint(folder) in {str(checkpoint), str(folder / "checkpoint-5")}
         with refusals():
             saved, _ = read_checkpoint(checkpoint)
@@ -153,7 +153,7 @@ def run_json(folder: Path) -> Target:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 load_remaining(checkpoint / "commonit", saved)
 
-    return Target([bytes([number]) + whole[name] for number, name in enumerate(names)], read)
+    return Target(files.seeds(), read)
 
 
 # --- front ends of the options ----------------------------------------------------------------------------------------
@@ -201,26 +201,6 @@ def yaml_file(folder: Path) -> Target:
     return Target([*_json_seeds(seeds), *(yaml.safe_dump(seed).encode() for seed in seeds[:2])], run, slow=True)
 
 
-def flags(folder: Path) -> Target:
-    """The flags of `commonit sft`, one per line."""
-
-    def run(content: bytes) -> None:
-        given = content.decode(errors="surrogateescape").split("\n")
-        if not {"-h", "--help"} & {*given}:
-            _parse(["--output_dir", str(folder), "--use_cpu", "true", *given])
-
-    def as_flag(value: Any) -> str:
-        return json.dumps(value) if isinstance(value, dict | bool) else str(value)
-
-    seeds = []
-    for values in OPTION_VALUES:
-        parts = []
-        for name, value in values.items():
-            parts += [f"--{name}", *map(as_flag, value if isinstance(value, list) else [value])]
-        seeds.append("\n".join(parts).encode())
-    return Target([*seeds, b"--dataset_name=x\n--max-length\n9\n--num_processes\n2\n--packing"], run, slow=True)
-
-
 def _parse(argv: list[str]) -> None:
     environment = dict(os.environ)  # `env:` in a YAML file changes it
     try:
@@ -232,31 +212,9 @@ def _parse(argv: list[str]) -> None:
         os.environ.update(environment)
 
 
-def axolotl_recipe(folder: Path) -> Target:
-    """The `commonit_*` keys of an Axolotl recipe, and its file."""
-    from axolotl_plugin.args import read_options
-    from axolotl_plugin.recipe import _check_file
-
-    path = folder / "recipe.yml"
-
-    def run(content: bytes) -> None:
-        path.write_bytes(content)
-        with refusals(sanitize):
-            _check_file(str(path))
-            options = read_options(yaml.safe_load(content))
-            assert asdict(read_options(asdict(options))) == asdict(options)
-
-    seeds = [{"plugins": ["axolotl_plugin.CommonITPlugin"]} | values for values in OPTION_VALUES]
-    return Target([*_json_seeds(seeds), *(yaml.safe_dump(seed).encode() for seed in seeds[:2])], run)
-
-
 TARGETS: dict[str, Callable[[Path], Target]] = {
-    target.__name__: target
-    for target in (groups_json, groups_safetensors, cache_entry, run_json, arguments, yaml_file, flags)
+    target.__name__: target for target in (saved_groups, cache_entry, run_json, arguments, yaml_file)
 }
-with contextlib.suppress(PackageNotFoundError):
-    version("axolotl")
-    TARGETS["axolotl_recipe"] = axolotl_recipe
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,43 +36,33 @@ FEATURES = {"sun": [1.0, 0.0], "moon": [1.0, 0.1], "cat": [0.0, 1.0], "dog": [0.
 
 
 class FakeEncoder(EmbeddingGrouper):
-    """The real grouper with a fake encoder that counts its calls."""
-
-    fitted = 0
+    """The real grouper with a fake encoder."""
 
     def _encode(self, texts: list[str]) -> Any:
-        type(self).fitted += 1
         features = np.array([FEATURES[text] for text in texts], dtype=np.float32)
         return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-class CountingTask(TaskGrouper):
-    fitted = 0
-
-    def fit_values(self, values: Any) -> None:
-        type(self).fitted += 1
-        super().fit_values(values)
-
-
-class CountingLength(LengthGrouper):
-    fitted = 0
-
-    def fit_values(self, values: Any) -> None:
-        type(self).fitted += 1
-        super().fit_values(values)
-
-
 X = Dataset.from_dict({"text": ["x"]})
-GROUPERS: dict[str, Callable[[], Any]] = {
-    "task": lambda: CountingTask(columns=["task"]),
-    "length": lambda: CountingLength(num_groups=6),
+GROUPERS: dict[str, Callable[[], Grouper]] = {
+    "task": lambda: TaskGrouper(columns=["task"]),
+    "length": lambda: LengthGrouper(num_groups=6),
     "embedding": lambda: FakeEncoder(model="fake", num_groups=3),
 }
 
 
 @pytest.fixture(autouse=True)
-def reset_counters() -> None:
-    CountingTask.fitted = CountingLength.fitted = FakeEncoder.fitted = 0
+def fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The metric of each fit."""
+    found: list[str] = []
+    for kind in (TaskGrouper, LengthGrouper, EmbeddingGrouper):
+
+        def counting(self: Any, values: Any, *ranks: Any, fit: Any = kind.fit_assign) -> Any:
+            found.append(self.metric)
+            return fit(self, values, *ranks)
+
+        monkeypatch.setattr(kind, "fit_assign", counting)
+    return found
 
 
 def some_rows() -> Rows:
@@ -100,7 +89,7 @@ def entry_of(cache_dir: Path) -> Path:
 
 
 @pytest.mark.parametrize("metric", GROUPERS)
-def test_a_second_call_loads_the_result(metric: str, tmp_path: Path, caplog: Any) -> None:
+def test_a_second_call_loads_the_result(metric: str, fits: list[str], tmp_path: Path, caplog: Any) -> None:
     caplog.set_level(logging.INFO, "commonit_trl")
     make, found = GROUPERS[metric], []
     for _ in range(3):
@@ -108,7 +97,7 @@ def test_a_second_call_loads_the_result(metric: str, tmp_path: Path, caplog: Any
         found.append(fit_assign_cached(make(), some_rows(), tmp_path))
         loaded = [record.getMessage() for record in caplog.records if "Loaded" in record.getMessage()]
         assert loaded == [f"Loaded groups from {entry_of(tmp_path)}."] * (len(found) > 1)
-    assert type(make()).fitted == 1
+    assert fits == [metric]
     expected = make().fit(some_rows())
     for grouper, group_ids in found:
         assert grouper.description() == expected.description()
@@ -119,25 +108,17 @@ def test_a_second_call_loads_the_result(metric: str, tmp_path: Path, caplog: Any
     assert metric == "embedding" or expected.notices
 
 
-def test_an_entry_is_json_safetensors_and_a_lock(tmp_path: Path) -> None:
-    fit_assign_cached(GROUPERS["embedding"](), some_rows(), tmp_path)
-    entry = entry_of(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} <= {entry.name, f"{entry.name}.lock"}
-    files = {"groups.json", "groups.safetensors", "assignment.safetensors", "checksums.json"}
-    assert {file.name for file in entry.iterdir()} == files
-
-
-def test_the_default_directory_is_in_the_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    assert default_cache_dir() == tmp_path / "commonit"
-    fit_assign_cached(GROUPERS["task"](), some_rows())
-    assert entry_of(tmp_path / "commonit").is_dir()
-
-
-def test_home_is_expanded_and_parents_are_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_is_json_safetensors_and_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the directory of the option, where `~` is the home directory, or in the cache of datasets."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    fit_assign_cached(GROUPERS["task"](), some_rows(), "~/a/groups")
-    assert entry_of(tmp_path / "a" / "groups").is_dir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    for cache_dir, path in (("~/a/groups", tmp_path / "a" / "groups"), (None, tmp_path / "datasets" / "commonit")):
+        fit_assign_cached(GROUPERS["embedding"](), some_rows(), cache_dir)
+        entry = entry_of(path)
+        assert {path.name for path in path.iterdir()} <= {entry.name, f"{entry.name}.lock"}
+        files = {"groups.json", "groups.safetensors", "assignment.safetensors", "checksums.json"}
+        assert {file.name for file in entry.iterdir()} == files
+    assert path == default_cache_dir()
 
 
 # --- the fingerprint ----------------------------------------------------------------------------------------
@@ -167,55 +148,35 @@ def test_the_fingerprint_depends_on_the_read_values_alone() -> None:
     assert print_of(GROUPERS["task"](), same) == print_of(GROUPERS["task"](), dataset)
 
 
-@pytest.mark.parametrize("make", [lambda: TaskGrouper(columns=["text"]), lambda: EmbeddingGrouper(model="org/x")])
-@pytest.mark.parametrize(
-    "one, other",
-    [
-        (["ab", "c"], ["a", "bc"]),
-        (["a", ""], ["a"]),
-        (["1:a"], ["a"]),
-        (["a", "b"], ["b", "a"]),
-        (["a", "b"], ["a", "b", None]),
-        (["a", "a", "b"], ["a", "b", "b"]),
-        (["ü"], ["u"]),
-    ],
-)
-def test_different_texts_have_different_fingerprints(make: Any, one: list[Any], other: list[Any]) -> None:
-    def of(texts: list[Any]) -> str:
-        return print_of(make(), Dataset.from_dict({"text": texts}))
-
-    assert of(one) != of(other)
-    assert of(one) == of(list(one))
+def test_different_texts_have_different_fingerprints() -> None:
+    lists = [["ab", "c"], ["a", "bc"], ["a", ""], ["a"], ["1:a"], ["a", "b"], ["b", "a"], ["a", "b", None], ["ü"]]
+    for grouper in (TaskGrouper(columns=["text"]), EmbeddingGrouper(model="org/x")):
+        prints = [print_of(grouper, Dataset.from_dict({"text": texts})) for texts in lists]
+        assert len(set(prints)) == len(lists)
 
 
 def test_the_type_of_a_label_does_not_change_the_fingerprint() -> None:
     as_int, as_text = (Dataset.from_dict({"task": values}) for values in ([1, 2], ["1", "2"]))
-    grouper = TaskGrouper(columns=["task"])
-    assert print_of(grouper, as_int) == print_of(grouper, as_text)
+    assert print_of(TaskGrouper(columns=["task"]), as_int) == print_of(TaskGrouper(columns=["task"]), as_text)
 
 
 def test_every_option_changes_the_fingerprint(tmp_path: Path) -> None:
     for other in ("a", "b"):
         (tmp_path / f"{other}.jsonl").write_text(json.dumps({"task": "t", "subject": "s", "text": other}))
-    reference = {"reference": str(tmp_path / "a.jsonl")}
-    variants = [
-        *(TaskGrouper(columns=columns) for columns in (["a"], ["b"], ["a", "b"])),
-        TaskGrouper(columns=["a"], min_size=2),
-        *(LengthGrouper(**options) for options in ({}, {"of": "total"}, {"num_groups": 3}, {"min_size": 2})),
-        LengthGrouper(edges=[3]),
-        *(EmbeddingGrouper(model=model) for model in ("org/x", "org/y")),
-        EmbeddingGrouper(model="org/x", text="both"),
-        EmbeddingGrouper(model="org/x", num_groups=3),
-        EmbeddingGrouper(model="org/x", dtype="float16"),
-        EmbeddingGrouper(model="org/x", seed=1),
-        EmbeddingGrouper(model="org/x", **reference),
-        EmbeddingGrouper(model="org/x", reference=str(tmp_path / "b.jsonl")),
-        EmbeddingGrouper(model="org/x", reference_task_column="subject", **reference),
+    options: list[tuple[type[Grouper], dict[str, Any]]] = [
+        *((TaskGrouper, {"columns": columns}) for columns in (["a"], ["b"], ["a", "b"])),
+        (TaskGrouper, {"columns": ["a"], "min_size": 2}),
+        *((LengthGrouper, changed) for changed in ({}, {"of": "total"}, {"num_groups": 3}, {"min_size": 2})),
+        (LengthGrouper, {"edges": [3]}),
+        (EmbeddingGrouper, {"model": "org/y"}),
     ]
+    embedding: list[dict[str, Any]] = [{}, {"text": "both"}, {"num_groups": 3}, {"dtype": "float16"}, {"seed": 1}]
+    embedding += [{"reference": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl")]
+    embedding.append({**embedding[-1], "reference_task_column": "subject"})
+    options += [(EmbeddingGrouper, {"model": "org/x", **changed}) for changed in embedding]
     dataset = Dataset.from_dict({"text": ["x"], "a": ["x"], "b": ["x"], "input_ids": [[1]]})
-    prints = [print_of(grouper, dataset) for grouper in variants]
-    assert len(set(prints)) == len(variants)
-    assert prints == [print_of(grouper, dataset) for grouper in variants]
+    first, again = ([print_of(kind(**given), dataset) for kind, given in options] for _ in range(2))
+    assert first == again and len(set(first)) == len(options)
 
 
 def test_the_fingerprint_depends_on_the_content_of_the_reference(tmp_path: Path) -> None:
@@ -229,17 +190,20 @@ def test_the_fingerprint_depends_on_the_content_of_the_reference(tmp_path: Path)
 
 
 def test_the_fingerprint_depends_on_the_files_of_a_local_model(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    (model / "1_Pooling").mkdir(parents=True)
-    (model / "1_Pooling" / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"0")
-    prints = [print_of(EmbeddingGrouper(model=str(model)), X) for _ in range(2)]
-    (model / "model.safetensors").write_bytes(b"12")
-    prints.append(print_of(EmbeddingGrouper(model=str(model)), X))
-    os.utime(model / "1_Pooling" / "config.json", (1, 1))
-    prints.append(print_of(EmbeddingGrouper(model=str(model)), X))
-    (model / "model.safetensors").rename(model / "model.bin")
-    prints.append(print_of(EmbeddingGrouper(model=str(model)), X))
+    config, weights = tmp_path / "1_Pooling" / "config.json", tmp_path / "model.safetensors"
+    config.parent.mkdir()
+    config.write_text("{}")
+    weights.write_bytes(b"0")
+    changes: list[Callable[[], Any]] = [
+        lambda: None,
+        lambda: weights.write_bytes(b"12"),
+        lambda: os.utime(config, (1, 1)),
+        lambda: weights.rename(tmp_path / "model.bin"),
+    ]
+    prints = [print_of(EmbeddingGrouper(model=str(tmp_path)), X)]
+    for change in changes:
+        change()
+        prints.append(print_of(EmbeddingGrouper(model=str(tmp_path)), X))
     assert prints[0] == prints[1] and len(set(prints)) == 4
 
 
@@ -258,24 +222,17 @@ def test_the_fingerprint_depends_on_the_revision_of_a_hub_model(file: str, tmp_p
     assert prints[0] == prints[2] != prints[1]
 
 
-# --- interrupted writes -------------------------------------------------------------------------------------
+# --- damage -------------------------------------------------------------------------------------------------
 
 
 def test_an_interrupted_write_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            fit_assign_cached(GROUPERS["task"](), some_rows(), tmp_path)
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit_assign_cached(GROUPERS["task"](), some_rows(), tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-    fit_assign_cached(GROUPERS["task"](), some_rows(), tmp_path)
-    assert CountingTask.fitted == 2
-
-
-def interrupt(*_: Any, **__: Any) -> None:
-    raise KeyboardInterrupt
-
-
-# --- damage -------------------------------------------------------------------------------------------------
 
 
 def truncate(file: Path) -> None:
@@ -290,14 +247,15 @@ def flip(file: Path) -> None:
 
 @pytest.mark.parametrize("file", ["groups.json", "groups.safetensors", "assignment.safetensors", "checksums.json"])
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink], ids=lambda damage: damage.__name__)
-def test_a_damaged_entry_is_reported_and_fitted_again(file: str, damage: Any, tmp_path: Path, caplog: Any) -> None:
-    caplog.set_level(logging.WARNING, "commonit_trl")
+def test_a_damaged_entry_is_reported_and_fitted_again(
+    file: str, damage: Any, fits: list[str], tmp_path: Path, caplog: Any
+) -> None:
     make = GROUPERS["embedding"]
     _, group_ids = fit_assign_cached(make(), some_rows(), tmp_path)
     entry = entry_of(tmp_path)
     damage(entry / file)
     _, again = fit_assign_cached(make(), some_rows(), tmp_path)
-    assert FakeEncoder.fitted == 2
+    assert len(fits) == 2
     np.testing.assert_array_equal(again, group_ids)
     (record,) = caplog.records
     assert str(entry) in record.getMessage()
@@ -305,11 +263,11 @@ def test_a_damaged_entry_is_reported_and_fitted_again(file: str, damage: Any, tm
         assert f"{file}: wrong checksum" in record.getMessage()
     caplog.clear()
     fit_assign_cached(make(), some_rows(), tmp_path)
-    assert FakeEncoder.fitted == 2 and not caplog.records
+    assert len(fits) == 2 and not caplog.records
 
 
 def test_an_entry_of_another_number_of_rows_is_not_used(tmp_path: Path, caplog: Any) -> None:
-    class Blind(CountingTask):
+    class Blind(TaskGrouper):
         def identity(self) -> dict[str, Any]:
             return {}
 
@@ -346,55 +304,47 @@ def test_a_damaged_saved_grouper_is_an_error_with_its_path(file: str, damage: An
         ({"metric": ["length"]}, "TypeError"),
         ({"options": {"sides": 4}}, "KeyError: 'sides'"),
         ({"options": {"min_size": "few"}}, "Input should be a valid integer"),
-        ({"options": {"a\nb": 1}}, "KeyError"),
         ({"options": None}, "AttributeError"),
         ({"names": ["only one"]}, "2 edges do not make 1 groups"),
         ({"names": None}, "Input should be a valid list"),
-        ({"notices": 5}, "Input should be a valid list"),
         ({"fitted": {}}, "KeyError: 'edges'"),
-        ({"fitted": {"edges": ["a", "b"]}}, "ValueError"),
         ({"fitted": {"edges": [3, 1e400]}}, "OverflowError"),
-        ({"fitted": None}, "TypeError"),
     ],
 )
 def test_invalid_content_of_saved_groups_is_an_error(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
     LengthGrouper(edges=[3, 8]).fit(some_rows()).save(tmp_path)
-    saved = json.loads((tmp_path / "groups.json").read_text())
-    (tmp_path / "groups.json").write_text(json.dumps(saved | change))
+    path = tmp_path / "groups.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | change))
     assert reason in refusal(tmp_path)
+    (missing,) = change
+    path.write_text(json.dumps({key: saved[key] for key in saved if key != missing}))
+    assert f"KeyError: '{missing}'" in refusal(tmp_path)
 
 
-def test_missing_keys_and_other_documents_are_errors(tmp_path: Path) -> None:
-    LengthGrouper(edges=[3, 8]).fit(some_rows()).save(tmp_path)
-    saved = json.loads((tmp_path / "groups.json").read_text())
-    for name in saved:
-        (tmp_path / "groups.json").write_text(json.dumps({key: saved[key] for key in saved if key != name}))
-        assert f"KeyError: '{name}'" in refusal(tmp_path)
+def test_other_documents_are_errors(tmp_path: Path) -> None:
     for text in ("[]", "[" * 100_000):
         (tmp_path / "groups.json").write_text(text)
         assert "groups.json" in refusal(tmp_path)
 
 
 def test_centroids_must_match_the_names(tmp_path: Path) -> None:
-    GROUPERS["embedding"]().fit(some_rows()).save(tmp_path)
-    saved = json.loads((tmp_path / "groups.json").read_text())
-    (tmp_path / "groups.json").write_text(json.dumps(saved | {"names": ["only one"]}))
+    grouper = GROUPERS["embedding"]().fit(some_rows())
+    grouper.names = ["only one"]
+    grouper.save(tmp_path)
     assert "centroids of shape (3, 2) do not make 1 groups" in refusal(tmp_path)
 
 
-def test_saved_groups_are_readable_text(tmp_path: Path) -> None:
+def test_saved_groups_are_readable_text_and_replace_others(tmp_path: Path) -> None:
+    directory = tmp_path / "missing" / "directory"
+    GROUPERS["embedding"]().fit(some_rows()).save(directory)
     rows = Rows(Dataset.from_dict({"task": ["übersetzen", "sum"]}))
-    TaskGrouper(columns=["task"]).fit(rows).save(tmp_path / "not" / "there yet", data="mine")
-    text = (tmp_path / "not" / "there yet" / "groups.json").read_text(encoding="utf-8")
+    grouper = TaskGrouper(columns=["task"]).fit(rows)
+    grouper.save(directory, data="mine")
+    (file,) = directory.iterdir()
+    text = file.read_text(encoding="utf-8")
     assert '\n  "names": [\n    "sum",\n    "übersetzen"\n  ],\n' in text and '\n  "data": "mine"' in text
-
-
-def test_saving_replaces_another_grouper(tmp_path: Path) -> None:
-    GROUPERS["embedding"]().fit(some_rows()).save(tmp_path)
-    grouper = LengthGrouper().fit(some_rows())
-    grouper.save(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["groups.json"]
-    assert load_grouper(tmp_path).description() == grouper.description()
+    assert load_grouper(directory).description() == grouper.description()
 
 
 # --- an unusable directory --------------------------------------------------------------------------------
@@ -417,12 +367,8 @@ def test_an_unusable_directory_is_an_error(where: str, tmp_path: Path) -> None:
         else:
             Path(f"{entry}.lock").unlink(missing_ok=True)
             Path(f"{entry}.lock").mkdir()
-    assert_unusable(cache_dir, GROUPERS["task"](), some_rows())
-
-
-def assert_unusable(cache_dir: Path, grouper: Grouper, rows: Rows) -> None:
     with pytest.raises(ValueError) as caught:
-        fit_assign_cached(grouper, rows, cache_dir)
+        fit_assign_cached(GROUPERS["task"](), some_rows(), cache_dir)
     assert str(caught.value).startswith(f"commonit_cache_dir={str(cache_dir)!r}: ")
     assert "Set it to a directory" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -435,33 +381,7 @@ def test_only_errors_of_the_cache_name_its_option(tmp_path: Path, monkeypatch: A
         patched.setattr(Grouper, "save", fail)
         with pytest.raises(ValueError, match=r"commonit_cache_dir=.*No space left on device"):
             fit_assign_cached(GROUPERS["task"](), some_rows(), tmp_path)
-    monkeypatch.setattr(CountingTask, "fit_values", fail)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    monkeypatch.setattr(TaskGrouper, "fit_values", fail)
     with pytest.raises(OSError, match="No space left"):
         fit_assign_cached(GROUPERS["task"](), some_rows(), tmp_path)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
-    """A file system of 64 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root can mount a file system")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_full_disk_is_an_error_and_leaves_no_entry(small_disk: Path) -> None:
-    rows = Rows(Dataset.from_dict({"task": ["a"] * 4_000}))
-    (small_disk / "filling").write_bytes(b"0" * (65_536 - 4_096 - 20_000))
-    assert_unusable(small_disk, TaskGrouper(columns=["task"]), rows)
-    assert not [path for path in small_disk.iterdir() if path.is_dir()]
-    (small_disk / "filling").unlink()
-    _, group_ids = fit_assign_cached(TaskGrouper(columns=["task"]), rows, small_disk)
-    assert len(group_ids) == 4_000
-
-
-def test_a_read_only_directory_is_an_error(small_disk: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert_unusable(small_disk, TaskGrouper(columns=["text"]), some_rows())

@@ -4,9 +4,7 @@ import os
 import stat
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from commonit_trl.files import replacing, write_text
 
@@ -23,20 +21,16 @@ def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_write_text_leaves_one_file(tmp_path: Path, umask: int) -> None:
+@pytest.mark.parametrize("writer", ["write_text", "another"])
+def test_writing_leaves_one_file_and_honours_the_umask(writer: str, tmp_path: Path, umask: int) -> None:
     path = tmp_path / "file"
-    write_text(path, "äöü ✓")
+    if writer == "write_text":
+        write_text(path, "äöü ✓")
+    else:
+        with replacing(path) as temporary:
+            temporary.write_bytes("äöü ✓".encode())
+            temporary.chmod(0o600)  # as safetensors does
     assert path.read_bytes() == "äöü ✓".encode()
-    assert list(tmp_path.iterdir()) == [path]
-    assert mode_of(path) == 0o666 & ~umask
-
-
-def test_replacing_honours_the_umask_for_other_writers(tmp_path: Path, umask: int) -> None:
-    path = tmp_path / "file.safetensors"
-    with replacing(path) as temporary:
-        assert temporary.parent == tmp_path
-        save_file({"a": np.arange(3)}, temporary)
-    assert load_file(path)["a"].tolist() == [0, 1, 2]
     assert list(tmp_path.iterdir()) == [path]
     assert mode_of(path) == 0o666 & ~umask
 
@@ -49,15 +43,14 @@ def test_replaced_file_keeps_its_permissions(tmp_path: Path) -> None:
     assert (path.read_text(), mode_of(path)) == ("new", 0o600)
 
 
-@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("before", [None, "old"], ids=["new", "replaced"])
-def test_failed_write_leaves_the_old_file(tmp_path: Path, before: str | None, error: type[BaseException]) -> None:
+def test_failed_write_leaves_the_old_file(tmp_path: Path, before: str | None) -> None:
     path = tmp_path / "file"
     if before is not None:
         path.write_text(before)
-    with pytest.raises(error), replacing(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
         temporary.write_text("half of")
-        raise error
+        raise KeyboardInterrupt
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == ({} if before is None else {"file": before})
 
 

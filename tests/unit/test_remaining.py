@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from commonit_trl.plan import plan_epoch, plan_remaining
+from commonit_trl.plan import PlanSpec, plan_epoch, plan_remaining
 
 
 @st.composite
@@ -45,7 +45,9 @@ def test_i2_each_sample_is_trained_once_however_often_settings_change(data):
     for _ in range(3):
         run = data.draw(settings_of_a_run(rows))
         whole = plan_epoch(**run, epoch=epoch)
-        plan = whole if plan is None else plan_remaining(whole, remaining, pure_samples=0, seed=run["seed"], epoch=epoch)
+        plan = (
+            whole if plan is None else plan_remaining(whole, remaining, pure_samples=0, seed=run["seed"], epoch=epoch)
+        )
         assert (plan.num_micro_steps, plan.num_steps) == (whole.num_micro_steps, whole.num_steps)
         steps, first = steps_of(plan), plan.first_step
         assert not any(steps[:first]) and all(steps[first:])
@@ -132,11 +134,16 @@ def test_remaining_samples_are_read_and_saved_in_parts(monkeypatch):
 
 
 def test_i3_ranks_plan_the_same_remaining_epoch():
-    group_ids = np.arange(400) % 3
-    whole = plan_epoch(group_ids, micro_batch_size=2, world_size=2, seed=1)
-    first, again, *others = (
+    whole = plan_epoch(np.arange(400) % 3, micro_batch_size=2, world_size=2, seed=1)
+    first, again, other_seed, other_epoch = (
         plan_remaining(whole, np.arange(100, 400), pure_samples=0, seed=seed, epoch=epoch).fingerprint()
         for seed, epoch in [(1, 2), (1, 2), (2, 2), (1, 3)]
     )
-    assert first == again
-    assert len({first, *others}) == 3
+    assert first == again and len({first, other_seed, other_epoch}) == 3
+
+
+def test_an_epoch_without_trained_or_remaining_samples_is_planned_whole():
+    started, then = (PlanSpec(group_ids=np.arange(40) % 3, micro_batch_size=size) for size in (2, 4))
+    steps = started.plan(0).num_steps
+    assert started.remaining(0, 0, then) is started.remaining(0, steps, then) is then
+    assert started.remaining(0, 1, then).resumed_epoch == 0

@@ -2,13 +2,12 @@
 
 import functools
 import pickle
-from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from accelerate.data_loader import SkipBatchSampler
-from torch.utils.data import DataLoader
 
 from commonit_trl import CommonITBatchSampler
 from commonit_trl.plan import plan_epoch
@@ -29,45 +28,20 @@ def samplers(world_size, accumulation, **options):
     return [CommonITBatchSampler(plan, rank) for rank in range(world_size)]
 
 
-@pytest.mark.parametrize("remainder", ["keep", "drop"])
-@pytest.mark.parametrize("purity", ["step", "micro"])
+@pytest.mark.parametrize("options", [{}, {"remainder": "drop"}, {"purity": "micro"}], ids=str)
 @pytest.mark.parametrize(("world_size", "accumulation"), GEOMETRIES)
-def test_length_is_what_each_rank_yields(world_size, accumulation, purity, remainder):
-    """I5: `len()` is the number of yielded batches on every rank, in every epoch, before and after iterating."""
-    ranks = samplers(world_size, accumulation, purity=purity, remainder=remainder)
+def test_each_rank_yields_its_batches_of_the_plan(world_size, accumulation, options):
+    """I4, I5: in every epoch, also going back; `len()` is the number of yielded batches, before and after."""
     lengths = set()
-    for epoch in (0, 1, 2, 0):
-        for sampler in ranks:
+    for epoch in (0, 1, 1, 0):
+        plan = plan_of(epoch, world_size=world_size, accumulation_steps=accumulation, **options)
+        for rank, sampler in enumerate(samplers(world_size, accumulation, **options)):
+            sampler.set_epoch(2)
             sampler.set_epoch(epoch)
-            before = len(sampler)
-            assert len(list(sampler)) == before == len(sampler)
-            lengths.add(before)
+            lengths.add(len(sampler))
+            assert list(sampler) == list(plan.batches(rank))
+            assert len(sampler) == plan.num_micro_steps == len(list(sampler))
     assert len(lengths) == 1
-
-
-@pytest.mark.parametrize(("world_size", "accumulation"), GEOMETRIES)
-def test_ranks_together_cover_the_plan(world_size, accumulation):
-    """I2, I3: each rank yields one micro-batch of the plan per micro-step; together they yield all rows."""
-    ranks = samplers(world_size, accumulation)
-    for epoch in (0, 1):
-        for sampler in ranks:
-            sampler.set_epoch(epoch)
-        plan = plan_of(epoch, world_size=world_size, accumulation_steps=accumulation)
-        yielded = [batch for micro_step in zip(*ranks, strict=True) for batch in micro_step]
-        assert yielded == [batch.tolist() for batch in np.split(plan.indices, plan.offsets[1:-1])]
-        assert set(Counter(row for batch in yielded for row in batch)) == set(range(len(GROUP_IDS)))
-
-
-def test_epochs():
-    """I4: an epoch is the same each time; `set_epoch` changes it, also back."""
-    (sampler,) = samplers(1, 2)
-    first = list(sampler)
-    assert list(sampler) == first
-    sampler.set_epoch(1)
-    second = list(sampler)
-    assert second != first
-    sampler.set_epoch(0)
-    assert list(sampler) == first
 
 
 def test_iterations_do_not_disturb_each_other():
@@ -96,18 +70,6 @@ def test_a_resumed_run_reads_the_remaining_batches():
     assert list(sampler) == list(plan(epoch=1).batches(1))
 
 
-@pytest.mark.parametrize("epoch", [0, 2])
-def test_pickled(epoch):
-    """An unpickled copy yields the same batches, in this epoch and in later ones."""
-    sampler = samplers(2, 2)[1]
-    sampler.set_epoch(epoch)
-    copy = pickle.loads(pickle.dumps(sampler))
-    assert list(copy) == list(sampler) and len(copy) == len(sampler)
-    for one in (copy, sampler):
-        one.set_epoch(5)
-    assert list(copy) == list(sampler)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -128,24 +90,33 @@ def test_loader(options):
         assert list(loader) == list(plan_of(epoch, world_size=1, accumulation_steps=3).batches(0))
 
 
-def test_rank_and_epoch_are_0_by_default():
+def worker_seed(batch):
+    return torch.initial_seed()
+
+
+def test_worker_seeds_depend_on_the_epoch_alone():
+    """I4: a resumed run has the seeds of an uninterrupted one, whatever its process drew before."""
+    seeds = []
+    for epochs in ((0, 1), (1,)):
+        (sampler,) = samplers(1, 3)
+        loader = CommonITDataLoader(range(len(GROUP_IDS)), sampler, collate_fn=worker_seed, num_workers=1)
+        for epoch in epochs:
+            loader.set_epoch(epoch)
+            seeds.append(set(loader))
+    assert seeds[0] != seeds[1] == seeds[2]
+
+
+def test_defaults_and_pickling():
+    """Rank and epoch are 0 by default; an unpickled loader yields the same batches, in this and later epochs."""
     sampler = CommonITBatchSampler(functools.partial(plan_of, world_size=2, accumulation_steps=2))
     loader = CommonITDataLoader(range(len(GROUP_IDS)), sampler, collate_fn=list)
     assert list(loader) == list(plan_of(0, world_size=2, accumulation_steps=2).batches(0))
-
-
-def test_loader_pickled():
-    (sampler,) = samplers(1, 3)
-    loader = CommonITDataLoader(range(len(GROUP_IDS)), sampler, collate_fn=list)
     loader.set_epoch(1)
-    assert list(pickle.loads(pickle.dumps(loader))) == list(loader)
-
-
-def test_plain_dataloader_takes_the_sampler():
-    """The sampler is public: any DataLoader takes it as `batch_sampler`."""
-    (sampler,) = samplers(1, 1)
-    loader = DataLoader(range(len(GROUP_IDS)), batch_sampler=sampler, collate_fn=list)
-    assert list(loader) == list(sampler)
+    copy = pickle.loads(pickle.dumps(loader))
+    assert list(copy) == list(loader)
+    for one in (copy, loader):
+        one.set_epoch(5)
+    assert list(copy) == list(loader)
 
 
 @pytest.mark.parametrize(
