@@ -2,15 +2,12 @@
 parent in one process on the same rows, in equal micro-batches (I6)."""
 
 import functools
-import json
-import os
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from helpers import forked
 from helpers.kinds import FROZEN, KINDS, Run, change, differences, feed, load, row_groups
+from helpers.launch import WORKER, start
 
 KINDS_ON_TWO_RANKS = ["sft", "bert-classes", "dpo", "reward"]
 GEOMETRIES = [(kind, steps) for kind in KINDS_ON_TWO_RANKS for steps in (1, 2)]
@@ -42,10 +39,7 @@ def launched(tmp_path_factory) -> Callable[..., dict[str, list[Run]]]:
             for method in methods
             if kind in kinds
         ]
-        spec = directory / "runs.json"
-        spec.write_text(json.dumps(wanted), encoding="utf-8")
-        worker = Path(forked.__file__).with_name("rank_worker.py")
-        done = forked.run([str(worker), str(spec)], env=dict(os.environ), cwd=directory, world_size=2)
+        done = start(WORKER.with_name("rank_worker.py"), wanted, directory, world_size=2)
         assert done.returncode == 0, done.stderr[-2000:]
         return {run["name"]: [load(directory / f"{run['name']}.rank{rank}.pt") for rank in (0, 1)] for run in wanted}
 
