@@ -3,6 +3,8 @@
 import os
 
 os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_USE_DEEPSPEED="true")
+ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+os.environ.update(ONE_RANK if "RANK" not in os.environ else {})
 
 import deepspeed
 from accelerate import PartialState
