@@ -2,11 +2,10 @@
 parent in one process on the same rows, in equal micro-batches (I6)."""
 
 import functools
-from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from helpers.kinds import FROZEN, KINDS, Run, change, differences, feed, load, row_groups
+from helpers.kinds import FROZEN, KINDS, Run, change, differences, feed, load
 from helpers.launch import WORKER, start
 
 KINDS_ON_TWO_RANKS = ["sft", "bert-classes", "dpo", "reward"]
@@ -54,25 +53,6 @@ def test_i7_without_a_metric_two_ranks_run_as_the_parents(kind, accumulation, la
         assert len(parent.steps) == 3
         for name in ("steps", "evaluated", "losses", "logs", "updates", "weights"):
             assert not differences(getattr(parent, name), getattr(our, name), name)
-
-
-@geometries
-@pytest.mark.parametrize("method", ["balanced", "equal"])
-def test_i1_i2_steps_of_two_ranks_are_pure_and_hold_every_row(kind, accumulation, method, launched, tmp_path) -> None:
-    runs = launched((kind,), "balanced", "equal")
-    groups = row_groups(KINDS[kind], tmp_path)
-    steps = steps_of_both(runs[f"{kind}-{accumulation}-{method}"])
-    seen = Counter(row for step in steps for row in step)
-    assert set(seen) == set(groups)
-    # Losses that are no sum over tokens have micro-batches of one size: under W x A repeats per group.
-    sequences = 2 if kind in ("dpo", "reward") else 1  # per sample
-    limit = 0 if kind == "sft" else (2 * accumulation - 1) * sequences
-    repeats = Counter({group: -list(groups.values()).count(group) for group in groups.values()})
-    for row, times in seen.items():
-        repeats[groups[row]] += times
-    assert all(0 <= count <= limit for count in repeats.values())
-    for step in steps:
-        assert len({groups[row] for row in step}) == 1
 
 
 @geometries

@@ -99,16 +99,6 @@ def test_parents_metrics_and_group_losses(tmp_path, name):
         assert group_losses(ours) == pytest.approx(expected_group_losses(rows), rel=1e-5)
 
 
-def test_dict_of_eval_sets(tmp_path):
-    sets = {"one": EVAL, "two": OTHER}
-    ours, parent = (trainer.evaluate() for trainer in both(tmp_path, eval_dataset=sets))
-    for name, rows in sets.items():
-        prefix = f"eval_{name}"
-        assert group_losses(ours, prefix) == pytest.approx(expected_group_losses(rows), rel=1e-5)
-    kept = {name: value for name, value in ours.items() if not re.search("_g[0-9]+_loss$", name)}
-    assert parents_part(kept) == parents_part(parent)
-
-
 def test_evaluation_makes_the_parents_loaders_and_forward_passes(tmp_path):
     """Group losses take no loader, worker process or forward pass besides the parent's."""
     counts = []

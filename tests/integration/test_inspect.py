@@ -4,15 +4,12 @@ import json
 import re
 import subprocess
 import sys
-from collections import Counter
 
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from helpers.toys import tiny_tokenizer
 from helpers.trainers import rows_of_task, write_jsonl
 
-from benchmarks.mixture import REFERENCE, read_mixture
 from commonit_trl import CommonITSFTTrainer
 from commonit_trl.cli import main as cli
 
@@ -113,26 +110,23 @@ def test_flags_override_the_geometry_of_the_recipe(model, data, tmp_path, capsys
         assert [shown[name] for name in ("micro_batch_size", "world_size", "accumulation_steps")] == geometry
 
 
-def test_each_kind_of_column_is_read(tokenizer, tmp_path, capsys):
-    kinds = {
-        "plain": rows_of_task("add", 20),
-        "alpaca": [
-            {"instruction": f"Add {n}", "input": "" if n % 2 else "now", "output": "a" * (n + 1)} for n in range(20)
-        ],
-        "text": [{"text": f"Add {n}"} for n in range(20)],
-        "messages": [
-            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a" * (n + 1)}]}
-            for n in range(20)
-        ],
-        "tokens": [{"input_ids": [1] * (n + 3), "labels": [-100, *[1] * (n + 2)]} for n in range(20)],
-    }
-    for kind, rows in kinds.items():
-        name = write_jsonl(tmp_path / f"{kind}.jsonl", rows)
-        options = ["--commonit_metric", "length", "--commonit_num_groups", 2, "--tokenizer", tokenizer]
-        (shown,) = numbers(capsys, name, *options)
-        assert sum(group["rows"] for group in shown["groups"]) == 20, kind
-        assert shown["groups"][0]["examples"], kind
-        assert shown["groups"][0]["response_tokens"]["median"] < shown["groups"][1]["response_tokens"]["median"], kind
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda n: {"instruction": f"Add {n}", "input": "" if n % 2 else "now", "output": "a" * (n + 1)},
+        lambda n: {"text": f"Add {'a' * n}"},
+        lambda n: {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a" * (n + 1)}]},
+        lambda n: {"input_ids": [1] * (n + 3), "labels": [-100, *[1] * (n + 2)]},
+    ],
+    ids=["alpaca", "text", "messages", "tokens"],
+)
+def test_columns_are_read(row, tokenizer, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "rows.jsonl", map(row, range(20)))
+    options = ["--commonit_metric", "length", "--commonit_num_groups", 2, "--tokenizer", tokenizer]
+    (shown,) = numbers(capsys, data, *options)
+    short, long = shown["groups"]
+    assert short["rows"] + long["rows"] == 20 and short["examples"]
+    assert short["response_tokens"]["median"] < long["response_tokens"]["median"]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -260,38 +254,6 @@ def test_other_front_ends_come_from_installed_packages(tmp_path, monkeypatch, ca
     assert (shown["rows"], shown["samples"], shown["planned"]["steps"]) == (30, 30, 15)
     (shown,) = numbers(capfd, "--axolotl", "packed.yml")
     assert (shown["rows"], shown["samples"], shown["planned"]["padding_ratio"]) == (30, 15, 1.0)
-
-
-# --- real data ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.real_data
-def test_real_rows_are_in_a_group_or_dropped(real_data, tokenizer, tmp_path, capsys):
-    """I2 on the mixture and the reference set, of which two whole tasks do not fit in 700 tokens.
-
-    A byte tokenizer makes a token per byte, so a row has a token to train on if its prompt has fewer than 700 bytes.
-    """
-    rows = read_mixture(real_data)
-    for line in map(json.loads, (real_data / REFERENCE).read_text(encoding="utf-8").splitlines()):
-        prompt = f"{line['instruction'].strip()}\n{line['input'].strip()}\n"
-        rows.append({"prompt": prompt, "completion": line["output"].strip(), "task": line["task"]})
-    dropped = [len(row["prompt"].encode()) >= 700 for row in rows]
-    by_task = Counter(row["task"] for row, drop in zip(rows, dropped, strict=True) if drop)
-    remaining = Counter(row["task"] for row, drop in zip(rows, dropped, strict=True) if not drop)
-    assert len(by_task.keys() - remaining.keys()) == 2
-
-    data = write_jsonl(tmp_path / "real.jsonl", rows)
-    options = [data, "--commonit_metric", "task", "--tokenizer", tokenizer, "--max_length", 700]
-    (shown,) = numbers(capsys, *options)
-    assert shown["dropped"]["by_group"] == by_task and shown["dropped"]["rows"] == sum(dropped)
-    assert {group["name"]: group["rows"] for group in shown["groups"]} == remaining
-
-    assert cli.main(["group", *map(str, options), "--output", "saved"]) == 0
-    table = pq.read_table("saved/assignment.parquet")
-    expected = [None if drop else row["task"] for row, drop in zip(rows, dropped, strict=True)]
-    assert table["row"].to_pylist() == list(range(len(rows))) and table["name"].to_pylist() == expected
-    assert [reason is not None for reason in table["dropped"].to_pylist()] == dropped
 
 
 def test_rows_are_not_changed(data, tmp_path):

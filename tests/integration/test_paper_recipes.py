@@ -6,7 +6,6 @@ tests/axolotl/test_paper_axolotl.py.
 
 import json
 import re
-import shlex
 import sys
 from collections import Counter
 from itertools import product
@@ -18,7 +17,6 @@ from datasets import Dataset
 from helpers.toys import tiny_model, tiny_tokenizer
 from helpers.trainers import Seen, as_argv, groups_of_steps
 
-from commonit_trl.cli import launch
 from commonit_trl.cli import main as cli
 from commonit_trl.cli.data import load_splits
 from commonit_trl.cli.sft import make_trainer
@@ -81,10 +79,8 @@ def test_the_script_writes_a_recipe_on_demand(capsys):
     ("arguments", "parts"),
     [
         ("--model gpt --data flan --metric task", ["--model=gpt", *make_recipes.MODELS]),
-        ("--model llama-7b --data dolly --metric task", ["--data=dolly", *make_recipes.DATASETS]),
         ("--model llama-7b --data flan", ["--metric", "missing", *make_recipes.METRICS]),
         ("--model llama-7b --data flan --metric none --front-end trainer", ["--front-end=trainer", "trl", "axolotl"]),
-        ("--model llama-7b --data flan --metric none --output .", ["--output=."]),
         ("--modle llama-7b", ["--modle"]),
     ],
 )
@@ -116,10 +112,9 @@ def test_both_front_ends_have_the_same_settings():
     for run in RUNS:
         trl, axolotl = (yaml.safe_load(make_recipes.make_recipe(name, *run, PAPER)) for name in ("trl", "axolotl"))
         assert axolotl["datasets"][0]["path"] == trl.pop("dataset_name")
-        assert trl.pop("num_processes") == 4
         assert trl.pop("output_dir").replace("/trl/", "/axolotl/") == axolotl["output_dir"]
-        for name, value in trl.items():
-            assert axolotl[names.get(name, name)] == value, (run, name)
+        assert trl.pop("num_processes") == 4
+        assert trl.items() <= {name: axolotl.get(names.get(name, name)) for name in trl}.items(), run
 
 
 def test_commonit_sft_takes_every_recipe_with_the_settings_of_the_authors_scripts(tmp_path, monkeypatch):
@@ -143,18 +138,6 @@ def test_commonit_sft_takes_every_recipe_with_the_settings_of_the_authors_script
         step = 4 * training.per_device_train_batch_size
         assert training.commonit_min_group_size == (step if metric in ("task", "embedding") else 1)
         assert model_arguments.model_name_or_path == make_recipes.MODELS[model].hub
-
-
-def test_the_commands_of_recipes_and_readme_start_four_processes(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    texts = make_recipes.shipped_recipes()
-    found = {path: re.findall(r"^#   commonit sft (.*)$", text, re.MULTILINE) for path, text in texts.items()}
-    assert found == {path: [f"--config {path}"] if path.suffix == ".yaml" else [] for path in texts}
-    named = re.findall(r"^commonit (?:sft|inspect) (.*)$", README.read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(named) == 2
-    for _, path in map(shlex.split, named):
-        assert Path(path) in texts
-        assert launch.prepare(parse(path, **WITHOUT_GPU)[1], "sft", ["--config", path]).num_processes == 4
 
 
 # --- the data -----------------------------------------------------------------------------------------------
@@ -186,7 +169,7 @@ def data(tmp_path_factory):
     return folder
 
 
-def test_the_data_have_the_columns_that_the_recipes_read(data):
+def test_the_data_have_the_columns_of_the_recipes(data):
     for name in make_data.SOURCES:
         rows = [json.loads(line) for line in (data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
         assert {column for row in rows for column in row} == {"prompt", "completion", "task"}

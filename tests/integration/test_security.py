@@ -229,6 +229,7 @@ def test_offline_nothing_asks_the_network(watched):
     assert found["seen"] > 0, "the hook sees a connection"
 
 
+@pytest.mark.slow
 def test_all_files_lie_where_they_were_asked_for(watched):
     directory, found, _ = watched
     outside = {path for path in found["written"] if not Path(path).is_relative_to(directory)}
@@ -238,6 +239,7 @@ def test_all_files_lie_where_they_were_asked_for(watched):
     assert not Path("/etc/ran").exists()
 
 
+@pytest.mark.slow
 def test_output_of_the_process_is_sanitized(watched):
     """Tables, epoch summary, warnings and metrics; progress bars go to the start of a line, or one up."""
     *_, done = watched
