@@ -87,19 +87,28 @@ def test_embedding_groups_are_saved_with_their_centroids(tmp_path, minilm):
 
 DIFFERENCES = {
     "seed": ({"seed": 8}, ["data seed (7 in the checkpoint, 8 now)", "order of samples"]),
-    "batch size": ({"per_device_train_batch_size": 1}, ["per-device batch size (2 in the checkpoint, 1 now)"]),
-    "accumulation": (
-        {"gradient_accumulation_steps": 1},
-        ["gradient accumulation steps (2 in the checkpoint, 1 now)"],
-    ),
     "metric": (
         {"commonit_metric": "length", "commonit_weights": "proportional"},
         ["commonit_metric ('task' in the checkpoint, 'length' now)", "names of groups ("],
     ),
-    "purity": ({"commonit_purity": "micro"}, ["commonit_purity ('step' in the checkpoint, 'micro' now)"]),
-    "remainder": ({"commonit_remainder": "drop"}, ["commonit_remainder ('keep' in the checkpoint, 'drop' now)"]),
-    "weights": ({"commonit_weights": "proportional"}, ["commonit_weights ({'g000': 2", "'proportional' now)"]),
-    "balance": ({"commonit_balance_lengths": False}, ["commonit_balance_lengths (True in the checkpoint"]),
+    "every other option": (
+        {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "commonit_purity": "micro",
+            "commonit_remainder": "drop",
+            "commonit_weights": "proportional",
+            "commonit_balance_lengths": False,
+        },
+        [
+            "per-device batch size (2 in the checkpoint, 1 now)",
+            "gradient accumulation steps (2 in the checkpoint, 1 now)",
+            "commonit_purity ('step' in the checkpoint, 'micro' now)",
+            "commonit_remainder ('keep' in the checkpoint, 'drop' now)",
+            "commonit_weights ({'g000': 2",
+            "commonit_balance_lengths (True in the checkpoint",
+        ],
+    ),
     "rows": ({"rows": id_rows([9, 6, 6])}, ["rows (20 in the checkpoint, 21 now)"]),
     "groups": (
         {"rows": id_rows([9, 6, 4, 1]), "commonit_weights": "proportional"},

@@ -1,10 +1,7 @@
 """`commonit group` saves groups and assignments and assigns new rows; training then loads the groups."""
 
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -145,24 +142,3 @@ def test_loaded_groups_take_the_options_they_were_fitted_with(data):
 
 def test_every_option_that_fits_groups_is_compared():
     assert set(FITTED_WITH) == {*READ_BY, "commonit_min_group_size"}
-
-
-@pytest.mark.slow
-def test_two_ranks_find_the_groups_of_one_process(minilm, tmp_path):
-    """Two ranks under torchrun find the groups of one process and print once."""
-    questions = [f"Question {row}: what is {row} plus {row * 7 % 50}?" for row in range(600)]
-    rows = [{"prompt": question, "completion": "I see."} for question in questions]
-    data = write_jsonl(tmp_path / "many.jsonl", rows * 2)
-    options = (data, "--commonit_metric", "embedding", "--commonit_embedding_model", minilm)
-    options += ("--commonit_num_groups", "4")
-    cache = ("--commonit_cache_dir", tmp_path / "cache of two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "commonit_trl", "group", *options, *cache, "--output", tmp_path / "by two"]
-    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("Saved in") == 1
-    assert group(*options, "--commonit_cache_dir", tmp_path / "cache of one", "--output", tmp_path / "by one") == 0
-    assert assignment(tmp_path / "by two") == assignment(tmp_path / "by one")
-    assert len(set(assignment(tmp_path / "by two"))) == 4
-    two, one = (load_grouper(tmp_path / name) for name in ("by two", "by one"))
-    assert two.names == one.names and np.allclose(two.centroids, one.centroids, atol=1e-4)

@@ -222,7 +222,7 @@ def test_groups_that_were_saved_are_used(data, tokenizer, tmp_path, capsys):
 
 
 def test_other_front_ends_come_from_installed_packages(tmp_path, monkeypatch, capfd):
-    """The package with the entry point reads the recipe of another front end; without one, the error names it."""
+    """An entry point names the reader of their recipes; tests/axolotl/test_axolotl_inspect.py reads real ones."""
     monkeypatch.setattr("commonit_trl.cli.recipes.ENTRY_POINTS", "commonit.test_recipes")
     line = error(capfd, "--axolotl", "recipe.yml")
     assert "--axolotl recipe.yml: " in line and "pip install 'commonit-trl[axolotl]'" in line
@@ -233,27 +233,6 @@ def test_other_front_ends_come_from_installed_packages(tmp_path, monkeypatch, ca
     (info / "entry_points.txt").write_text("[commonit.test_recipes]\naxolotl = other_reader:read\n")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     assert "No module named 'other_reader'" in error(capfd, "--axolotl", "recipe.yml")
-
-    (tmp_path / "site" / "other_reader.py").write_text(
-        "import numpy as np\n"
-        "from commonit_trl.config import CommonITArguments\n"
-        "from commonit_trl.cli.recipes import Recipe\n"
-        "from commonit_trl.rows import Rows\n"
-        "from helpers.toys import id_rows\n"
-        "def pack(grouper, group_ids, world_size):\n"
-        "    assert grouper.names == ['g000', 'g001']\n"
-        "    return group_ids[::2], np.full(len(group_ids[::2]), 64)\n"
-        "def read(path):\n"
-        "    rows = Rows(id_rows([20, 10]))\n"
-        "    options = CommonITArguments(commonit_metric='task')\n"
-        "    return Recipe(options=options, rows=rows, seed=1, micro_batch_size=2, accumulation_steps=1,\n"
-        "        lengths=rows.token_counts(), balanced=True, pack=pack if 'pack' in path else None)\n"
-    )
-    monkeypatch.delitem(sys.modules, "other_reader", raising=False)
-    (shown,) = numbers(capfd, "--axolotl", "recipe.yml", "--compare", "task")
-    assert (shown["rows"], shown["samples"], shown["planned"]["steps"]) == (30, 30, 15)
-    (shown,) = numbers(capfd, "--axolotl", "packed.yml")
-    assert (shown["rows"], shown["samples"], shown["planned"]["padding_ratio"]) == (30, 15, 1.0)
 
 
 def test_rows_are_not_changed(data, tmp_path):

@@ -153,11 +153,11 @@ def test_an_encoders_code_does_not_run(reference, minilm, data, tmp_path, capfd)
 
 WATCH = """
 import json, os, sys
-asked, written = [], []
+used, written = [], []
 
 def watch(event, args):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
-        asked.append(f"{event} {args[1:] if event == 'socket.connect' else args}")
+        used.append(f"{event} {args[1:] if event == 'socket.connect' else args}")
         raise OSError("no network here")
     if event == "open" and isinstance(args[0], (str, bytes)) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
         written.append(os.path.abspath(os.fsdecode(args[0])))
@@ -169,12 +169,12 @@ from commonit_trl.cli import main as cli
 
 codes = [cli.main(argv) for argv in json.loads(sys.argv[1])]
 import socket
-before = len(asked)
+before = len(used)
 try:
     socket.create_connection(("127.0.0.1", 9))
 except OSError:
     pass
-print(json.dumps({"codes": codes, "asked": asked[:before], "seen": len(asked) - before, "written": written}))
+print(json.dumps({"codes": codes, "network": used[:before], "seen": len(used) - before, "written": written}))
 """
 
 
@@ -222,15 +222,15 @@ def watched(model, minilm, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_offline_nothing_asks_the_network(watched):
+def test_offline_nothing_uses_the_network(watched):
     _, found, _ = watched
     assert found["codes"] == [0, 0, 0, 0, 0, 0, 2, 2]
-    assert found["asked"] == []
+    assert found["network"] == []
     assert found["seen"] > 0, "the hook sees a connection"
 
 
 @pytest.mark.slow
-def test_all_files_lie_where_they_were_asked_for(watched):
+def test_files_are_written_below_the_named_directories(watched):
     directory, found, _ = watched
     outside = {path for path in found["written"] if not Path(path).is_relative_to(directory)}
     assert outside <= {"/dev/null"}
@@ -262,7 +262,7 @@ def test_labels_stay_text_in_the_model_card():
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
-def test_what_is_written_has_the_permissions_that_the_umask_leaves(umask, model, data, capfd):
+def test_files_have_the_permissions_of_the_umask(umask, model, data, capfd):
     before = os.umask(umask)
     try:
         assert cli.main(["group", data, *TASK, "--output", "saved"]) == 0
