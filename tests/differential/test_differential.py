@@ -145,7 +145,7 @@ def test_the_parents_update_depends_on_the_cut_where_we_may_not_balance(kind, tm
 
 
 @trained_with_a_metric
-def test_logged_group_losses_are_those_of_the_groups_batches(case: Case) -> None:
+def test_logged_losses_equal_the_losses_of_the_groups_batches(case: Case) -> None:
     """Where the loss is not one of a language model, they may be absent."""
     needs(case)
     if case.cuts_rows:

@@ -56,7 +56,7 @@ def test_i7_without_a_metric_two_ranks_run_as_the_parents(kind, accumulation, la
 
 
 @geometries
-def test_i6_on_two_ranks_the_update_is_that_of_one_process(kind, accumulation, launched, tmp_path) -> None:
+def test_i6_two_ranks_make_the_update_of_one_process(kind, accumulation, launched, tmp_path) -> None:
     """The reference is the parent in one process, which accumulates the equal micro-batches of both ranks."""
     runs = launched((kind,), "balanced", "equal")
     equal = runs[f"{kind}-{accumulation}-equal"]

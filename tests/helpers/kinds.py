@@ -269,9 +269,9 @@ class Kind:
     `next tokens`, where the first label of a row is not trained."""
     any_cut: bool = False
     """Whether the parent's update is the same however the rows of a step are cut into micro-batches: the loss is a sum
-    divided by the number of items of the step. Only then may steps be arranged by length."""
+    divided by the number of items of the step. Only then may steps be balanced by length."""
     balances: bool = False
-    """Whether we do arrange its steps by length."""
+    """Whether its steps are balanced by length."""
 
     def make(self, directory: Path, metric: str | None, form: str = "", dropout: float = 0.0, **options: Any) -> Any:
         """Make a trainer.

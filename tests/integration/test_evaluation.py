@@ -165,7 +165,7 @@ def test_best_model_by_the_loss_of_a_group(tmp_path):
     ("metric", "fix"),
     [("eval_loss_g001", "'eval_g001_loss'"), ("g003_loss", "'eval_g000_loss'"), ("eval_g01_loss", "'eval_loss'")],
 )
-def test_best_model_by_a_loss_that_is_not_logged(tmp_path, metric, fix):
+def test_best_model_by_an_unknown_loss_is_refused(tmp_path, metric, fix):
     """The names of an earlier version and of groups without evaluation rows are refused before training."""
     with pytest.raises(ValueError, match=f"metric_for_best_model='{metric}'.*{fix}"):
         options = {"eval_strategy": "epoch", "metric_for_best_model": metric}
@@ -185,7 +185,7 @@ def test_group_whose_rows_are_not_evaluated_is_nan_with_a_message(tmp_path, capl
     assert "1 of 7 rows" in warning and "'g001'" in warning
 
 
-def test_loss_that_is_no_mean_of_tokens_gives_no_group_losses(tmp_path, caplog):
+def test_label_smoothing_gives_no_group_losses(tmp_path, caplog):
     """With label smoothing, the parent's loss is not the cross entropy of the labels."""
     trainers = both(tmp_path, label_smoothing_factor=0.4, loss_type="nll")
     for trainer in trainers:  # a head that is far from uniform, of which the smoothed loss differs

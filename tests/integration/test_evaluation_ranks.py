@@ -24,7 +24,7 @@ def logs(request, tmp_path_factory):
     return [json.loads((directory / f"{metric}.json").read_text())["log"] for metric in ("task", "none")]
 
 
-def test_i8_losses_of_groups_are_those_of_their_rows(logs):
+def test_i8_group_losses_equal_the_losses_of_their_rows(logs):
     """I8: `eval_loss` to the last digit; group losses token-weighted, each row once, although the last batches are
     filled with rows of the first ones."""
     ours, baseline = (log[0] for log in logs)

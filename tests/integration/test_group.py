@@ -38,7 +38,7 @@ def assignment(directory):
 @pytest.mark.parametrize(
     ("metric", "packing"), [("task", "bfd"), ("length", None), ("length", "wrapped"), ("embedding", None)]
 )
-def test_training_loads_what_was_grouped_ahead(metric, packing, model, data, minilm, tmp_path, capfd):
+def test_training_loads_saved_groups(metric, packing, model, data, minilm, tmp_path, capfd):
     recipe = {
         "commonit_metric": metric,
         "model_name_or_path": model,
@@ -71,7 +71,7 @@ def test_training_loads_what_was_grouped_ahead(metric, packing, model, data, min
     assert load_grouper("saved").description() == load_grouper("out/commonit").description()
 
 
-def test_the_assignment_is_that_of_the_rows(data, capsys):
+def test_assignment_of_every_row(data, capsys):
     assert group(data, "--commonit_metric", "task", "--output", "saved") == 0
     assert assignment("saved") == [0] * 8 + [1] * 8 + [2] * 8
     assert load_grouper("saved").names == list(TASKS)

@@ -147,7 +147,7 @@ def test_dropped_rows_are_counted_by_group(packing, model, tmp_path, capsys):
     assert "no token to train on" in reason
     shown = [(group["name"], group["rows"], group["dropped"]) for group in task["groups"]]
     assert shown == [("add", 16, 4), ("sort", 16, 4)]
-    assert any("28 of 60 rows" in said and "'spell' (20)" in said for said in task["warnings"])
+    assert any("28 of 60 rows" in warning and "'spell' (20)" in warning for warning in task["warnings"])
     assert "spell" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert inspect(data, "--commonit_metric", "task", *options[:6]) == 0
     assert re.search(r"spell +0 +0.0% +- +- +0 +20 +0 +0 *\n", capsys.readouterr().out)
@@ -165,8 +165,8 @@ def test_rows_without_a_trained_token_are_dropped(tokenizer, tmp_path, capsys):
 
 def test_data_without_a_trained_token_are_an_error(tokenizer, tmp_path, capfd):
     data = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "x" * 60, "completion": "y"}] * 4)
-    said = error(capfd, data, "--commonit_metric", "length", "--tokenizer", tokenizer, "--max_length", 40)
-    assert "max_length=40" in said and "4 rows" in said
+    line = error(capfd, data, "--commonit_metric", "length", "--tokenizer", tokenizer, "--max_length", 40)
+    assert "max_length=40" in line and "4 rows" in line
 
 
 # --- output -----------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_several_files_are_a_mixture(data, tmp_path, capsys):
     assert [(group["name"], group["rows"]) for group in shown["groups"]] == [("data", 60), ("other", 12)]
 
 
-def test_metrics_are_compared_with_the_options_that_each_reads(data, tokenizer, minilm, capsys, tmp_path):
+def test_compare_gives_each_metric_its_options(data, tokenizer, minilm, capsys, tmp_path):
     options = ["--commonit_num_groups", 4, "--commonit_embedding_model", minilm, "--commonit_length_of", "total"]
     options += ["--tokenizer", tokenizer, "--per_device_train_batch_size", 4]
     html = tmp_path / "new" / "report.html"
@@ -209,7 +209,7 @@ def test_nothing_but_json_is_on_stdout(data, tokenizer):
     assert json.loads(done.stdout)["inspections"][0]["rows"] == 60
 
 
-def test_groups_that_were_saved_are_used(data, tokenizer, tmp_path, capsys):
+def test_saved_groups_are_loaded(data, tokenizer, tmp_path, capsys):
     assert cli.main(["group", data, "--commonit_metric", "task", "--output", "saved"]) == 0
     capsys.readouterr()
     new = write_jsonl(tmp_path / "new.jsonl", [*rows_of_task("add", 20), *rows_of_task("walk", 5)])

@@ -57,7 +57,7 @@ def rows(path, tmp_path):
 
 
 @pytest.mark.parametrize("metric", ["task", "length", "embedding"])
-def test_rows_are_those_of_trl_in_pure_steps(metric, rows, minilm, tmp_path):
+def test_steps_are_pure_and_rows_equal_trls(metric, rows, minilm, tmp_path):
     options = {"per_device_train_batch_size": 2, "commonit_metric": metric, "commonit_report": True}
     if metric != "task":
         options["commonit_num_groups"] = 2

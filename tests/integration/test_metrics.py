@@ -78,7 +78,7 @@ def test_the_loss_of_a_group_is_the_mean_over_its_tokens(runs, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_tokens_and_group_are_those_of_the_batches(runs, name):
+def test_tokens_padding_and_group_match_the_batches(runs, name):
     directory, world_size = runs
     every = CASES[name].get("logging_steps", LOGGING_STEPS)
     lengths = [len(tokens) for tokens in id_rows(SIZES)["input_ids"]]

@@ -78,7 +78,7 @@ def test_the_script_writes_a_recipe_on_demand(capsys):
 # --- every recipe -------------------------------------------------------------------------------------------
 
 
-def test_the_readme_explains_each_setting_that_is_ours():
+def test_the_readme_explains_each_setting_of_ours():
     texts = [make_recipes.make_recipe(front_end, *run, PAPER) for front_end in make_recipes.FRONT_ENDS for run in RUNS]
     lines = {line for text in texts for line in text.splitlines() if line.endswith("  # ours")}
     marked = {line.split("#")[0].strip().removeprefix("- ").split(":")[0] for line in lines}

@@ -43,7 +43,7 @@ def by_length(dataset, tokenizer, epoch, **paths):
 
 
 def by_nearest_reference_task(dataset, tokenizer, epoch, *, reference, encoder):
-    """Return the nearest of 57 reference tasks, whose centroids are mean embeddings; computed for some tasks and rows."""
+    """Return the nearest of 57 reference tasks by their mean embeddings; computed for some tasks and rows."""
     names, centroids = epoch.grouper.names, epoch.grouper.centroids
     examples = {}
     with reference.open(encoding="utf-8") as stream:

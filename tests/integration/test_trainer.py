@@ -198,7 +198,7 @@ def test_rows_without_a_token_to_train_on_are_dropped_and_counted(tmp_path, capl
     assert saved["ledger"]["dropped"]["rows"] == 5
 
 
-def test_rows_that_preparation_drops_are_counted_by_group(tmp_path):
+def test_rows_dropped_by_preparation_are_counted_by_group(tmp_path):
     """TRL drops rows whose completion is truncated away; they count for their label, or their length before that."""
     rows = [{"task": f"t{n % 2}", "prompt": "p" * (5 + 45 * (n % 5 < 2)), "completion": "c" * 10} for n in range(12)]
     for metric, by_group in (("task", {"t0": 3, "t1": 3}), ("length", {"response of any length": 6})):
@@ -261,7 +261,7 @@ def test_metrics_restart_with_each_training(tmp_path):
     assert logs[0] == pytest.approx(logs[1]) and len(logs[0]) == 1
 
 
-def test_loader_that_a_callback_makes_does_not_change_the_metrics(tmp_path):
+def test_another_dataloader_does_not_change_the_metrics(tmp_path):
     """The group of a step comes from the plan, not from the newest sampler."""
 
     class MakeLoader(TrainerCallback):

@@ -112,7 +112,7 @@ def test_formats(tmp_path, name):
     assert seen.rows == parent_seen.rows
 
 
-def test_length_is_that_after_truncation(tmp_path):
+def test_length_counts_after_truncation(tmp_path):
     """Metric `length` counts the response tokens that remain after truncation."""
     rows = [{"prompt": f"[g1#{n:02d}]", "completion": "x" * (30 if n % 2 else 500)} for n in range(8)]
     options = {"commonit_metric": "length", "commonit_length_edges": [35, 41], "max_length": 47}
