@@ -16,6 +16,7 @@ import torch
 from helpers.cases import BASELINE_CASES, CASES, Case
 from helpers.kinds import (
     FROZEN,
+    GROUP_SIZES,
     KINDS,
     Run,
     change,
@@ -31,7 +32,7 @@ from helpers.kinds import (
 from helpers.toys import RUN_TIME
 
 EXACT = 1e-5
-"""Largest relative change of an update that float32 sums in another order may make."""
+"""Largest relative change of an update when float32 numbers are summed in another order."""
 VISIBLE = 10 * EXACT
 """Smallest change of an update by which the tests must notice a wrong cut."""
 
@@ -51,7 +52,7 @@ def one_thread_and_own_caches(tmp_path, monkeypatch):
 
 @functools.cache
 def measured(case: Case, balance: bool = True) -> tuple[object, Run]:
-    """A trainer with metric `task` whose weights stay as they are, and its run; kept for the tests that read it."""
+    """Return a trainer with metric `task` and constant weights, and its run; cached for several tests."""
     with tempfile.TemporaryDirectory() as directory:
         options = {**FROZEN, "logging_steps": 3, "commonit_balance_lengths": balance}
         trainer = case.make(Path(directory), "task", **options)
@@ -86,7 +87,7 @@ def test_i7_without_a_metric_a_run_is_the_parents(case: Case, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.refuses], ids=lambda case: case.name)
-def test_a_setting_that_undoes_groups_is_refused_by_name(case: Case, tmp_path) -> None:
+def test_settings_that_undo_groups_are_refused(case: Case, tmp_path) -> None:
     with pytest.raises(ValueError, match=f"^{case.refuses}="):
         case.make(tmp_path, "task")
 
@@ -131,8 +132,8 @@ def test_i6_the_parent_makes_the_same_update_of_the_same_batches(case: Case, tmp
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
 def test_the_parents_update_depends_on_the_cut_where_we_may_not_balance(kind, tmp_path) -> None:
-    """Shows of the parent alone that the comparisons above can fail: with most kinds, the same six rows make another
-    update in micro-batches of 1, 1, 4 than of 2, 2, 2."""
+    """The comparisons above can fail: with most kinds, the parent's update differs between micro-batches of 1, 1, 4 and
+    2, 2, 2 rows."""
     if kind.form == "images":
         pytest.importorskip("PIL")
     longest, *others = sorted(range(12), key=lambda number: -len(samples()[number].tokens))[:6]
@@ -144,8 +145,8 @@ def test_the_parents_update_depends_on_the_cut_where_we_may_not_balance(kind, tm
 
 
 @trained_with_a_metric
-def test_logged_group_losses_are_those_of_the_groups_batches(case: Case) -> None:
-    """Or absent where they cannot be counted; those of a language model always can."""
+def test_logged_losses_equal_the_losses_of_the_groups_batches(case: Case) -> None:
+    """Where the loss is not one of a language model, they may be absent."""
     needs(case)
     if case.cuts_rows:
         pytest.skip("packing cuts rows")
@@ -175,3 +176,13 @@ def test_i8_with_a_metric_the_evaluation_is_the_parents(case: Case, tmp_path) ->
     parent, ours = (case.make(tmp_path, metric).evaluate() for metric in (None, "task"))
     parent = {name: value for name, value in parent.items() if not name.endswith(RUN_TIME)}
     assert len(parent) > 1 and {name: ours[name] for name in parent} == parent
+    if case.kind.loss_over == "next tokens":
+        assert any(f"eval_{group}_loss" in ours or f"eval_one_{group}_loss" in ours for group in GROUP_SIZES)
+
+
+def test_a_trainer_without_training_set_evaluates_as_the_parent(tmp_path) -> None:
+    make = functools.partial(KINDS["causal"].make, tmp_path, evaluated=("one",))
+    parent, trainer = make(None), make("task", extra=lambda: {"train_dataset": None})
+    assert trainer.evaluate().keys() == parent.evaluate().keys()
+    with pytest.raises(ValueError, match="has no plan"):
+        trainer.commonit_plan()

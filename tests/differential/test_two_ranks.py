@@ -2,15 +2,11 @@
 parent in one process on the same rows, in equal micro-batches (I6)."""
 
 import functools
-import json
-import os
-from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from helpers import forked
-from helpers.kinds import FROZEN, KINDS, Run, change, differences, feed, load, row_groups
+from helpers.kinds import FROZEN, KINDS, Run, change, differences, feed, load
+from helpers.launch import WORKER, start
 
 KINDS_ON_TWO_RANKS = ["sft", "bert-classes", "dpo", "reward"]
 GEOMETRIES = [(kind, steps) for kind in KINDS_ON_TWO_RANKS for steps in (1, 2)]
@@ -42,10 +38,7 @@ def launched(tmp_path_factory) -> Callable[..., dict[str, list[Run]]]:
             for method in methods
             if kind in kinds
         ]
-        spec = directory / "runs.json"
-        spec.write_text(json.dumps(wanted), encoding="utf-8")
-        worker = Path(forked.__file__).with_name("rank_worker.py")
-        done = forked.run([str(worker), str(spec)], env=dict(os.environ), cwd=directory, world_size=2)
+        done = start(WORKER.with_name("rank_worker.py"), wanted, directory, world_size=2)
         assert done.returncode == 0, done.stderr[-2000:]
         return {run["name"]: [load(directory / f"{run['name']}.rank{rank}.pt") for rank in (0, 1)] for run in wanted}
 
@@ -63,26 +56,7 @@ def test_i7_without_a_metric_two_ranks_run_as_the_parents(kind, accumulation, la
 
 
 @geometries
-@pytest.mark.parametrize("method", ["balanced", "equal"])
-def test_i1_i2_steps_of_two_ranks_are_pure_and_hold_every_row(kind, accumulation, method, launched, tmp_path) -> None:
-    runs = launched((kind,), "balanced", "equal")
-    groups = row_groups(KINDS[kind], tmp_path)
-    steps = steps_of_both(runs[f"{kind}-{accumulation}-{method}"])
-    seen = Counter(row for step in steps for row in step)
-    assert set(seen) == set(groups)
-    # Losses that are no sum over tokens have micro-batches of one size: under W x A repeats per group.
-    sequences = 2 if kind in ("dpo", "reward") else 1  # per sample
-    limit = 0 if kind == "sft" else (2 * accumulation - 1) * sequences
-    repeats = Counter({group: -list(groups.values()).count(group) for group in groups.values()})
-    for row, times in seen.items():
-        repeats[groups[row]] += times
-    assert all(0 <= count <= limit for count in repeats.values())
-    for step in steps:
-        assert len({groups[row] for row in step}) == 1
-
-
-@geometries
-def test_i6_on_two_ranks_the_update_is_that_of_one_process(kind, accumulation, launched, tmp_path) -> None:
+def test_i6_two_ranks_make_the_update_of_one_process(kind, accumulation, launched, tmp_path) -> None:
     """The reference is the parent in one process, which accumulates the equal micro-batches of both ranks."""
     runs = launched((kind,), "balanced", "equal")
     equal = runs[f"{kind}-{accumulation}-equal"]

@@ -103,14 +103,6 @@ def test_comparison_page_lists_the_options_and_shows_output():
     assert all(word in output for word in ("Held-out", "vs none", "Groups by task", "intervals of equal"))
 
 
-def test_study_page_names_command_and_machine():
-    page = read("study.md")
-    (name,) = re.findall(r"\(\.\./(benchmarks/results/study-[\w-]+\.md)\)", page)
-    result = (ROOT / name).read_text(encoding="utf-8")
-    command, machine = (re.search(rf"^- {key}: (.*)$", result, re.MULTILINE)[1] for key in ("command", "machine"))
-    assert command in page and machine in page
-
-
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < README_LINES
 

@@ -1,8 +1,8 @@
 """Code blocks in the documentation run, command lines parse, links resolve, and tables agree with the code.
 
 The Python blocks of a file run in order in one namespace, and so do both sides of a diff, in a directory where
-`train.jsonl` has a few rows and `Qwen/Qwen3-0.6B` is a tiny model. The real parsers of the launchers and of `commonit`
-parse command lines without running them. tests/axolotl/test_examples.py loads Axolotl's YAML.
+`train.jsonl` has a few rows and `Qwen/Qwen3-0.6B` is a tiny model. The real parsers of `commonit` parse
+command lines without running them. tests/axolotl/test_examples.py loads Axolotl's YAML.
 """
 
 import json
@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from helpers.toys import tiny_model, tiny_tokenizer
+from helpers.trainers import rows_of_task, write_jsonl
 
 from commonit_trl import CommonITSFTTrainer
 from commonit_trl.cli import launch, recipes
@@ -66,15 +67,7 @@ def bf16(monkeypatch):
 @pytest.fixture
 def workspace(bf16, tmp_path, monkeypatch):
     """Change to a directory with the data and the model that the documentation names."""
-    rows = [
-        {
-            "prompt": f"Say yes {number} times.",
-            "completion": " yes" * (number % 9 + 1),
-            "source": f"s{number % 3}",
-        }
-        for number in range(48)
-    ]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_jsonl(tmp_path / "train.jsonl", [row | {"source": row["task"]} for row in rows_of_task("count", 48)])
     tiny_model().save_pretrained(tmp_path / MODEL)
     tiny_tokenizer().save_pretrained(tmp_path / MODEL)
     monkeypatch.chdir(tmp_path)
@@ -160,30 +153,9 @@ def check_commonit(words, monkeypatch):
         assert not options
 
 
-def check_accelerate(words, monkeypatch):
-    from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
-
-    assert words[0] == "launch"
-    parsed = launch_command_parser().parse_args(words[1:])
-    assert load_config_from_file(parsed.config_file).num_processes > 1
-    assert parsed.module and parsed.training_script == "commonit_trl"
-    check_commonit(parsed.training_script_args, monkeypatch)
-
-
-def check_torchrun(words, monkeypatch):
-    from torch.distributed.run import get_args_parser
-
-    parsed = get_args_parser().parse_args(words)
-    assert parsed.module and parsed.training_script == "commonit_trl"
-    check_commonit(parsed.training_script_args, monkeypatch)
-
-
-def check_deepspeed(words, monkeypatch):
-    runner = pytest.importorskip("deepspeed.launcher.runner")
-    parsed = runner.parse_args(words)
-    assert parsed.module and parsed.user_script == "commonit_trl"
-    check_commonit(parsed.user_args, monkeypatch)
+def check_launcher(words, monkeypatch):
+    """tests/integration/test_launchers.py runs such lines."""
+    check_commonit(words[words.index("commonit_trl") + 1 :], monkeypatch)
 
 
 def check_make(words, monkeypatch):
@@ -213,10 +185,10 @@ def check_axolotl(words, monkeypatch):
 
 CHECKS = {
     "commonit": check_commonit,
-    "accelerate": check_accelerate,
-    "torchrun": check_torchrun,
+    "accelerate": check_launcher,
+    "torchrun": check_launcher,
     "axolotl": check_axolotl,
-    "deepspeed": check_deepspeed,
+    "deepspeed": check_launcher,
     "make": check_make,
     "pip": check_pip,
     "python": check_python,
@@ -262,14 +234,6 @@ def test_files_in_backticks_exist(document):
         assert list(ROOT.glob(path.rstrip("/"))), path
 
 
-@every_document
-def test_lines_are_short(document):
-    """Tables, outputs, commands and URLs may be longer."""
-    text = re.sub(r"^```(?:text|bash)\n.*?^```$", "", read(document), flags=re.MULTILINE | re.DOTALL)
-    long = [line for line in text.splitlines() if len(line) > 120 and line[0] != "|" and "](http" not in line]
-    assert [line for line in long if not line.startswith("Machine: ")] == []
-
-
 def test_layout_lists_every_module():
     listed = re.findall(r"^ +(\w+\.py) ", read(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
     files = [file for package in ("commonit_trl", "axolotl_plugin") for file in (ROOT / package).rglob("*.py")]
@@ -287,14 +251,11 @@ def test_options_table_equals_the_config():
     assert shown == table, f"Paste this table into docs/options.md:\n{table}"
 
 
-MEASURED = [ROOT / "docs" / "real-data.md", PLUGIN_README]
+MEASURED = [ROOT / "docs" / "real-data.md", ROOT / "docs" / "study.md", PLUGIN_README]
 
 
 @pytest.mark.parametrize("document", MEASURED, ids=lambda document: str(document.relative_to(ROOT)))
 def test_command_and_machine_equal_the_result(document):
     page = read(document)
     result = read(ROOT / RESULT.search(page)[0])
-    measured = re.search(r"^#+ On real data\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)[1]
-    command = re.search(r"^- command: (.*)$", result, re.MULTILINE)[1]
-    machine = re.search(r"^- machine: (.*)$", result, re.MULTILINE)[1]
-    assert command in measured and machine in measured
+    assert all(re.search(rf"^- {key}: (.*)$", result, re.MULTILINE)[1] in page for key in ("command", "machine"))

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import DataCollatorForLanguageModeling
 
-from helpers.kinds import KINDS, Kind, _with_mask, tiny_tokenizer
+from helpers.kinds import KINDS, MASKED, Kind
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,8 +41,8 @@ def case(kind: str, form: str = "", refuses: str | None = None, cuts_rows: bool 
 
 
 def _random_masks() -> dict[str, Any]:
-    tokenizer = _with_mask(tiny_tokenizer())
-    return {"processing_class": tokenizer, "data_collator": DataCollatorForLanguageModeling(tokenizer)}
+    extra = MASKED()
+    return {**extra, "data_collator": DataCollatorForLanguageModeling(extra["processing_class"])}
 
 
 PACKED = {"packing": True, "max_length": 64, "gradient_accumulation_steps": 1}
@@ -66,6 +66,7 @@ CASES = [
     case("sft", loss_type="nll", label_smoothing_factor=0.1),
     case("sft-moe", evaluated=("one",)),
     case("causal", label_smoothing_factor=0.1),
+    case("causal", evaluated=("one",)),
     case("causal", train_sampling_strategy="group_by_length", refuses="train_sampling_strategy"),
     case("bert-classes", evaluated=("one", "two"), eval_strategy="epoch"),
     case("bert-classes", dataloader_num_workers=2),
@@ -74,7 +75,6 @@ CASES = [
     case("llama-regression", evaluated=("one",)),
     case("t5", label_smoothing_factor=0.1),
     case("t5", evaluated=("one", "two"), eval_strategy="epoch"),
-    case("bart", label_smoothing_factor=0.1),
     case("mean-loss", gradient_accumulation_steps=1),
     case("dpo", evaluated=("one", "two"), eval_strategy="epoch"),
     case("dpo", loss_type="ipo"),

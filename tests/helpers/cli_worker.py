@@ -17,12 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 if os.environ.get("DS_ACCELERATOR") == "cpu":
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    import deepspeed
-    from accelerate import PartialState
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo suffices; compiling it takes a minute
-    PartialState(backend="gloo")
+    import helpers.deepspeed_cpu  # noqa: F401
 
 from commonit_trl import CommonITSFTTrainer
 from helpers.toys import Recorder

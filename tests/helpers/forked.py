@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -23,12 +24,33 @@ FORKS.set_forkserver_preload(["trl.trainer.sft_trainer", "transformers.models.ll
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_")
 
 
-def run(
-    command: list[str], *, env: Mapping[str, str], cwd: str | Path, world_size: int = 1, timeout: float = 300
-) -> subprocess.CompletedProcess[str]:
-    """Run a script like `subprocess.run`, with the output of all ranks captured as text.
+@dataclass
+class Ended:
+    """A program that has ended: exit codes in the order in which ranks ended, and the output of all as text."""
 
-    When a rank fails, the others are killed, as by a launcher. The return code is that of the first to fail.
+    codes: list[int]
+    stdout: str
+    stderr: str
+
+    @property
+    def returncode(self) -> int:
+        """0, or the exit code of the first rank that failed; a negative code is a signal."""
+        return next(filter(None, self.codes), 0)
+
+
+def run(
+    command: list[str],
+    *,
+    env: Mapping[str, str],
+    cwd: str | Path,
+    world_size: int = 1,
+    timeout: float = 300,
+    together: bool = True,
+) -> Ended:
+    """Run a script like `subprocess.run`, with the output of all ranks captured.
+
+    Args:
+        together: kill the other ranks when one fails, as a launcher does; else each rank must end alone.
 
     Raises:
         subprocess.TimeoutExpired: after `timeout` seconds, longer on a busy machine; the ranks are killed.
@@ -44,15 +66,15 @@ def run(
         for rank in ranks:
             rank.start()
         try:
-            code = _wait(ranks, timeout)
+            codes = _wait(ranks, timeout, together)
         finally:
             for rank in ranks:
                 rank.kill()
                 rank.join()
         stdout, stderr = (path.read_text(encoding="utf-8", errors="replace") for path in outputs)
-    if code is None:
+    if codes is None:
         raise subprocess.TimeoutExpired(command, timeout, stdout, stderr)
-    return subprocess.CompletedProcess(command, code, stdout, stderr)
+    return Ended(codes, stdout, stderr)
 
 
 def _rank_environments(world_size: int) -> list[dict[str, str]]:
@@ -67,22 +89,21 @@ def _rank_environments(world_size: int) -> list[dict[str, str]]:
     return [{name: str(value) for name, value in rank.items()} for rank in ranks]
 
 
-def _wait(ranks: list[multiprocessing.process.BaseProcess], timeout: float) -> int | None:
-    """Return the first exit code that is not 0, else 0; None for a hang.
+def _wait(ranks: list[multiprocessing.process.BaseProcess], timeout: float, together: bool) -> list[int] | None:
+    """Return the exit codes up to the first failure with `together`, else all; None for a hang.
 
     The timeout is multiplied by the load per processor, for busy machines.
     """
-    left, started = {rank.sentinel: rank for rank in ranks}, time.monotonic()
-    while left:
-        ended = multiprocessing.connection.wait(list(left), 10)
+    running, codes, started = {rank.sentinel: rank for rank in ranks}, [], time.monotonic()
+    while running and not (together and any(codes)):
+        ended = multiprocessing.connection.wait(list(running), 10)
         busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
         if not ended and time.monotonic() - started > timeout * busy:
             return None
-        for rank in map(left.pop, ended):
+        for rank in map(running.pop, ended):
             rank.join()
-            if rank.exitcode:
-                return rank.exitcode
-    return 0
+            codes.append(rank.exitcode)
+    return codes
 
 
 def _become(command: list[str], env: dict[str, str], cwd: str | Path, outputs: list[Path]) -> None:

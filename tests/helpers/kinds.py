@@ -107,7 +107,6 @@ FORMS: dict[str, Callable[[Sample], dict[str, Any]]] = {
         "messages": [{"role": "user", "content": s.text[:6]}, {"role": "assistant", "content": s.text[6:]}]
     },
     "classes": lambda s: {"input_ids": s.tokens, "label": s.number % 2},
-    "scalar_labels": lambda s: {"input_ids": s.tokens, "labels": s.number % 2},
     "numbers": lambda s: {"input_ids": s.tokens, "label": s.number / 10},
     "tags": lambda s: {"input_ids": s.tokens, "labels": [IGNORED_LABEL, *(token % 3 for token in s.tokens[1:])]},
     "unlabelled": lambda s: {"input_ids": s.tokens},
@@ -142,80 +141,57 @@ def dataset(form: str, rows: slice = slice(None)) -> Dataset:
 # --- models -------------------------------------------------------------------------------------------------------
 
 
-def make_model(name: str, config: str, dropout: float = 0.0, **options: Any) -> Any:
-    """Make a random two-layer float32 model.
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+}
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout", "dropout_rate")
 
-    Args:
-        name: its class in transformers.
-        config: the class of its configuration.
-        dropout: of all layers that have one.
-        options: of the configuration, beyond the sizes that all architectures share.
-    """
-    sizes = {
-        "vocab_size": 260,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 128,
-        "pad_token_id": tiny_tokenizer().pad_token_id,
-        "bos_token_id": None,
-        "eos_token_id": tiny_tokenizer().eos_token_id,
-    }
-    dropouts = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout", "dropout_rate")
-    named = (*dropouts, "seq_classif_dropout")
-    config_class = getattr(transformers, config)
-    known = {name for name in (*sizes, *named) if name in config_class.__annotations__ or hasattr(config_class, name)}
-    given = {**sizes, **dict.fromkeys(named, dropout)}
+
+def make_config(name: str, dropout: float = 0.0, **options: Any) -> Any:
+    """Make a configuration of two small layers; `dropout` is that of all layers that have one."""
+    config_class, tokenizer = getattr(transformers, name), tiny_tokenizer()
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "vocab_size": 260}
+    given = {**SIZES, **tokens, **dict.fromkeys(DROPOUTS, dropout)}
+    known = {name for name in given if name in config_class.__annotations__ or hasattr(config_class, name)}
+    return config_class(**{**{name: given[name] for name in known}, **options})
+
+
+def make_model(name: str, config: str, dropout: float = 0.0, **options: Any) -> Any:
+    """Make a random float32 model from the names of its classes in transformers."""
     set_seed(0)
-    return getattr(transformers, name)(config_class(**{**{n: given[n] for n in known}, **options}))
+    return getattr(transformers, name)(make_config(config, dropout, **options))
 
 
 def tiny_llava(dropout: float = 0.0) -> Any:
     """Make a LLaVA model of a CLIP encoder for 8 x 8 pixels in 4 patches and a Llama."""
     tokenizer = image_processor().tokenizer
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-        attention_dropout=dropout,
-    )
-    text = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        attention_dropout=dropout,
+    config = transformers.LlavaConfig(
+        text_config=make_config("LlamaConfig", dropout, vocab_size=len(tokenizer)),
+        vision_config=make_config("CLIPVisionConfig", dropout, image_size=8, patch_size=4),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
     set_seed(0)
-    config = transformers.LlavaConfig(
-        text_config=text, vision_config=vision, image_token_id=tokenizer.convert_tokens_to_ids("<image>")
-    )
     return transformers.LlavaForConditionalGeneration(config)
 
 
 def image_processor() -> Any:
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    processor = transformers.CLIPImageProcessorPil(
-        size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, do_convert_rgb=True
-    )
     template = (
         "{% for m in messages %}<{{ m['role'] }}>{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>"
         "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     return transformers.LlavaProcessor(
-        image_processor=processor,
+        image_processor=transformers.CLIPImageProcessorPil(
+            size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, do_convert_rgb=True
+        ),
         tokenizer=tokenizer,
         patch_size=4,
         vision_feature_select_strategy="default",
@@ -278,12 +254,12 @@ class Kind:
     """A trainer, its model and its data."""
 
     name: str
-    parent: type[Trainer]
-    arguments: type[TrainingArguments]
     model: Callable[..., Any]
     """Takes `dropout`."""
     form: str
     """Of its data where a case names no other; see `FORMS`."""
+    parent: type[Trainer] = Trainer
+    arguments: type[TrainingArguments] = TrainingArguments
     options: dict[str, Any] = field(default_factory=dict)
     """Of `arguments`."""
     extra: Callable[[], dict[str, Any]] = lambda: {"processing_class": tiny_tokenizer()}
@@ -293,9 +269,9 @@ class Kind:
     `next tokens`, where the first label of a row is not trained."""
     any_cut: bool = False
     """Whether the parent's update is the same however the rows of a step are cut into micro-batches: the loss is a sum
-    divided by the number of items of the step. Only then may steps be arranged by length."""
+    divided by the number of items of the step. Only then may steps be balanced by length."""
     balances: bool = False
-    """Whether we do arrange its steps by length."""
+    """Whether its steps are balanced by length."""
 
     def make(self, directory: Path, metric: str | None, form: str = "", dropout: float = 0.0, **options: Any) -> Any:
         """Make a trainer.
@@ -306,7 +282,7 @@ class Kind:
             form: of the data; empty for the kind's default.
             options: of the arguments; `extra` returns trainer arguments, `evaluated` names evaluation sets.
         """
-        extra = {**self.extra(), **options.pop("extra", dict)()}
+        extra = {"train_dataset": dataset(form or self.form), **self.extra(), **options.pop("extra", dict)()}
         evaluated = options.pop("evaluated", ())
         sets = {name: dataset(form or self.form, slice(n, 7 + 3 * n)) for n, name in enumerate(evaluated)}
         if sets:
@@ -322,7 +298,7 @@ class Kind:
         model = self.model(dropout=dropout)
         if isinstance(extra.get("data_collator"), DataCollatorForSeq2Seq):
             extra["data_collator"].model = model  # creates the decoder's inputs for label smoothing
-        return trainer(model=model, args=arguments(**options), train_dataset=dataset(form or self.form), **extra)
+        return trainer(model=model, args=arguments(**options), **extra)
 
 
 @functools.cache
@@ -340,14 +316,10 @@ def our_arguments(parent: type[TrainingArguments]) -> type[TrainingArguments]:
     return make_dataclass(f"CommonIT{parent.__name__}", [], bases=(CommonITArguments, parent), kw_only=True)
 
 
-def _with_mask(tokenizer: Any) -> Any:
-    tokenizer.mask_token = "<mask>"
-    return tokenizer
-
-
 def _with(collator: Callable[[Any], Any]) -> Callable[[], dict[str, Any]]:
     def extra() -> dict[str, Any]:
         tokenizer = tiny_tokenizer()
+        tokenizer.mask_token = "<mask>"
         return {"processing_class": tokenizer, "data_collator": collator(tokenizer)}
 
     return extra
@@ -358,181 +330,75 @@ def _models(name: str, config: str, **options: Any) -> Callable[..., Any]:
 
 
 LLAMA = _models("LlamaForCausalLM", "LlamaConfig")
+SCORES = _models("LlamaForSequenceClassification", "LlamaConfig", num_labels=1)
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.1}
+MIXTRAL = _models("MixtralForCausalLM", "MixtralConfig", **MOE)
+BERT = _models("BertForSequenceClassification", "BertConfig")
+TAGGER = _models("BertForTokenClassification", "BertConfig", num_labels=3)
+MASKER = _models("BertForMaskedLM", "BertConfig")
+T5_SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+T5 = _models("T5ForConditionalGeneration", "T5Config", **T5_SIZES)
+VIT = _models("ViTForImageClassification", "ViTConfig", image_size=8, patch_size=4)
+
 PADDED = _with(DataCollatorWithPadding)
 CAUSAL = _with(lambda tokenizer: DataCollatorForSeq2Seq(tokenizer, padding=True))
-MASKED = _with(lambda tokenizer: MaskByToken(_with_mask(tokenizer)))
+TAGS = _with(DataCollatorForTokenClassification)
+MASKED = _with(MaskByToken)
+SEQ2SEQ = _with(DataCollatorForSeq2Seq)
 WITH_REFERENCE = lambda: {"processing_class": tiny_tokenizer(), "ref_model": LLAMA()}  # noqa: E731
-HF = {"parent": Trainer, "arguments": TrainingArguments}
-SEQ2SEQ = {
-    "parent": Seq2SeqTrainer,
-    "arguments": Seq2SeqTrainingArguments,
-    "form": "translations",
-    "loss_over": "tokens",
-}
-SFT = {"parent": SFTTrainer, "arguments": SFTConfig, "form": "tokens", "loss_over": "next tokens", "any_cut": True}
-MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.1}
-T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
-BART = {
-    "d_model": 16,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "decoder_start_token_id": 0,
-    "forced_eos_token_id": None,
-}
-VIT = {"image_size": 8, "patch_size": 4}
+IMAGES = lambda: {"processing_class": image_processor()}  # noqa: E731
+
+
+def _sft(name: str, **options: Any) -> Kind:
+    options = {"model": LLAMA, "form": "tokens", "loss_over": "next tokens", "any_cut": True, **options}
+    return Kind(name=name, parent=SFTTrainer, arguments=SFTConfig, **options)
+
+
+def _causal(name: str, **options: Any) -> Kind:
+    return Kind(name=name, **{"model": LLAMA, "form": "tokens", "loss_over": "next tokens", "extra": CAUSAL, **options})
+
 
 KINDS = {
     kind.name: kind
     for kind in [
-        Kind(name="sft", model=LLAMA, balances=True, **SFT),
-        Kind(name="sft-moe", model=_models("MixtralForCausalLM", "MixtralConfig", **MOE), **{**SFT, "any_cut": False}),
-        Kind(
-            name="sft-vision",
-            model=tiny_llava,
-            extra=lambda: {"processing_class": image_processor()},
-            options={"max_length": None},
-            **{**SFT, "form": "images"},
-        ),
-        Kind(
-            name="causal",
-            model=LLAMA,
-            form="tokens",
-            extra=CAUSAL,
-            loss_over="next tokens",
-            any_cut=True,
-            balances=True,
-            **HF,
-        ),
-        Kind(
-            name="mean-loss",
-            model=LLAMA,
-            form="tokens",
-            loss_over="next tokens",
-            extra=CAUSAL,
-            parent=MeanLoss,
-            arguments=TrainingArguments,
-        ),
-        Kind(
-            name="declared-mean-loss",
-            model=LLAMA,
-            form="tokens",
-            loss_over="next tokens",
-            extra=CAUSAL,
-            parent=DeclaredMeanLoss,
-            arguments=TrainingArguments,
-        ),
-        Kind(
-            name="token-loss-func",
-            model=LLAMA,
-            form="tokens",
-            extra=lambda: {**CAUSAL(), "compute_loss_func": token_loss},
-            loss_over="next tokens",
-            any_cut=True,
-            **HF,
-        ),
-        Kind(
-            name="mean-loss-func",
-            model=LLAMA,
-            form="tokens",
-            loss_over="next tokens",
-            extra=lambda: {**CAUSAL(), "compute_loss_func": mean_loss},
-            **HF,
-        ),
+        _sft("sft", balances=True),
+        _sft("sft-moe", model=MIXTRAL, any_cut=False),
+        _sft("sft-vision", model=tiny_llava, form="images", extra=IMAGES, options={"max_length": None}),
+        _causal("causal", any_cut=True, balances=True),
+        _causal("mean-loss", parent=MeanLoss),
+        _causal("declared-mean-loss", parent=DeclaredMeanLoss),
+        _causal("token-loss-func", extra=lambda: {**CAUSAL(), "compute_loss_func": token_loss}, any_cut=True),
+        _causal("mean-loss-func", extra=lambda: {**CAUSAL(), "compute_loss_func": mean_loss}),
         Kind(
             name="bert-classes",
-            model=_models("BertForSequenceClassification", "BertConfig"),
+            model=BERT,
             form="classes",
             extra=lambda: {**PADDED(), "compute_metrics": accuracy},
-            **HF,
         ),
-        Kind(
-            name="distilbert-classes",
-            model=_models(
-                "DistilBertForSequenceClassification", "DistilBertConfig", dim=16, hidden_dim=32, n_layers=2, n_heads=2
-            ),
-            form="scalar_labels",
-            extra=PADDED,
-            **HF,
-        ),
-        Kind(
-            name="llama-classes",
-            model=_models("LlamaForSequenceClassification", "LlamaConfig", num_labels=2),
-            form="classes",
-            extra=PADDED,
-            **HF,
-        ),
-        Kind(
-            name="llama-regression",
-            model=_models("LlamaForSequenceClassification", "LlamaConfig", num_labels=1),
-            form="numbers",
-            extra=PADDED,
-            **HF,
-        ),
-        Kind(
-            name="bert-tags",
-            model=_models("BertForTokenClassification", "BertConfig", num_labels=3),
-            form="tags",
-            extra=_with(lambda tokenizer: DataCollatorForTokenClassification(tokenizer)),
-            loss_over="tokens",
-            **HF,
-        ),
-        Kind(
-            name="bert-masked",
-            model=_models("BertForMaskedLM", "BertConfig"),
-            form="unlabelled",
-            extra=MASKED,
-            loss_over="tokens",
-            **HF,
-        ),
-        Kind(
-            name="roberta-masked",
-            model=_models("RobertaForMaskedLM", "RobertaConfig", max_position_embeddings=400),
-            form="unlabelled",
-            extra=MASKED,
-            loss_over="tokens",
-            **HF,
-        ),
+        Kind(name="llama-regression", model=SCORES, form="numbers", extra=PADDED),
+        Kind(name="bert-tags", model=TAGGER, form="tags", extra=TAGS, loss_over="tokens"),
+        Kind(name="bert-masked", model=MASKER, form="unlabelled", extra=MASKED, loss_over="tokens"),
         Kind(
             name="t5",
-            model=_models("T5ForConditionalGeneration", "T5Config", **T5),
-            extra=_with(lambda tokenizer: DataCollatorForSeq2Seq(tokenizer)),
-            **SEQ2SEQ,
+            parent=Seq2SeqTrainer,
+            arguments=Seq2SeqTrainingArguments,
+            model=T5,
+            form="translations",
+            extra=SEQ2SEQ,
+            loss_over="tokens",
         ),
-        Kind(
-            name="bart",
-            model=_models("BartForConditionalGeneration", "BartConfig", **BART),
-            extra=_with(lambda tokenizer: DataCollatorForSeq2Seq(tokenizer)),
-            **SEQ2SEQ,
-        ),
-        Kind(name="dpo", model=LLAMA, parent=DPOTrainer, arguments=DPOConfig, form="preferences", extra=WITH_REFERENCE),
-        Kind(
-            name="reward",
-            model=_models("LlamaForSequenceClassification", "LlamaConfig", num_labels=1),
-            parent=RewardTrainer,
-            arguments=RewardConfig,
-            form="chosen_rejected",
-        ),
+        Kind(name="dpo", parent=DPOTrainer, arguments=DPOConfig, model=LLAMA, form="preferences", extra=WITH_REFERENCE),
+        Kind(name="reward", parent=RewardTrainer, arguments=RewardConfig, model=SCORES, form="chosen_rejected"),
         Kind(
             name="kto",
-            model=LLAMA,
             parent=KTOTrainer,
             arguments=KTOConfig,
+            model=LLAMA,
             form="unpaired",
-            options={"loss_type": "apo_zero_unpaired", "train_sampling_strategy": "random"},
             extra=WITH_REFERENCE,
+            options={"loss_type": "apo_zero_unpaired", "train_sampling_strategy": "random"},
         ),
-        Kind(
-            name="vit-classes",
-            model=_models("ViTForImageClassification", "ViTConfig", **VIT),
-            form="pixels",
-            extra=dict,
-            any_cut=True,
-            **HF,
-        ),
+        Kind(name="vit-classes", model=VIT, form="pixels", extra=dict, any_cut=True),
     ]
 }
 

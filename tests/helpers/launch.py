@@ -10,21 +10,16 @@ from helpers import forked
 WORKER = Path(__file__).with_name("train_worker.py")
 
 
-def launch(
-    runs: list[dict[str, Any]], directory: Path, world_size: int = 1, killed: bool = False, fails: bool = False
-) -> str:
-    """Run `runs` (see `train_worker.py`) in one launch and return the workers' stderr.
-
-    The launch must end by SIGKILL with `killed`, and by an error with `fails`.
-    """
+def start(script: Path, spec: Any, directory: Path, world_size: int = 1, **options: Any) -> forked.Ended:
+    """Run a script of this folder with a JSON file as its argument; `options` are those of `forked.run`."""
     directory.mkdir(parents=True, exist_ok=True)
-    spec = directory / f"{runs[0]['name']}.runs.json"
-    spec.write_text(json.dumps([{"dir": str(directory), **run} for run in runs]), encoding="utf-8")
+    path = directory / "runs.json"
+    path.write_text(json.dumps(spec), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = forked.run([str(WORKER), str(spec)], env=environment, cwd=directory, world_size=world_size)
-    output = done.stderr[-4000:]
-    if killed:
-        assert done.returncode == -9, output
-    else:
-        assert (done.returncode != 0) == fails, output
-    return output
+    return forked.run([str(script), str(path)], env=environment, cwd=directory, world_size=world_size, **options)
+
+
+def launch(runs: list[dict[str, Any]], directory: Path, world_size: int = 1, **options: Any) -> None:
+    """Train `runs` (see `train_worker.py`) in one launch to their end."""
+    ended = start(WORKER, [{"dir": str(directory), **run} for run in runs], directory, world_size, **options)
+    assert ended.returncode == 0, ended.stderr[-4000:]

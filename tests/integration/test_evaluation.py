@@ -1,5 +1,7 @@
-"""Evaluation: all that `SFTTrainer` reports, unchanged, and the loss of each group, which is that of its
-rows."""
+"""I8: evaluation reports what `SFTTrainer` reports, unchanged, and the token-weighted loss of each group.
+
+Other trainers: tests/differential. Two ranks: test_evaluation_ranks.py.
+"""
 
 import math
 import multiprocessing
@@ -84,40 +86,17 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parents_metrics_and_group_losses(tmp_path, name):
-    """The parent's metrics are equal to the last bit; group losses are those of the rows."""
+    """The parent's metrics and logs are equal to the last bit; group losses are those of the evaluated rows."""
     options, make_extra = VARIANTS[name]
-    ours, parent = (trainer.evaluate() for trainer in both(tmp_path, make_extra=make_extra, **options))
-    assert parents_part(ours) == parents_part(parent)
-    assert group_losses(ours) == pytest.approx(expected_group_losses(EVAL), rel=1e-5)
-
-
-def test_logged_metrics_are_the_parents(tmp_path):
-    """What is logged, entropy and token accuracy among it, is `SFTTrainer`'s, evaluation after evaluation."""
+    second = EVAL if name == "workers" else OTHER  # a Trainer with persistent workers keeps its first loader
     logs = []
-    for trainer in both(tmp_path):
+    for trainer in both(tmp_path, make_extra=make_extra, **options):
         trainer.evaluate()
-        trainer.evaluate()
-        logs.append([parents_part(entry) for entry in trainer.state.log_history])
-    assert logs[0] == logs[1]
-    assert {"eval_loss", "eval_entropy", "eval_mean_token_accuracy"} <= set(logs[0][1])
-
-
-def test_dict_of_eval_sets(tmp_path):
-    """Each set of a dict has its own group losses under its own prefix."""
-    sets = {"one": EVAL, "two": OTHER}
-    ours, parent = (trainer.evaluate() for trainer in both(tmp_path, eval_dataset=sets))
-    for name, rows in sets.items():
-        prefix = f"eval_{name}"
-        assert group_losses(ours, prefix) == pytest.approx(expected_group_losses(rows), rel=1e-5)
-    kept = {name: value for name, value in ours.items() if not re.search("_g[0-9]+_loss$", name)}
-    assert parents_part(kept) == parents_part(parent)
-
-
-def test_set_passed_to_evaluate(tmp_path):
-    """`evaluate(rows)` reports the groups of those rows, not of the set that the trainer was given."""
-    ours, parent = (trainer.evaluate(OTHER) for trainer in both(tmp_path))
-    assert parents_part(ours) == parents_part(parent)
-    assert group_losses(ours) == pytest.approx(expected_group_losses(OTHER), rel=1e-5)
+        trainer.evaluate(second)
+        logs.append(trainer.state.log_history)
+    for ours, parent, rows in zip(*logs, (EVAL, second), strict=True):
+        assert parents_part(ours) == parents_part(parent)
+        assert group_losses(ours) == pytest.approx(expected_group_losses(rows), rel=1e-5)
 
 
 def test_evaluation_makes_the_parents_loaders_and_forward_passes(tmp_path):
@@ -133,30 +112,24 @@ def test_evaluation_makes_the_parents_loaders_and_forward_passes(tmp_path):
     assert counts[0] == counts[1]
 
 
-def test_groups_of_lengths(tmp_path):
-    """Metric `length`: the bins fitted to the training rows divide the evaluation rows too."""
-    ours, _ = both(tmp_path, commonit_metric="length", commonit_length_edges=[15, 25])
-    counts = np.array([sum(label != -100 for label in labels) for labels in EVAL["labels"]])
-    bins = np.searchsorted([15, 25], counts, side="right")
-    expected = {
-        ours.commonit_grouper.names[number]: loss_of_rows(EVAL.select(np.flatnonzero(bins == number)))
-        for number in set(bins)
-    }
-    assert group_losses(ours.evaluate()) == pytest.approx(expected, rel=1e-5)
-
-
-def test_tasks_that_training_did_not_see(tmp_path):
-    """Rows of unknown tasks are a group of their own."""
-    ours, _ = both(tmp_path, eval_dataset=id_rows([3, 3, 3, 2, 2], seed=1))
+def test_rows_of_unseen_tasks_are_a_group(tmp_path):
     rows = id_rows([3, 3, 3, 2, 2], seed=1)
+    ours, _ = both(tmp_path, eval_dataset=rows)
     unseen = rows.select([n for n, task in enumerate(rows["task"]) if task in ("g003", "g004")])
     losses = group_losses(ours.evaluate())
     assert list(losses) == ["(unseen task)", "g000", "g001", "g002"]
     assert losses["(unseen task)"] == pytest.approx(loss_of_rows(unseen), rel=1e-5)
 
 
+def test_length_bins_of_the_training_rows_divide_the_evaluation_rows(tmp_path):
+    trainer = make_trainer(tmp_path, TRAIN, commonit_metric="length", commonit_length_edges=[15, 25])
+    counts = np.array([sum(label != -100 for label in labels) for labels in EVAL["labels"]])
+    bins, names = np.searchsorted([15, 25], counts, side="right"), trainer.commonit_grouper.names
+    expected = {names[number]: loss_of_rows(EVAL.select(np.flatnonzero(bins == number))) for number in set(bins)}
+    assert group_losses(trainer.evaluate(EVAL)) == pytest.approx(expected, rel=1e-5)
+
+
 def test_set_without_task_column_warns_once(tmp_path, caplog):
-    """Without the task column there is a warning, once, and the parent's metrics."""
     ours, parent = both(tmp_path, eval_dataset=EVAL.remove_columns("task"))
     metrics = [ours.evaluate(), ours.evaluate()]
     assert parents_part(metrics[0]) == parents_part(parent.evaluate())
@@ -181,15 +154,8 @@ def test_evaluating_does_not_change_training(tmp_path):
 
 
 def test_best_model_by_the_loss_of_a_group(tmp_path):
-    """`metric_for_best_model` may be the loss of a group."""
-    trainer, _ = both(
-        tmp_path,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        num_train_epochs=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_g001_loss",
-    )
+    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "num_train_epochs": 2}
+    trainer, _ = both(tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_g001_loss", **options)
     trainer.train()
     losses = [entry["eval_g001_loss"] for entry in trainer.state.log_history if "eval_g001_loss" in entry]
     assert len(losses) == 2 and trainer.state.best_metric == min(losses) < max(losses)
@@ -199,20 +165,15 @@ def test_best_model_by_the_loss_of_a_group(tmp_path):
     ("metric", "fix"),
     [("eval_loss_g001", "'eval_g001_loss'"), ("g003_loss", "'eval_g000_loss'"), ("eval_g01_loss", "'eval_loss'")],
 )
-def test_best_model_by_a_loss_that_is_not_logged(tmp_path, metric, fix):
-    """The name of an earlier version, and a group that no evaluation row is in, are refused before training."""
+def test_best_model_by_an_unknown_loss_is_refused(tmp_path, metric, fix):
+    """The names of an earlier version and of groups without evaluation rows are refused before training."""
     with pytest.raises(ValueError, match=f"metric_for_best_model='{metric}'.*{fix}"):
-        make_trainer(
-            tmp_path,
-            id_rows([4, 4, 4, 4]),
-            extra={"eval_dataset": EVAL},
-            eval_strategy="epoch",
-            metric_for_best_model=metric,
-        )
+        options = {"eval_strategy": "epoch", "metric_for_best_model": metric}
+        make_trainer(tmp_path, id_rows([4, 4, 4, 4]), extra={"eval_dataset": EVAL}, **options)
 
 
 def test_group_whose_rows_are_not_evaluated_is_nan_with_a_message(tmp_path, caplog):
-    """A loader that drops its last batch leaves out the last rows: their group is NaN, and a warning counts them."""
+    """A loader that drops its last batch leaves out rows; a group without rows is NaN, and a warning counts them."""
     rows = id_rows([6], seed=1).add_column("kept", ["g000"] * 6)
     last = id_rows([1], seed=2).add_column("kept", ["g001"])
     rows = concatenate_datasets([rows, last]).remove_columns("task").rename_column("kept", "task")
@@ -224,8 +185,8 @@ def test_group_whose_rows_are_not_evaluated_is_nan_with_a_message(tmp_path, capl
     assert "1 of 7 rows" in warning and "'g001'" in warning
 
 
-def test_loss_that_is_no_mean_of_tokens_gives_no_group_losses(tmp_path, caplog):
-    """With label smoothing the parent's loss is not the labels' cross entropy: a message, and no wrong figures."""
+def test_label_smoothing_gives_no_group_losses(tmp_path, caplog):
+    """With label smoothing, the parent's loss is not the cross entropy of the labels."""
     trainers = both(tmp_path, label_smoothing_factor=0.4, loss_type="nll")
     for trainer in trainers:  # a head that is far from uniform, of which the smoothed loss differs
         trainer.model.lm_head.weight.data.mul_(200)
@@ -235,7 +196,6 @@ def test_loss_that_is_no_mean_of_tokens_gives_no_group_losses(tmp_path, caplog):
 
 
 def test_predict_is_the_parents(tmp_path):
-    """`predict` gives the parent's predictions and metrics, also after an evaluation loader was asked for."""
     ours, parent = both(tmp_path)
     ours.get_eval_dataloader()
     ours, parent = ours.predict(OTHER), parent.predict(OTHER)

@@ -1,10 +1,7 @@
-"""`commonit group` saves groups and assignment, gives new rows to fitted groups, and training then loads them."""
+"""`commonit group` saves groups and assignments and assigns new rows; training then loads the groups."""
 
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -14,7 +11,6 @@ from commonit_trl import load_grouper
 from commonit_trl.cli import main as cli
 from commonit_trl.cli.group import FITTED_WITH
 from commonit_trl.config import READ_BY
-from commonit_trl.grouping.registry import GROUPERS
 
 TASKS = ("add", "sort", "spell")
 
@@ -39,9 +35,10 @@ def assignment(directory):
     return table["group"].to_pylist()
 
 
-@pytest.mark.parametrize("packing", [None, "bfd", "wrapped"])
-@pytest.mark.parametrize("metric", ["task", "length", "embedding"])
-def test_training_loads_what_was_grouped_ahead(metric, packing, model, data, minilm, tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("metric", "packing"), [("task", "bfd"), ("length", None), ("length", "wrapped"), ("embedding", None)]
+)
+def test_training_loads_saved_groups(metric, packing, model, data, minilm, tmp_path, capfd):
     recipe = {
         "commonit_metric": metric,
         "model_name_or_path": model,
@@ -74,7 +71,7 @@ def test_training_loads_what_was_grouped_ahead(metric, packing, model, data, min
     assert load_grouper("saved").description() == load_grouper("out/commonit").description()
 
 
-def test_the_assignment_is_that_of_the_rows(data, capsys):
+def test_assignment_of_every_row(data, capsys):
     assert group(data, "--commonit_metric", "task", "--output", "saved") == 0
     assert assignment("saved") == [0] * 8 + [1] * 8 + [2] * 8
     assert load_grouper("saved").names == list(TASKS)
@@ -91,10 +88,9 @@ def long_rows(tmp_path):
     return write_jsonl(tmp_path / "long.jsonl", rows), rows
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("metric", ["task", "length"])
+@pytest.mark.parametrize(("metric", "shuffle"), [("task", False), ("length", True)])
 def test_the_assignment_has_every_source_row_also_the_dropped_ones(metric, shuffle, model, tmp_path, capsys):
-    """A source row has a group if training sees it, else the reason why not; I2: they are all rows together."""
+    """I2: each source row has a group or the reason why it is dropped."""
     data, rows = long_rows(tmp_path)
     options = ("--tokenizer", model, "--max_length", 40, "--shuffle_dataset", str(shuffle).lower())
     assert group(data, "--commonit_metric", metric, *options, "--output", "saved") == 0
@@ -118,10 +114,8 @@ def test_the_assignment_has_every_source_row_also_the_dropped_ones(metric, shuff
 
 
 def test_new_rows_join_fitted_groups(data, model, tmp_path, capfd):
-    assert (
-        group(data, "--commonit_metric", "length", "--commonit_num_groups", 3, "--tokenizer", model, "--output", "a")
-        == 0
-    )
+    options = ["--commonit_num_groups", 3, "--tokenizer", model, "--output", "a"]
+    assert group(data, "--commonit_metric", "length", *options) == 0
     new = write_jsonl(tmp_path / "new.jsonl", rows_of_task("walk", 10))
     assert group(new, "--load", "a", "--tokenizer", model, "--output", "b") == 0
     assert load_grouper("a").description() == load_grouper("b").description()
@@ -146,34 +140,5 @@ def test_loaded_groups_take_the_options_they_were_fitted_with(data):
     assert group(data, "--commonit_metric", "task", *fitted, "--load", "saved", "--output", "again") == 0
 
 
-def test_each_option_that_fits_groups_has_its_name_among_the_groupers():
+def test_every_option_that_fits_groups_is_compared():
     assert set(FITTED_WITH) == {*READ_BY, "commonit_min_group_size"}
-    made = {
-        "task": GROUPERS["task"](columns=["task"]),
-        "length": GROUPERS["length"](),
-        "embedding": GROUPERS["embedding"](model="any"),
-    }
-    for option, name in FITTED_WITH.items():
-        for metric in READ_BY.get(option, made):
-            assert name in made[metric].options
-
-
-@pytest.mark.slow
-def test_two_ranks_find_the_groups_of_one_process(minilm, tmp_path):
-    """Two ranks under torchrun find the groups of one process and print once."""
-    questions = [f"Question {row}: what is {row} plus {row * 7 % 50}?" for row in range(600)]
-    rows = [{"prompt": question, "completion": "I see."} for question in questions]
-    data = write_jsonl(tmp_path / "many.jsonl", rows * 2)
-    options = (data, "--commonit_metric", "embedding", "--commonit_embedding_model", minilm)
-    options += ("--commonit_num_groups", "4")
-    cache = ("--commonit_cache_dir", tmp_path / "cache of two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "commonit_trl", "group", *options, *cache, "--output", tmp_path / "by two"]
-    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("Saved in") == 1
-    assert group(*options, "--commonit_cache_dir", tmp_path / "cache of one", "--output", tmp_path / "by one") == 0
-    assert assignment(tmp_path / "by two") == assignment(tmp_path / "by one")
-    assert len(set(assignment(tmp_path / "by two"))) == 4
-    two, one = (load_grouper(tmp_path / name) for name in ("by two", "by one"))
-    assert two.names == one.names and np.allclose(two.centroids, one.centroids, atol=1e-4)

@@ -1,20 +1,15 @@
-"""`commonit inspect` shows what training would do: its rows, its groups, its plan; and says what is wrong in a line."""
+"""`commonit inspect` shows the rows, groups and plan of a training run, and ends with one line on an error."""
 
 import json
 import re
 import subprocess
 import sys
-import time
-from collections import Counter
 
-import pyarrow.parquet as pq
 import pytest
 import yaml
-from datasets import Dataset
 from helpers.toys import tiny_tokenizer
 from helpers.trainers import rows_of_task, write_jsonl
 
-from benchmarks.mixture import REFERENCE, read_mixture
 from commonit_trl import CommonITSFTTrainer
 from commonit_trl.cli import main as cli
 
@@ -35,10 +30,9 @@ def wide_terminal(in_tmp_path, monkeypatch):
 
 @pytest.fixture
 def data(tmp_path):
-    """60 rows of three tasks."""
-    return write_jsonl(
-        tmp_path / "data.jsonl", [row for n, task in enumerate(TASKS) for row in rows_of_task(task, 10 + 10 * n)]
-    )
+    """Write 60 rows of three tasks."""
+    rows = [row for n, task in enumerate(TASKS) for row in rows_of_task(task, 10 + 10 * n)]
+    return write_jsonl(tmp_path / "data.jsonl", rows)
 
 
 def inspect(*argv):
@@ -46,13 +40,13 @@ def inspect(*argv):
 
 
 def numbers(capsys, *argv):
-    """What `--json` prints."""
+    """Return the inspections that `--json` prints."""
     assert inspect(*argv, "--json") == 0
     return json.loads(capsys.readouterr().out)["inspections"]
 
 
 def error(capfd, *argv):
-    """The one line of an error."""
+    """Return the line of an error."""
     assert inspect(*argv) == 2
     out, err = capfd.readouterr()
     (line,) = (line for line in err.splitlines() if line.startswith("commonit: error: "))
@@ -60,11 +54,10 @@ def error(capfd, *argv):
     return line
 
 
-# --- what it shows is what training does --------------------------------------------------------------------------
+# --- it shows the run --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packing", [None, "bfd", "wrapped"])
-@pytest.mark.parametrize("metric", ["task", "length"])
+@pytest.mark.parametrize(("metric", "packing"), [("task", None), ("task", "bfd"), ("length", "wrapped")])
 def test_a_recipe_is_inspected_as_it_is_trained(metric, packing, model, data, tmp_path, capsys, monkeypatch):
     options = {
         "commonit_metric": metric,
@@ -95,15 +88,10 @@ def test_a_recipe_is_inspected_as_it_is_trained(metric, packing, model, data, tm
     assert "Loaded groups from" in capsys.readouterr().err
     (trainer,) = trained
     plan, summary = trainer.commonit_plan(), trainer.commonit_plan().summary()
-    assert [group["name"] for group in shown["groups"]] == [
-        trainer.commonit_grouper.names[group]
-        for group in range(len(summary.group_samples))
-        if summary.group_samples[group]
-    ]
+    groups = [group for group, samples in enumerate(summary.group_samples) if samples]
+    assert [group["name"] for group in shown["groups"]] == [trainer.commonit_grouper.names[group] for group in groups]
+    assert [group["repeated"] for group in shown["groups"]] == summary.group_repeated[groups].tolist()
     assert (shown["planned"]["steps"], shown["samples"]) == (plan.num_steps, len(trainer.train_dataset))
-    assert [group["repeated"] for group in shown["groups"]] == summary.group_repeated[
-        summary.group_samples > 0
-    ].tolist()
     assert shown["rows"] == 60
     counts = trainer.commonit.spec.lengths
     padded = sum(counts[batch].max() * len(batch) for batch in plan.batches(0))
@@ -111,47 +99,38 @@ def test_a_recipe_is_inspected_as_it_is_trained(metric, packing, model, data, tm
     assert shown["planned"]["padding_ratio"] == pytest.approx(1.0 if packing == "bfd" else padded / real)
 
 
-def test_geometry_comes_from_the_recipe_and_the_flags_override_it(model, data, tmp_path, capsys):
-    recipe = {
-        "model_name_or_path": model,
-        "commonit_metric": "task",
-        "num_processes": 3,
-        "commonit_task_column": "task",
-    }
+def test_flags_override_the_geometry_of_the_recipe(model, data, tmp_path, capsys):
+    recipe = {"model_name_or_path": model, "commonit_metric": "task", "num_processes": 3, "dataset_name": data}
     recipe |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": True, "fsdp": "full_shard"}
-    recipe |= {"eval_strategy": "steps", "load_best_model_at_end": True, "report_to": "wandb", "dataset_name": data}
+    recipe |= {"eval_strategy": "steps", "load_best_model_at_end": True, "report_to": "wandb"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    (shown,) = numbers(capsys, "--config", "run.yaml")
-    assert [shown[name] for name in ("micro_batch_size", "world_size", "accumulation_steps")] == [2, 3, 2]
-    (shown,) = numbers(capsys, "--config", "run.yaml", "--world_size", 1, "--per_device_train_batch_size", 5)
-    assert [shown[name] for name in ("micro_batch_size", "world_size", "accumulation_steps")] == [5, 1, 2]
+    flags = ["--world_size", 1, "--per_device_train_batch_size", 5]
+    for more, geometry in (([], [2, 3, 2]), (flags, [5, 1, 2])):
+        (shown,) = numbers(capsys, "--config", "run.yaml", *more)
+        assert [shown[name] for name in ("micro_batch_size", "world_size", "accumulation_steps")] == geometry
 
 
-def test_each_kind_of_column_is_read(tokenizer, tmp_path, capsys):
-    kinds = {
-        "plain": rows_of_task("add", 20),
-        "alpaca": [
-            {"instruction": f"Add {n}", "input": "" if n % 2 else "now", "output": "a" * (n + 1)} for n in range(20)
-        ],
-        "text": [{"text": f"Add {n}"} for n in range(20)],
-        "messages": [
-            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a" * (n + 1)}]}
-            for n in range(20)
-        ],
-        "tokens": [{"input_ids": [1] * (n + 3), "labels": [-100, *[1] * (n + 2)]} for n in range(20)],
-    }
-    for kind, rows in kinds.items():
-        name = write_jsonl(tmp_path / f"{kind}.jsonl", rows)
-        options = ["--commonit_metric", "length", "--commonit_num_groups", 2, "--tokenizer", tokenizer]
-        (shown,) = numbers(capsys, name, *options)
-        assert sum(group["rows"] for group in shown["groups"]) == 20, kind
-        assert shown["groups"][0]["examples"], kind
-        assert shown["groups"][0]["response_tokens"]["median"] < shown["groups"][1]["response_tokens"]["median"], kind
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda n: {"instruction": f"Add {n}", "input": "" if n % 2 else "now", "output": "a" * (n + 1)},
+        lambda n: {"text": f"Add {'a' * n}"},
+        lambda n: {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a" * (n + 1)}]},
+        lambda n: {"input_ids": [1] * (n + 3), "labels": [-100, *[1] * (n + 2)]},
+    ],
+    ids=["alpaca", "text", "messages", "tokens"],
+)
+def test_columns_are_read(row, tokenizer, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "rows.jsonl", map(row, range(20)))
+    options = ["--commonit_metric", "length", "--commonit_num_groups", 2, "--tokenizer", tokenizer]
+    (shown,) = numbers(capsys, data, *options)
+    short, long = shown["groups"]
+    assert short["rows"] + long["rows"] == 20 and short["examples"]
+    assert short["response_tokens"]["median"] < long["response_tokens"]["median"]
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_dropped_rows_are_counted_by_group(packing, model, tmp_path, capsys):
-    """A row is either in a group or dropped; `--json` and the table have both, for each metric."""
     rows = [row for task in TASKS for row in rows_of_task(task, 20)]
     long = "x" * 60
     rows = [row | {"prompt": long} if n >= 40 or n % 5 == 0 else row for n, row in enumerate(rows)]
@@ -166,18 +145,16 @@ def test_dropped_rows_are_counted_by_group(packing, model, tmp_path, capsys):
     assert length["dropped"]["by_group"] == {"response 12 and more": 28 - short, "response under 12": short}
     (reason,) = task["dropped"]["by_reason"]
     assert "no token to train on" in reason
-    assert [(group["name"], group["rows"], group["dropped"]) for group in task["groups"]] == [
-        ("add", 16, 4),
-        ("sort", 16, 4),
-    ]
-    assert any("28 of 60 rows" in said and "'spell' (20)" in said for said in task["warnings"])
+    shown = [(group["name"], group["rows"], group["dropped"]) for group in task["groups"]]
+    assert shown == [("add", 16, 4), ("sort", 16, 4)]
+    assert any("28 of 60 rows" in warning and "'spell' (20)" in warning for warning in task["warnings"])
     assert "spell" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert inspect(data, "--commonit_metric", "task", *options[:6]) == 0
     assert re.search(r"spell +0 +0.0% +- +- +0 +20 +0 +0 *\n", capsys.readouterr().out)
 
 
 def test_rows_without_a_trained_token_are_dropped(tokenizer, tmp_path, capsys):
-    """Also those that the preparation keeps: the first token of a row is never predicted."""
+    """Also rows that the preparation keeps: the first token of a row is never predicted."""
     masked = {"input_ids": [1, 2, 3], "labels": [1, -100, -100], "task": "masked"}
     rows = [{"input_ids": [1] * 4, "labels": [-100, *[1] * 3], "task": "seen"}] * 8
     data = write_jsonl(tmp_path / "tokens.jsonl", [masked, *rows, masked])
@@ -188,11 +165,11 @@ def test_rows_without_a_trained_token_are_dropped(tokenizer, tmp_path, capsys):
 
 def test_data_without_a_trained_token_are_an_error(tokenizer, tmp_path, capfd):
     data = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "x" * 60, "completion": "y"}] * 4)
-    said = error(capfd, data, "--commonit_metric", "length", "--tokenizer", tokenizer, "--max_length", 40)
-    assert "max_length=40" in said and "4 rows" in said
+    line = error(capfd, data, "--commonit_metric", "length", "--tokenizer", tokenizer, "--max_length", 40)
+    assert "max_length=40" in line and "4 rows" in line
 
 
-# --- what it prints -----------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------
 
 
 def test_without_a_tokenizer_task_works_and_tokens_are_a_dash(data, capsys):
@@ -211,7 +188,7 @@ def test_several_files_are_a_mixture(data, tmp_path, capsys):
     assert [(group["name"], group["rows"]) for group in shown["groups"]] == [("data", 60), ("other", 12)]
 
 
-def test_metrics_are_compared_with_the_options_that_each_reads(data, tokenizer, minilm, capsys, tmp_path):
+def test_compare_gives_each_metric_its_options(data, tokenizer, minilm, capsys, tmp_path):
     options = ["--commonit_num_groups", 4, "--commonit_embedding_model", minilm, "--commonit_length_of", "total"]
     options += ["--tokenizer", tokenizer, "--per_device_train_batch_size", 4]
     html = tmp_path / "new" / "report.html"
@@ -226,13 +203,13 @@ def test_metrics_are_compared_with_the_options_that_each_reads(data, tokenizer, 
 
 
 def test_nothing_but_json_is_on_stdout(data, tokenizer):
-    """Whatever the libraries say as they are imported, which a process does once."""
+    """Also while libraries are imported, which needs a new process."""
     command = [sys.executable, "-m", "commonit_trl", "inspect", data, "--commonit_metric", "length", "--json"]
     done = subprocess.run([*command, "--tokenizer", tokenizer], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["inspections"][0]["rows"] == 60
 
 
-def test_groups_that_were_saved_are_used(data, tokenizer, tmp_path, capsys):
+def test_saved_groups_are_loaded(data, tokenizer, tmp_path, capsys):
     assert cli.main(["group", data, "--commonit_metric", "task", "--output", "saved"]) == 0
     capsys.readouterr()
     new = write_jsonl(tmp_path / "new.jsonl", [*rows_of_task("add", 20), *rows_of_task("walk", 5)])
@@ -241,11 +218,11 @@ def test_groups_that_were_saved_are_used(data, tokenizer, tmp_path, capsys):
     assert shown["warnings"][0].startswith("5 of 25 rows are unassigned")
 
 
-# --- what is wrong ------------------------------------------------------------------------------------------------
+# --- other front ends ------------------------------------------------------------------------------------------------
 
 
 def test_other_front_ends_come_from_installed_packages(tmp_path, monkeypatch, capfd):
-    """A recipe of another front end goes to the package that has the entry point, and says where there is none."""
+    """An entry point names the reader of their recipes; tests/axolotl/test_axolotl_inspect.py reads real ones."""
     monkeypatch.setattr("commonit_trl.cli.recipes.ENTRY_POINTS", "commonit.test_recipes")
     line = error(capfd, "--axolotl", "recipe.yml")
     assert "--axolotl recipe.yml: " in line and "pip install 'commonit-trl[axolotl]'" in line
@@ -257,85 +234,9 @@ def test_other_front_ends_come_from_installed_packages(tmp_path, monkeypatch, ca
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     assert "No module named 'other_reader'" in error(capfd, "--axolotl", "recipe.yml")
 
-    (tmp_path / "site" / "other_reader.py").write_text(
-        "import numpy as np\n"
-        "from commonit_trl.config import CommonITArguments\n"
-        "from commonit_trl.cli.recipes import Recipe\n"
-        "from commonit_trl.rows import Rows\n"
-        "from helpers.toys import id_rows\n"
-        "def pack(grouper, group_ids, world_size):\n"
-        "    assert grouper.names == ['g000', 'g001']\n"
-        "    return group_ids[::2], np.full(len(group_ids[::2]), 64)\n"
-        "def read(path):\n"
-        "    rows = Rows(id_rows([20, 10]))\n"
-        "    options = CommonITArguments(commonit_metric='task')\n"
-        "    return Recipe(options=options, rows=rows, seed=1, micro_batch_size=2, accumulation_steps=1,\n"
-        "        lengths=rows.token_counts(), balanced=True, pack=pack if 'pack' in path else None)\n"
-    )
-    monkeypatch.delitem(sys.modules, "other_reader", raising=False)
-    (shown,) = numbers(capfd, "--axolotl", "recipe.yml", "--compare", "task")
-    assert (shown["rows"], shown["samples"], shown["planned"]["steps"]) == (30, 30, 15)
-    (shown,) = numbers(capfd, "--axolotl", "packed.yml")
-    assert (shown["rows"], shown["samples"], shown["planned"]["padding_ratio"]) == (30, 15, 1.0)
 
-
-def test_help_names_the_options(capsys):
-    with pytest.raises(SystemExit):
-        inspect("--help")
-    said = capsys.readouterr().out
-    assert all(option in said for option in ("--compare", "--json", "--html", "--load", "--tokenizer", "DATA"))
-
-
-# --- real data ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.real_data
-def test_real_data_takes_seconds(real_data, tokenizer, capsys):
-    """14,434 rows, in seconds of CPU; a byte tokenizer makes more tokens than a real one, and takes longer."""
-    files = [real_data / name for name in ("gsm8k_train.jsonl", "codealpaca.jsonl", "apibench.jsonl")]
-    started = time.process_time()
-    (task,) = numbers(capsys, *files, "--commonit_metric", "task")
-    assert [group["rows"] for group in task["groups"]] == [2426, 4535, 7473]
-    assert time.process_time() - started < 10
-    started = time.process_time()
-    shown = numbers(capsys, *files, "--compare", "task,length", "--tokenizer", tokenizer)
-    assert [one["planned"]["pure_steps"] for one in shown] == [1.0, 1.0]
-    assert time.process_time() - started < 60
-
-
-@pytest.mark.slow
-@pytest.mark.real_data
-def test_real_rows_are_in_a_group_or_dropped(real_data, tokenizer, tmp_path, capsys):
-    """I2 on the mixture and the reference set, of which two whole tasks do not fit in 700 tokens.
-
-    A byte tokenizer makes a token per byte, so a row has a token to train on if its prompt has fewer than 700 bytes.
-    """
-    rows = read_mixture(real_data)
-    for line in map(json.loads, (real_data / REFERENCE).read_text(encoding="utf-8").splitlines()):
-        prompt = f"{line['instruction'].strip()}\n{line['input'].strip()}\n"
-        rows.append({"prompt": prompt, "completion": line["output"].strip(), "task": line["task"]})
-    dropped = [len(row["prompt"].encode()) >= 700 for row in rows]
-    by_task = Counter(row["task"] for row, drop in zip(rows, dropped, strict=True) if drop)
-    remaining = Counter(row["task"] for row, drop in zip(rows, dropped, strict=True) if not drop)
-    assert len(by_task.keys() - remaining.keys()) == 2
-
-    data = write_jsonl(tmp_path / "real.jsonl", rows)
-    options = [data, "--commonit_metric", "task", "--tokenizer", tokenizer, "--max_length", 700]
-    (shown,) = numbers(capsys, *options)
-    assert shown["dropped"]["by_group"] == by_task and shown["dropped"]["rows"] == sum(dropped)
-    assert {group["name"]: group["rows"] for group in shown["groups"]} == remaining
-
-    assert cli.main(["group", *map(str, options), "--output", "saved"]) == 0
-    table = pq.read_table("saved/assignment.parquet")
-    expected = [None if drop else row["task"] for row, drop in zip(rows, dropped, strict=True)]
-    assert table["row"].to_pylist() == list(range(len(rows))) and table["name"].to_pylist() == expected
-    assert [reason is not None for reason in table["dropped"].to_pylist()] == dropped
-
-
-def test_raw_rows_are_not_changed(data, tmp_path):
+def test_rows_are_not_changed(data, tmp_path):
     before = (tmp_path / data).read_bytes()
     assert inspect(data, "--commonit_metric", "task") == 0
     assert (tmp_path / data).read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.jsonl"]
-    assert Dataset.from_json(str(tmp_path / data)).column_names == ["task", "prompt", "completion"]

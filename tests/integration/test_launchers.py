@@ -32,6 +32,7 @@ FLAGS = {
     "save_strategy": "no",
     "seed": 7,
 }
+QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 ON_TWO_RANKS = {
     "torchrun": "--nproc_per_node 2 --master_port",
     "accelerate launch": "--num_processes 2 --main_process_port",
@@ -52,18 +53,29 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def options(flags):
+    return [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+
+
+def make_inputs(directory):
+    """Save a model and rows, and return the flags that name them."""
+    tiny_model().save_pretrained(directory / "model")
+    tiny_tokenizer().save_pretrained(directory / "model")
+    id_rows(SIZES).to_json(directory / "rows.jsonl")
+    paths = {"model_name_or_path": "model", "dataset_name": "rows.jsonl", "output_dir": "out"}
+    return {**{flag: directory / name for flag, name in paths.items()}, **FLAGS}
+
+
 def launch(line, launcher, flags, environment):
     """Run `line` from the repository's root, with a recorder around `commonit_trl` and `flags` at the end."""
     assert " commonit_trl sft " in line
     line = line.replace("--nproc_per_node 4 ", "").replace(" commonit_trl ", " helpers.cli_worker ")
     line = line.replace(launcher, f"{launcher} {ON_TWO_RANKS[launcher]} {free_port()}", 1)
     program, *arguments = shlex.split(line)
-    command = [str(Path(sys.executable).with_name(program)), *arguments]
-    command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     launched = subprocess.Popen(
-        command,
+        [str(Path(sys.executable).with_name(program)), *arguments, *options(flags)],
         cwd=EXAMPLES.parent,
-        env=os.environ | environment,
+        env=os.environ | QUIET | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -88,23 +100,11 @@ def launch(line, launcher, flags, environment):
     ],
 )
 def test_two_ranks_train_the_plan(example, launcher, stage, tmp_path):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    rows = id_rows(SIZES)
-    rows.to_json(tmp_path / "rows.jsonl")
-    flags = {
-        "model_name_or_path": tmp_path / "model",
-        "dataset_name": tmp_path / "rows.jsonl",
-        "output_dir": tmp_path / "out",
-        **FLAGS,
-    }
+    flags = make_inputs(tmp_path)
     environment = {
         "COMMONIT_RECORD": str(tmp_path / "seen"),
         "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
-        "TOKENIZERS_PARALLELISM": "false",
     }
     if stage is None:
         flags["use_cpu"] = True
@@ -119,6 +119,7 @@ def test_two_ranks_train_the_plan(example, launcher, stage, tmp_path):
     run = json.loads((tmp_path / "out" / "commonit" / "run.json").read_text(encoding="utf-8"))
     assert run["world size"] == 2
 
+    rows = id_rows(SIZES)
     plan = plan_of(rows, world_size=2, accumulation_steps=2, seed=7)
     steps = recorded(tmp_path / "seen", world_size=2)
     assert len(steps) == plan.num_steps == 4
@@ -135,23 +136,16 @@ def test_commonit_sft_starts_its_own_ranks(tmp_path):
 
     The exit code is not asserted: a CPU rank may abort as its interpreter ends, after saving (see `cli_worker.py`).
     """
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    id_rows(SIZES).to_json(tmp_path / "rows.jsonl")
     flags = {
+        **make_inputs(tmp_path),
         "accelerate_config": EXAMPLES / "accelerate" / "ddp.yaml",
         "num_processes": 2,
         "main_process_port": free_port(),
-        "model_name_or_path": tmp_path / "model",
-        "dataset_name": tmp_path / "rows.jsonl",
-        "output_dir": tmp_path / "out",
         "commonit_cache_dir": tmp_path / "cache",
         "use_cpu": True,
-        **FLAGS,
     }
-    command = [sys.executable, "-m", "commonit_trl", "sft"]
-    command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "commonit_trl", "sft", *options(flags)]
+    environment = os.environ | QUIET
     done = subprocess.run(command, cwd=EXAMPLES.parent, env=environment, capture_output=True, text=True, timeout=240)
     saved = tmp_path / "out" / "commonit" / "run.json"
     assert saved.exists(), done.stderr[-4000:]

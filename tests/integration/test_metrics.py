@@ -1,6 +1,6 @@
-"""What training logs of each group is what it says, on one rank and two, with accumulation, and packed.
+"""Logged metrics of groups on one rank and two, with accumulation, and packed.
 
-The losses are computed again from what the model's forward pass gave: of each row, in the recorder, in float64.
+Expected losses are computed in float64 from the rows that the model's forward pass gets.
 """
 
 import json
@@ -19,7 +19,7 @@ CASES = {
     "A3-step": {"gradient_accumulation_steps": 3},
     "A3-micro": {"gradient_accumulation_steps": 3, "commonit_purity": "micro"},
     "A1-micro": {"commonit_purity": "micro"},
-    "A3-unarranged": {"gradient_accumulation_steps": 3, "commonit_balance_lengths": False},
+    "A3-unbalanced": {"gradient_accumulation_steps": 3, "commonit_balance_lengths": False},
     "A3-every-step": {"gradient_accumulation_steps": 3, "logging_steps": 1},
     "A3-accumulated-mean": {
         "gradient_accumulation_steps": 3,
@@ -36,20 +36,12 @@ TASKS = id_rows(SIZES)["task"]
 def runs(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("metrics")
     shared = {"commonit_metric": "task", "logging_steps": LOGGING_STEPS, "learning_rate": 1e-2}
-    launch(
-        [
-            {
-                "name": name,
-                "group_sizes": SIZES,
-                "options": {**shared, **options},
-                "losses": True,
-                "accepts_loss_kwargs": name != WITHOUT_TOKEN_COUNTS,
-            }
-            for name, options in CASES.items()
-        ],
-        directory,
-        request.param,
-    )
+    run = {"group_sizes": SIZES, "losses": True}
+    runs = [
+        {**run, "name": name, "options": {**shared, **options}, "accepts_loss_kwargs": name != WITHOUT_TOKEN_COUNTS}
+        for name, options in CASES.items()
+    ]
+    launch(runs, directory, request.param)
     return directory, request.param
 
 
@@ -86,15 +78,14 @@ def test_the_loss_of_a_group_is_the_mean_over_its_tokens(runs, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_tokens_and_group_are_those_of_the_batches(runs, name):
+def test_tokens_padding_and_group_match_the_batches(runs, name):
     directory, world_size = runs
     every = CASES[name].get("logging_steps", LOGGING_STEPS)
     lengths = [len(tokens) for tokens in id_rows(SIZES)["input_ids"]]
     steps = recorded(directory / f"{name}.ids", world_size)
     for interval, entry in enumerate(logged(directory, name)):
-        batches = [
-            batch for step in range(interval * every, (interval + 1) * every) for rank in steps[step] for batch in rank
-        ]
+        within = range(interval * every, (interval + 1) * every)
+        batches = [batch for step in within for rank in steps[step] for batch in rank]
         data = sum(lengths[row] for batch in batches for row in batch)
         computed = sum(max(lengths[row] for row in batch) * len(batch) for batch in batches)
         assert entry["commonit_tokens"] == data

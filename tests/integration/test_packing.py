@@ -1,6 +1,6 @@
 """Packing: each group is packed alone, as TRL would pack its rows alone, and no token is lost.
 
-Every token of a row tells its group, so a pack's tokens tell whether it holds one group.
+The tokens of each group have their own range, so that the group of a pack can be read from its tokens.
 """
 
 from collections import Counter
@@ -58,10 +58,9 @@ def test_each_group_is_packed_as_trl_packs_it_alone(tmp_path, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("ordered", [False, True], ids=["mixed rows", "rows ordered by group"])
-def test_no_token_is_lost(tmp_path, strategy, ordered):
-    """Every token is trained once, in whatever order the rows come; only `bfd` cuts rows at `max_length`."""
-    rows = packed_rows([1300, 150, 1], ordered=ordered)
+def test_no_token_is_lost(tmp_path, strategy):
+    """I2: every token is trained once, also of rows ordered by group; only `bfd` cuts rows at `max_length`."""
+    rows = packed_rows([1300, 150, 1], ordered=True)
     _, seen = train_packed(tmp_path, rows, strategy, gradient_accumulation_steps=1)
     assert set(groups_of_steps(seen, group_of)) == {0, 1, 2}
     cut = MAX_LENGTH if strategy == "bfd" else None
@@ -69,60 +68,41 @@ def test_no_token_is_lost(tmp_path, strategy, ordered):
     assert Counter(token for row in seen.rows.elements() for token in row.tokens) == expected
 
 
-def test_shuffled_before_packing(tmp_path):
-    """`shuffle_dataset` shuffles rows with their groups."""
-    _, seen = train_packed(tmp_path, packed_rows([60, 50]), "bfd", shuffle_dataset=True)
-    groups_of_steps(seen, group_of)
-    assert sum(seen.rows.values()) == 110
-
-
-def test_padding_free_wrapped(tmp_path):
-    """`padding_free` with wrapped packs: one group in each step."""
+@pytest.mark.parametrize(("strategy", "option"), [("bfd", "shuffle_dataset"), ("wrapped", "padding_free")])
+def test_options_keep_packs_pure(tmp_path, strategy, option):
     rows = packed_rows([60, 50])
-    _, seen = train_packed(tmp_path, rows, "wrapped", padding_free=True)
+    _, seen = train_packed(tmp_path, rows, strategy, **{option: True})
     groups_of_steps(seen, group_of)
-    assert sum(len(row.tokens) for row in seen.rows.elements()) == sum(map(len, rows["input_ids"]))
+    cut = MAX_LENGTH if strategy == "bfd" else None
+    assert sum(len(row.tokens) for row in seen.rows.elements()) == sum(len(ids[:cut]) for ids in rows["input_ids"])
 
 
 @pytest.mark.parametrize(("strategy", "bins"), [("bfd", {0, 1}), ("bfd_split", {0, 1, 2}), ("wrapped", {0, 1, 2})])
 def test_length_is_measured_before_packing(tmp_path, strategy, bins):
     """Metric `length` bins rows, not packs; those that `bfd` will cut are measured as cut."""
     rows = packed_rows([200])
-    trainer, seen = train_packed(
-        tmp_path,
-        rows,
-        strategy,
-        commonit_metric="length",
-        commonit_length_edges=[10, 33],
-        commonit_length_of="total",
-    )
+    options = {"commonit_metric": "length", "commonit_length_edges": [10, 33], "commonit_length_of": "total"}
+    trainer, seen = train_packed(tmp_path, rows, strategy, **options)
     assert set(trainer.commonit_group_ids) == bins
     if strategy == "bfd":  # its rows are still whole in the packs
         steps = groups_of_steps(seen, lambda row: len(row.tokens) >= 10)
         assert set(steps) == {False, True}
 
 
-@pytest.mark.parametrize("metric", ["task", "length"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_packed_evaluation_is_the_parents(tmp_path, strategy, metric):
-    """A packed evaluation set has no groups to tell: the parent's metrics, and no loss of a group."""
+def test_packed_evaluation_is_the_parents(tmp_path, strategy):
+    """A packed evaluation set has no groups, so there are the parent's metrics only."""
     options = {"packing": True, "packing_strategy": strategy, "max_length": MAX_LENGTH}
-    options |= {"task": {}, "length": {"commonit_metric": "length", "commonit_length_edges": [10]}}[metric]
     metrics = []
     for trainer_class in (CommonITSFTTrainer, SFTTrainer):
-        trainer = make_trainer(
-            tmp_path / trainer_class.__name__,
-            packed_rows([20, 20]),
-            trainer_class=trainer_class,
-            extra={"eval_dataset": packed_rows([20, 20], seed=1)},
-            **options,
-        )
+        options["extra"] = {"eval_dataset": packed_rows([20, 20], seed=1)}
+        directory = tmp_path / trainer_class.__name__
+        trainer = make_trainer(directory, packed_rows([20, 20]), trainer_class=trainer_class, **options)
         metrics.append(without_run_times(trainer.evaluate()))
     assert metrics[0] == metrics[1]
 
 
 def test_unpacked_evaluation_of_packed_training(tmp_path):
-    """With `eval_packing=False` the loss of each group is there."""
     extra = {"eval_dataset": packed_rows([20, 20], seed=1)}
     trainer, _ = train_packed(tmp_path, packed_rows([20, 20]), "bfd", extra=extra, eval_packing=False)
     assert {"eval_g0_loss", "eval_g1_loss"} <= set(trainer.evaluate())
@@ -135,7 +115,6 @@ def test_packing_needs_max_length(tmp_path):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_packs_do_not_depend_on_the_number_of_processes(tmp_path, strategy):
-    """`dataset_num_proc` makes neither more packs nor emptier ones."""
     packs = []
     for processes in (None, 2):
         options = {"packing": True, "packing_strategy": strategy, "max_length": MAX_LENGTH}

@@ -108,31 +108,3 @@ def test_generated_code_runs_only_with_the_flag(parsed, monkeypatch):
     areas = evaluate_model.evaluate(options, *rest)
     assert areas["toy_unsafe"]["scores"]["toy_unsafe"]["acc,none"] == 9 / 10
     assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
-
-
-def test_the_harness_has_the_tasks_of_the_readme(parsed):
-    manager = parsed[-1]
-    missing = {area for area, (task, _) in evaluate_model.AREAS.items() if task not in manager.all_tasks}
-    assert missing <= {"tydiqa"}  # the lowest supported version does not have it
-    names = " ".join(manager.all_tasks).lower()
-    assert not any(word in names for word in ("openfunction", "function_call", "apibench", "gorilla", "bfcl"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        ("model --areas toy_esay --include_path tasks", ["--areas=toy_esay", "'toy_easy'"]),
-        ("model --areas humaneval", ["--areas=humaneval", "--run_generated_code"]),
-        ("gone --areas mmlu", ["model=gone", "output_dir"]),
-        ("model --areas mmlu --include_path gone", ["--include_path=gone"]),
-        ("model --areas mmlu --limit 0", ["--limit=0", "at least 1"]),
-        ("model --areas mmlu --output gone/scores.json", ["--output=gone/scores.json"]),
-        ("model", ["--areas"]),
-    ],
-)
-def test_a_wrong_argument_is_an_error_of_one_line(arguments, parts, folder, monkeypatch, capfd):
-    monkeypatch.chdir(folder)
-    with pytest.raises(SystemExit) as ended:
-        evaluate_model.main(arguments.split())
-    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("evaluate_model.py: error: ")]
-    assert ended.value.code == 2 and len(errors) == 1 and all(part in errors[0] for part in parts)

@@ -1,13 +1,9 @@
-"""`Rows` reads the columns that TRL's DPO, reward and KTO trainers make.
-
-1. The response is the chosen answer (of KTO, the completion), in text and in tokens, from text and from messages, with
-   the prompt in a column of its own or at the start of both answers.
-"""
+"""`Rows` reads columns of TRL's DPO, reward and KTO trainers: the response is the chosen answer or the completion."""
 
 import pytest
 from datasets import Dataset
+from helpers.kinds import KINDS
 from helpers.toys import QUIET, tiny_tokenizer
-from transformers import AutoModelForSequenceClassification, LlamaConfig
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
 from commonit_trl import Rows
@@ -34,30 +30,15 @@ FORMS = {
 }
 
 
-def reward_model():
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_labels=1,
-        pad_token_id=256,
-    )
-    return AutoModelForSequenceClassification.from_config(config)
+TRAINERS = {"DPO": (DPOTrainer, DPOConfig), "reward": (RewardTrainer, RewardConfig), "KTO": (KTOTrainer, KTOConfig)}
 
 
 def prepared(kind, rows, model, tmp_path):
-    """The training set of TRL's trainer of this kind."""
-    trainer, config = {
-        "DPO": (DPOTrainer, DPOConfig),
-        "reward": (RewardTrainer, RewardConfig),
-        "KTO": (KTOTrainer, KTOConfig),
-    }[kind]
-    model = reward_model() if kind == "reward" else model
-    args = config(output_dir=str(tmp_path), **QUIET)
-    dataset = Dataset.from_list(rows)
-    return trainer(model=model, args=args, train_dataset=dataset, processing_class=tiny_tokenizer()).train_dataset
+    """Return the training set of TRL's trainer of this kind."""
+    trainer, config = TRAINERS[kind]
+    model = KINDS["reward"].model() if kind == "reward" else model
+    arguments = {"args": config(output_dir=str(tmp_path), **QUIET), "train_dataset": Dataset.from_list(rows)}
+    return trainer(model=model, processing_class=tiny_tokenizer(), **arguments).train_dataset
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -67,9 +48,7 @@ def test_the_response_of_a_preference_is_the_chosen_answer(kind, form, model, tm
     dataset, tokenizer = prepared(kind, raw, model, tmp_path), tiny_tokenizer()
     expected = list(zip(PROMPTS, CHOSEN, strict=True))
     if "text" in form and "implicit" in form and kind == "DPO":
-        expected = [
-            (prompt.rstrip(), f" {answer}") for prompt, answer in expected
-        ]  # TRL leaves the space to the answer
+        expected = [(prompt.rstrip(), f" {answer}") for prompt, answer in expected]  # TRL moves the space
     for rows in (Rows(Dataset.from_list(raw)), Rows(dataset, tokenizer)):
         found = zip(rows.texts("prompt"), rows.texts("response"), strict=True)
         assert [tuple(map(str.strip, pair)) for pair in found] == [tuple(map(str.strip, pair)) for pair in expected]

@@ -1,7 +1,7 @@
-"""One epoch on real data by each metric: what the model saw, held against the data itself.
+"""I1 and I2 for an epoch of each metric on real data: pure steps, and every row once.
 
-I1 every step is of one group. I2 every row is seen once; only a group with fewer rows than a step has
-micro-batches repeats one. The groups are the metric's, told by other means than the package's.
+The expected groups are computed without the package. Only a group with fewer rows than a step has micro-batches repeats
+rows.
 """
 
 import itertools
@@ -28,13 +28,13 @@ def prepared(real_data):
 
 
 def by_task(dataset, tokenizer, epoch, **paths):
-    """The tasks of the rows."""
+    """Return the tasks of the rows."""
     assert epoch.grouper.names == ["api", "code", "gsm8k"]
     return [epoch.grouper.names.index(task) for task in dataset["task"]]
 
 
 def by_length(dataset, tokenizer, epoch, **paths):
-    """Eight ranges of response lengths that do not overlap, with about as many rows each."""
+    """Return disjoint ranges of response lengths with about equal numbers of rows."""
     tokens = np.array([len(ids) + 1 for ids in tokenizer(list(dataset["completion"]))["input_ids"]])  # and <eos>
     ranges = [tokens[epoch.groups == group] for group in range(8)]
     assert all(low.max() < high.min() for low, high in itertools.pairwise(ranges))
@@ -43,7 +43,7 @@ def by_length(dataset, tokenizer, epoch, **paths):
 
 
 def by_nearest_reference_task(dataset, tokenizer, epoch, *, reference, encoder):
-    """The nearest of the 57 reference tasks, the means of their examples; told for some tasks and rows."""
+    """Return the nearest of 57 reference tasks by their mean embeddings; computed for some tasks and rows."""
     names, centroids = epoch.grouper.names, epoch.grouper.centroids
     examples = {}
     with reference.open(encoding="utf-8") as stream:

@@ -1,20 +1,20 @@
 """Wrong settings and data raise one line when the trainer is made: the option, its value and the fix; no file is left.
 
-The rules of `config.py` are tested in tests/unit/test_config.py; one of them shows here that they hold before the model
-is loaded.
+tests/unit/test_config.py has the rules of `config.py`; one of them shows here that they hold before loading a model.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import pytest
 from datasets import DatasetDict, IterableDataset
 from helpers.bad_input import check_refusal, record, timed
+from helpers.kinds import our_arguments, ours
 from helpers.toys import id_rows
 from helpers.trainers import make_trainer
 from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig
 
-from commonit_trl import CommonITArguments, CommonITMixin, CommonITSFTTrainer
+from commonit_trl import CommonITSFTTrainer
 
 ROWS = id_rows([5, 4, 3])
 MISSING_MODEL = "no-such-owner/no-such-model"  # loading it would raise another error
@@ -40,6 +40,10 @@ SETTINGS = [
     ({"accelerator_config": {"split_batches": True}}, "accelerator_config.split_batches=True | set it to False"),
     ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches=True | set it to"),
     ({"dataloader_drop_last": True}, "dataloader_drop_last=True | commonit_remainder='drop'"),
+    (
+        {"auto_find_batch_size": True, "commonit_resume": "replan"},
+        "auto_find_batch_size=True | 'replan'",
+    ),
     ({"ignore_data_skip": True}, "ignore_data_skip=True | set it to False"),
     ({"commonit_task_column": "taks"}, "commonit_task_column='taks' | task, row"),
     ({"commonit_matric": "task"}, "commonit_matric | did you mean commonit_metric?"),
@@ -76,39 +80,26 @@ def test_arguments_without_options(tmp_path, config):
         CommonITSFTTrainer(model=MISSING_MODEL, args=args, train_dataset=ROWS)
 
 
-@dataclass(kw_only=True)
-class KTOArguments(CommonITArguments, KTOConfig):
-    pass
-
-
-@dataclass(kw_only=True)
-class GRPOArguments(CommonITArguments, GRPOConfig):
-    pass
-
-
 @pytest.mark.parametrize(
-    ("trainer_class", "arguments", "options", "parts"),
+    ("trainer", "config", "options", "parts"),
     [
-        (KTOTrainer, KTOArguments, {}, ["loss_type='kto'", "apo_zero_unpaired", "train_sampling_strategy='random'"]),
-        (
-            KTOTrainer,
-            KTOArguments,
-            {"loss_type": "apo_zero_unpaired"},
-            ["train_sampling_strategy='sequential'", "'random'"],
-        ),
-        (GRPOTrainer, GRPOArguments, {}, ["GRPOTrainer._get_train_sampler", "commonit_metric='none'"]),
+        (KTOTrainer, KTOConfig, {}, ["loss_type='kto'", "apo_zero_unpaired", "train_sampling_strategy='random'"]),
+        (KTOTrainer, KTOConfig, {"loss_type": "apo_zero_unpaired"}, ["train_sampling_strategy='sequential'", "random"]),
+        (GRPOTrainer, GRPOConfig, {}, ["GRPOTrainer._get_train_sampler", "commonit_metric='none'"]),
     ],
     ids=str,
 )
-def test_trainers_whose_batches_cannot_be_composed_anew(tmp_path, trainer_class, arguments, options, parts):
-    """Each is refused before the model is loaded, with a fix that goes through."""
-
-    class Mixed(CommonITMixin, trainer_class):
-        pass
-
-    args = arguments(output_dir=str(tmp_path / "out"), commonit_metric="task", bf16=False, use_cpu=True, **options)
+def test_trainers_that_compose_their_own_batches(tmp_path, trainer, config, options, parts):
+    """They are refused before the model is loaded, with a fix."""
+    options = {
+        "output_dir": str(tmp_path / "out"),
+        "commonit_metric": "task",
+        "bf16": False,
+        "use_cpu": True,
+        **options,
+    }
     with pytest.raises(ValueError) as error:
-        Mixed(model=MISSING_MODEL, args=args, train_dataset=ROWS)
+        ours(trainer)(model=MISSING_MODEL, args=our_arguments(config)(**options), train_dataset=ROWS)
     assert all(part in str(error.value) for part in parts), error.value
     assert "SFT" not in str(error.value)
 

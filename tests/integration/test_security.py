@@ -1,21 +1,17 @@
-"""What SECURITY.md promises, each promise held by a test here or by one that SECURITY.md names.
+"""The promises of SECURITY.md that no other test file keeps.
 
-1. Nothing unpickles, evaluates or trusts code in what is read or written: the source is scanned, and the scan is shown
-   to see such code.
-2. Code in a model, a tokenizer or an encoder does not run unless `trust_remote_code` says so.
-3. With HF_HUB_OFFLINE=1 nothing asks the network, and all files that are written lie where they were asked for,
-   whatever the labels are called.
-4. No text of the data reaches the terminal so that it acts.
-5. What is written has the permissions that the umask leaves.
+1. Nothing unpickles, evaluates or trusts code in files: the sources are searched for such calls.
+2. Code in a model, a tokenizer or an encoder does not run without `trust_remote_code`.
+3. With HF_HUB_OFFLINE=1 nothing uses the network, and all files are written below the directories that options name.
+4. Text of the data is sanitized on the terminal and in the model card.
+5. Files have the permissions of the umask.
 """
 
-import ast
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -34,35 +30,19 @@ ROOT = Path(commonit_trl.__file__).parents[1]
 SOURCES = sorted(path for package in ("commonit_trl", "axolotl_plugin") for path in (ROOT / package).rglob("*.py"))
 LABELS = [*HOSTILE.values(), "../../ran", "/etc/ran", "ran\0", "." * 300, "\x07\x08\r\x9b5m\x85\u202e\u2069"]
 UP = "\x1b[A"
-MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle", "pandas"}
-CALLS = {"eval", "exec", "compile", "__import__", "read_pickle", "unsafe_load", "full_load", "system", "popen"}
+UNSAFE = re.compile(
+    r"\b(?:import|from) (?:_?pickle|cPickle|dill|cloudpickle|joblib|shelve|marshal|jsonpickle|pandas)\b"
+    r"|(?<![\w.`])(?:eval|exec|compile|__import__)\(|\b(?:torch|np|numpy|yaml)\.load\(|\.(?:unsafe_load|full_load)\("
+    r"|read_pickle|os\.(?:system|popen)\(|\b(?:trust_remote_code|allow_pickle|shell)=True"
+)
 
 
 # --- nothing unpickles --------------------------------------------------------------------------------------------
 
 
-def unsafe(source: str) -> Iterator[str]:
-    """What in Python source may run what it reads."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            module = node.module if isinstance(node, ast.ImportFrom) else None
-            names = [module or "", *(alias.name for alias in node.names)]
-            yield from (f"import of {name}" for name in names if name.split(".")[0] in MODULES)
-        elif isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle", "shell"):
-            if isinstance(node.value, ast.Constant) and node.value.value:
-                yield f"{node.arg}={node.value.value}"
-        elif isinstance(node, ast.Call):
-            of = node.func.value if isinstance(node.func, ast.Attribute) else None
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            module = of.id if isinstance(of, ast.Name) else ""
-            builtin = name in CALLS and (of is None or module in ("builtins", "os", "pd", "pandas", "yaml"))
-            if builtin or (name == "load" and module in ("torch", "np", "numpy", "yaml")):
-                yield f"{module}.{name}()"
-
-
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_nothing_that_is_read_can_run(file):
-    assert list(unsafe(file.read_text(encoding="utf-8"))) == []
+def test_no_file_content_is_run(file):
+    assert UNSAFE.findall(file.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize(
@@ -80,8 +60,8 @@ def test_nothing_that_is_read_can_run(file):
         "subprocess.run(text, shell=True)",
     ],
 )
-def test_the_scan_sees_what_could_run(source):
-    assert list(unsafe(source))
+def test_the_search_finds_unsafe_calls(source):
+    assert UNSAFE.search(source)
 
 
 # --- code in models -----------------------------------------------------------------------------------------------
@@ -90,7 +70,7 @@ CODE = "from pathlib import Path\nPath('ran').touch()\nimport transformers\nclas
 
 
 def with_code(model: str, directory: Path, config_file: str, parent: str, name: str) -> str:
-    """A copy of the model directory whose `config_file` asks for a class of its own code."""
+    """Copy a model's directory; `config_file` of the copy names a class in its own code."""
     directory.mkdir()
     for file in Path(model).iterdir():
         (directory / file.name).write_bytes(file.read_bytes())
@@ -149,7 +129,7 @@ def test_a_tokenizers_code_does_not_run(tokenizer_with_code, data, capfd):
 
 @pytest.mark.parametrize("part", ["model", "tokenizer"])
 def test_code_runs_where_it_is_trusted(part, request, data, capfd):
-    """Else the tests above would see nothing."""
+    """The counterpart of the tests above."""
     directory = request.getfixturevalue(f"{part}_with_code")
     option = "--model_name_or_path" if part == "model" else "--tokenizer"
     cli.main(["inspect", data, option, directory, *TASK, "--trust_remote_code", "true"])
@@ -158,7 +138,6 @@ def test_code_runs_where_it_is_trusted(part, request, data, capfd):
 
 @pytest.mark.parametrize("reference", ["custom.Custom", "pathlib.Path", "subprocess.Popen"])
 def test_an_encoders_code_does_not_run(reference, minilm, data, tmp_path, capfd):
-    """Not its own, and no other either; a local encoder is no exception."""
     directory = tmp_path / "encoder"
     directory.mkdir()
     (directory / "custom.py").write_text(CODE.format("LlamaModel"), encoding="utf-8")
@@ -174,11 +153,11 @@ def test_an_encoders_code_does_not_run(reference, minilm, data, tmp_path, capfd)
 
 WATCH = """
 import json, os, sys
-asked, written = [], []
+used, written = [], []
 
 def watch(event, args):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
-        asked.append(f"{event} {args[1:] if event == 'socket.connect' else args}")
+        used.append(f"{event} {args[1:] if event == 'socket.connect' else args}")
         raise OSError("no network here")
     if event == "open" and isinstance(args[0], (str, bytes)) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
         written.append(os.path.abspath(os.fsdecode(args[0])))
@@ -190,19 +169,19 @@ from commonit_trl.cli import main as cli
 
 codes = [cli.main(argv) for argv in json.loads(sys.argv[1])]
 import socket
-before = len(asked)
+before = len(used)
 try:
     socket.create_connection(("127.0.0.1", 9))
 except OSError:
     pass
-print(json.dumps({"codes": codes, "asked": asked[:before], "seen": len(asked) - before, "written": written}))
+print(json.dumps({"codes": codes, "network": used[:before], "seen": len(used) - before, "written": written}))
 """
 
 
 @pytest.fixture(scope="module")
 def watched(model, minilm, tmp_path_factory):
-    """What a process asked of the network, and where it wrote, while it inspected, grouped and trained on rows whose
-    labels are paths and worse."""
+    """Return the network accesses and written paths of a process that inspects, groups and trains rows with hostile
+    labels."""
     directory = tmp_path_factory.mktemp("watched")
     rows = [{"task": label, "prompt": f"q{n}", "completion": "a" * n} for n, label in enumerate(LABELS * 2)]
     Dataset.from_list(rows).to_parquet(directory / "data.parquet")
@@ -215,7 +194,7 @@ def watched(model, minilm, tmp_path_factory):
         [*train, *embedding],
         [*train, *TASK, "--eval_strategy", "steps", "--dataset_test_split", "train", "--log_level", "info"],
         [*train, *TASK, "--packing", "true", "--max_length", "64"],
-        # From the hub, which is not asked: one line.
+        # From the hub: one line of error.
         [*train, "--commonit_metric", "embedding"],
         ["inspect", "no/where", *TASK],
     ]
@@ -243,14 +222,15 @@ def watched(model, minilm, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_offline_nothing_asks_the_network(watched):
+def test_offline_nothing_uses_the_network(watched):
     _, found, _ = watched
     assert found["codes"] == [0, 0, 0, 0, 0, 0, 2, 2]
-    assert found["asked"] == []
+    assert found["network"] == []
     assert found["seen"] > 0, "the hook sees a connection"
 
 
-def test_all_files_lie_where_they_were_asked_for(watched):
+@pytest.mark.slow
+def test_files_are_written_below_the_named_directories(watched):
     directory, found, _ = watched
     outside = {path for path in found["written"] if not Path(path).is_relative_to(directory)}
     assert outside <= {"/dev/null"}
@@ -259,15 +239,15 @@ def test_all_files_lie_where_they_were_asked_for(watched):
     assert not Path("/etc/ran").exists()
 
 
-def test_what_the_process_prints_does_not_act(watched):
-    """Tables, ledger, warnings, metrics, bars; it is the bars that go to the start of a line, or one up."""
+@pytest.mark.slow
+def test_output_of_the_process_is_sanitized(watched):
+    """Tables, epoch summary, warnings and metrics; progress bars go to the start of a line, or one up."""
     *_, done = watched
     for text in (done.stdout, done.stderr):
         assert not acting(text.replace(UP, ""), but="\n\r")
 
 
 def test_labels_stay_text_in_the_model_card():
-    """No element, link or cell of theirs."""
     groups = [{"name": label, "samples": 1, "steps": 1, "lost": 0, "repeated": 0, "dropped": 0} for label in LABELS]
     entry = {"samples": 1, "steps": 1, "vanilla_steps": 1, "lost": 0, "repeated": 0, "groups": groups}
     entry["dropped"] = {"rows": 1, "by_reason": {LABELS[0]: 1}, "by_group": {LABELS[0]: 1}}
@@ -282,7 +262,7 @@ def test_labels_stay_text_in_the_model_card():
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
-def test_what_is_written_has_the_permissions_that_the_umask_leaves(umask, model, data, capfd):
+def test_files_have_the_permissions_of_the_umask(umask, model, data, capfd):
     before = os.umask(umask)
     try:
         assert cli.main(["group", data, *TASK, "--output", "saved"]) == 0

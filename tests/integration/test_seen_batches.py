@@ -1,7 +1,7 @@
 """I1 to I5 on the rows that a model sees in training, recorded by a hook for each rank and micro-step.
 
-Rows carry their number as tokens. W = 1 and 2 (torchrun, gloo), A = 1 and 3, both purities, and groups of 1, W*A - 1,
-S, S + 1 and an odd total.
+Rows carry their number as tokens. W = 1 and 2 (gloo), A = 1 and 3, both purities, and groups of 1, W*A - 1, S, S + 1
+and an odd total.
 """
 
 import json
@@ -15,6 +15,10 @@ from helpers.toys import QUIET, id_rows, plan_of, recorded
 B = QUIET["per_device_train_batch_size"]
 
 
+SHAPES = [(f"{purity}-a{steps}", purity, steps) for purity in ("step", "micro") for steps in (1, 3)]
+NAMES = [name for name, *_ in SHAPES]
+
+
 def group_sizes(world_size, accumulation):
     capacity = B * world_size * accumulation
     sizes = [1, max(1, world_size * accumulation - 1), capacity, capacity + 1, 3 * capacity + 2, 2 * capacity]
@@ -22,29 +26,16 @@ def group_sizes(world_size, accumulation):
 
 
 def runs_of(world_size):
-    shapes = {
-        f"{purity}-a{accumulation}": {
+    shared, workers = {"commonit_metric": "task", "seed": 7}, {"dataloader_num_workers": 1}
+    runs = {name: (accumulation, {"commonit_purity": purity}) for name, purity, accumulation in SHAPES}
+    runs["workers"] = (1, workers | {"dataloader_persistent_workers": True})
+    return {
+        name: {
             "group_sizes": group_sizes(world_size, accumulation),
-            "options": {
-                "commonit_metric": "task",
-                "commonit_purity": purity,
-                "gradient_accumulation_steps": accumulation,
-                "seed": 7,
-            },
+            "options": {**shared, "gradient_accumulation_steps": accumulation, **options},
         }
-        for purity in ("step", "micro")
-        for accumulation in (1, 3)
+        for name, (accumulation, options) in runs.items()
     }
-    shapes["workers"] = {
-        "group_sizes": group_sizes(world_size, 1),
-        "options": {
-            "commonit_metric": "task",
-            "seed": 7,
-            "dataloader_num_workers": 1,
-            "dataloader_persistent_workers": True,
-        },
-    }
-    return shapes
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
@@ -54,9 +45,6 @@ def seen(request, tmp_path_factory):
     shapes = runs_of(request.param)
     launch([{"name": name, **shape} for name, shape in shapes.items()], directory, world_size=request.param)
     return request.param, directory, shapes
-
-
-SHAPES = [f"{purity}-a{accumulation}" for purity in ("step", "micro") for accumulation in (1, 3)]
 
 
 def epochs_of(directory, name, world_size):
@@ -69,9 +57,9 @@ def epochs_of(directory, name, world_size):
     return [[steps[step] for step in range(half)], [steps[step] for step in range(half, 2 * half)]]
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", NAMES)
 def test_i1_pure(seen, name):
-    """I1: what holds one group, at each purity: all micro-batches of a step, of a micro-step, or each one."""
+    """I1: all micro-batches of a step hold one group; with purity `micro`, each micro-batch."""
     world_size, directory, shapes = seen
     group_of = id_rows(shapes[name]["group_sizes"])["task"]
     for epoch in epochs_of(directory, name, world_size):
@@ -89,14 +77,14 @@ def test_i1_pure(seen, name):
             assert mixed_steps > 0  # else `micro` would be `step`
 
 
-@pytest.mark.parametrize("name", [*SHAPES, "workers"])
+@pytest.mark.parametrize("name", [*NAMES, "workers"])
 def test_i2_lossless(seen, name):
     """I2: each epoch sees every row; only rows of groups too small for all micro-batches come again, and the steps of a
     group differ by at most one sample."""
     world_size, directory, shapes = seen
     sizes = shapes[name]["group_sizes"]
     group_of = id_rows(sizes)["task"]
-    accumulation = shapes[name]["options"].get("gradient_accumulation_steps", 1)
+    accumulation = shapes[name]["options"]["gradient_accumulation_steps"]
     for epoch in epochs_of(directory, name, world_size):
         rows = Counter(row for step in epoch for rank in step for batch in rank for row in batch)
         assert set(rows) == set(range(sum(sizes)))
@@ -114,10 +102,9 @@ def test_i2_lossless(seen, name):
                 assert max(counts) - min(counts) <= 1
 
 
-@pytest.mark.parametrize("name", [*SHAPES, "workers"])
+@pytest.mark.parametrize("name", [*NAMES, "workers"])
 def test_i3_i4_i5_the_model_sees_the_plan(seen, name):
-    """I3 to I5: rank by rank and micro-step by micro-step, training follows the plan that anyone can compute from
-    groups, lengths, geometry, seed and epoch; the run is exactly two plans long; the epochs differ."""
+    """I3 to I5: each rank trains the micro-batches of the plan; the run is two plans long; the epochs differ."""
     world_size, directory, shapes = seen
     options = shapes[name]["options"]
     rows = id_rows(shapes[name]["group_sizes"])
@@ -126,7 +113,7 @@ def test_i3_i4_i5_the_model_sees_the_plan(seen, name):
         plan = plan_of(
             rows,
             world_size=world_size,
-            accumulation_steps=options.get("gradient_accumulation_steps", 1),
+            accumulation_steps=options["gradient_accumulation_steps"],
             purity=options.get("commonit_purity", "step"),
             seed=7,
             epoch=number,

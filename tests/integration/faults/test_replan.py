@@ -48,14 +48,16 @@ def assert_trained_once(steps):
 
 
 CHANGES = {
-    "batch size": {"per_device_train_batch_size": 3},
     "smaller batches": {"per_device_train_batch_size": 1},
-    "accumulation": {"gradient_accumulation_steps": 3},
     "seed": {"seed": 8},
     "metric": {"commonit_metric": "length", "commonit_num_groups": 3},
-    "purity": {"commonit_purity": "micro", "gradient_accumulation_steps": 3},
-    "arrangement": {"commonit_balance_lengths": False},
-    "several": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1, "commonit_remainder": "drop"},
+    "purity and accumulation": {"commonit_purity": "micro", "gradient_accumulation_steps": 3},
+    "balance": {"commonit_balance_lengths": False},
+    "larger batches": {
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 1,
+        "commonit_remainder": "drop",
+    },
 }
 
 
@@ -78,41 +80,17 @@ def test_remaining_rows_are_trained_once(first_run, tmp_path, change):
 LARGER = {"per_device_train_batch_size": 4}
 
 
-@pytest.fixture(scope="module")
-def replanned(first_run, tmp_path_factory):
-    """A run resumed from checkpoint 5 with larger batches.
-
-    Returns its output directory, the steps before, its steps in epoch 0, all its steps, and its first checkpoint.
-    """
-    directory, steps = first_run
-    again = tmp_path_factory.mktemp("replanned")
-    trainer, resumed = resume(again, directory / "checkpoint-5", **LARGER)
-    per_epoch = trainer.state.global_step // 2
+def test_replanned_epoch_resumes_exactly_from_the_latest_run(first_run, tmp_path):
+    """Checkpoints of the first run in the same output directory may have higher numbers."""
+    directory, _ = first_run
+    trainer, resumed = resume(tmp_path, directory / "checkpoint-5", **LARGER)
     first = trainer.state.global_step - len(resumed) + 1
     assert first < 5, "its step numbers must be below those of the first run"
-    return again / "out", steps[:5], resumed[:-per_epoch], resumed, first
-
-
-def test_replanned_epoch_resumes_exactly(replanned, tmp_path):
-    out, _, _, resumed, first = replanned
-    _, seen = resume(tmp_path, out / f"checkpoint-{first}", **LARGER, commonit_resume="exact")
-    assert seen == resumed[1:]
-
-
-def test_replan_twice_in_one_epoch(replanned, tmp_path):
-    out, before, own, _, first = replanned
-    assert len(own) > 2
-    trainer, seen = resume(tmp_path, out / f"checkpoint-{first}", per_device_train_batch_size=1, seed=11)
-    assert_trained_once(before + own[:1] + seen[: -trainer.commonit_plan(epoch=1).num_steps])
-
-
-def test_resume_uses_latest_run_not_highest_step(first_run, replanned, tmp_path):
-    """Checkpoints of the first run in the same output directory may have higher numbers."""
-    out = tmp_path / "out"
-    for source, step in ((first_run[0], 5), (first_run[0], 6), (replanned[0], replanned[4])):
+    out = tmp_path / "both" / "out"
+    for source, step in ((directory, 5), (directory, 6), (tmp_path / "out", first)):
         shutil.copytree(source / f"checkpoint-{step}", out / f"checkpoint-{step}")
-    _, seen = resume(tmp_path, True, **LARGER, commonit_resume="exact")
-    assert seen == replanned[3][1:]
+    _, seen = resume(tmp_path / "both", True, **LARGER, commonit_resume="exact")
+    assert seen == resumed[1:]
 
 
 def test_replan_between_epochs_and_at_end(first_run, tmp_path):
@@ -130,12 +108,9 @@ def test_replan_without_changes_resumes_exactly(first_run, tmp_path):
 
 
 def test_replan_refuses_other_rows(first_run, tmp_path):
-    """The message names the difference."""
     checkpoint = first_run[0] / "checkpoint-5"
-    for rows, what in (
-        (id_rows([13, 7, 9, 3]), "rows (31 in the checkpoint, 32 now)"),
-        (id_rows(SIZES, seed=1), "tokens of rows ("),
-    ):
+    more, others = id_rows([13, 7, 9, 3]), id_rows(SIZES, seed=1)
+    for rows, what in ((more, "rows (31 in the checkpoint, 32 now)"), (others, "tokens of rows (")):
         with pytest.raises(ValueError) as error:
             resume(tmp_path, checkpoint, rows, seed=8)
         message = str(error.value)
@@ -167,11 +142,6 @@ def test_replan_packed_rows(tmp_path):
     assert sum(times.values()) < len(packs) + 4
     with pytest.raises(ValueError, match=r"with packing, the same packs, .*: rows \("):
         resume(tmp_path / "refused", checkpoint, commonit_metric="length", commonit_num_groups=2, **packed)
-
-
-def test_replan_refuses_auto_find_batch_size(tmp_path):
-    with pytest.raises(ValueError, match=r"auto_find_batch_size=True does not go with .*commonit_resume='replan'"):
-        make_trainer(tmp_path, ROWS, commonit_resume="replan", auto_find_batch_size=True)
 
 
 def test_refused_resume_suggests_replan(first_run, tmp_path):

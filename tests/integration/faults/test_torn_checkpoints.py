@@ -80,6 +80,7 @@ def test_checkpoint_without_groups_is_torn(out, tmp_path):
 def test_no_complete_checkpoint(out, tmp_path):
     for step in (2, 4):
         cut(out / f"checkpoint-{step}" / "trainer_state.json")
+    assert last_checkpoint(out) is None and last_checkpoint(out / "missing") is None
     with pytest.raises(ValueError, match=r"checkpoint-4' was not written to its end .*remove this one"):
         resume(tmp_path, True)
 
