@@ -53,13 +53,13 @@ def render_html(inspections: Sequence[Inspection], losses: Iterable[LossRecord] 
         drawn = figures(inspection, losses if number == 0 else ())
         ids = {f"chart-{number}-{position}": title for position, title in enumerate(drawn)}
         charts |= dict(zip(ids, drawn.values(), strict=True))
-        kept = tables.largest(inspection.groups, MOST_GROUPS)
+        kept = tables.largest_groups(inspection, MOST_GROUPS)
         sections.append(
             {
                 "inspection": inspection,
                 "charts": ids,
-                "groups": [(group, tables.group_cells(group)) for group in kept],
-                "dropped": tables.dropped_cells(inspection, MOST_GROUPS),
+                "groups": kept,
+                "rows": list(map(tables.group_cells, kept)),
                 "not_shown": len(inspection.groups) - len(kept),
             }
         )
@@ -67,6 +67,7 @@ def render_html(inspections: Sequence[Inspection], losses: Iterable[LossRecord] 
         "page.html",
         charts,
         title="CommonIT report",
+        metrics=["", *(inspection.metric for inspection in inspections)],
         overview=tables.overview(inspections),
         geometry=tables.geometry(inspections[0]),
         headings=[heading.replace("-\n", "") for heading in tables.GROUP_HEADINGS],

@@ -13,9 +13,9 @@ from commonit_trl.report import (
     Inspection,
     LossRecord,
     inspect_groups,
-    ledger_table,
     model_card_section,
     optional,
+    summary_table,
     write_html,
 )
 from commonit_trl.rows import Rows
@@ -39,12 +39,12 @@ def log_summary(trainer: Any) -> None:
             args.commonit_metric,
             len(entry["groups"]),
             entry["steps"],
-            entry["vanilla_steps"],
+            entry["baseline_steps"],
             entry["samples"],
-            entry["lost"],
+            entry["left_out"],
             entry["repeated"],
             entry["dropped"]["rows"],
-            ledger_table(entry),
+            summary_table(entry),
         )
         for reason, rows in entry["dropped"]["by_reason"].items():
             log.warning(
@@ -53,7 +53,7 @@ def log_summary(trainer: Any) -> None:
                 reason,
                 _largest(trainer.commonit.grouping.dropped.by_group),
             )
-        for count, verb in (("lost", "leaves out"), ("repeated", "repeats")):
+        for count, verb in (("left_out", "leaves out"), ("repeated", "repeats")):
             affected = {group["name"]: group[count] for group in entry["groups"] if group[count]}
             if affected:
                 log.warning(

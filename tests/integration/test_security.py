@@ -260,7 +260,7 @@ def test_all_files_lie_where_they_were_asked_for(watched):
 
 
 def test_what_the_process_prints_does_not_act(watched):
-    """Tables, ledger, warnings, metrics, bars; it is the bars that go to the start of a line, or one up."""
+    """Tables, epoch summary, warnings, metrics, bars; it is the bars that go to the start of a line, or one up."""
     *_, done = watched
     for text in (done.stdout, done.stderr):
         assert not acting(text.replace(UP, ""), but="\n\r")
@@ -268,8 +268,8 @@ def test_what_the_process_prints_does_not_act(watched):
 
 def test_labels_stay_text_in_the_model_card():
     """No element, link or cell of theirs."""
-    groups = [{"name": label, "samples": 1, "steps": 1, "lost": 0, "repeated": 0, "dropped": 0} for label in LABELS]
-    entry = {"samples": 1, "steps": 1, "vanilla_steps": 1, "lost": 0, "repeated": 0, "groups": groups}
+    groups = [{"name": label, "samples": 1, "steps": 1, "left_out": 0, "repeated": 0, "dropped": 0} for label in LABELS]
+    entry = {"samples": 1, "steps": 1, "baseline_steps": 1, "left_out": 0, "repeated": 0, "groups": groups}
     entry["dropped"] = {"rows": 1, "by_reason": {LABELS[0]: 1}, "by_group": {LABELS[0]: 1}}
     section = model_card_section(entry, {"commonit_weights": dict.fromkeys(LABELS, 1)})
     assert not acting(section, but="\n")

@@ -323,7 +323,7 @@ def test_rows_without_a_token_to_train_on_are_dropped_and_counted(tmp_path, capl
     (warning,) = [record.getMessage() for record in caplog.records if "rows are not trained" in record.getMessage()]
     assert "5 rows" in warning and "no token to train on" in warning
     saved = json.loads((tmp_path / "out" / "commonit" / "groups.json").read_text(encoding="utf-8"))
-    assert saved["ledger"]["dropped"]["rows"] == 5
+    assert saved["epoch_summary"]["dropped"]["rows"] == 5
 
 
 def test_rows_that_preparation_drops_are_counted_by_group(tmp_path):
@@ -360,7 +360,7 @@ def test_report_that_cannot_be_made_does_not_end_the_run(tmp_path, caplog, monke
     def fail(*args, **kwargs):
         raise ZeroDivisionError("a figure")
 
-    for name in ("inspect_groups", "ledger_table"):
+    for name in ("inspect_groups", "summary_table"):
         monkeypatch.setattr(f"commonit_trl.trainer.reports.{name}", fail)
     trainer, _ = train(tmp_path, id_rows([5, 4]), commonit_report=True)
     assert trainer.state.global_step == 5

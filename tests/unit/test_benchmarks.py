@@ -101,7 +101,7 @@ def test_parameters_are_json_or_text(text, value):
 def test_study_marks_intervals_without_zero(tmp_path):
     def strategy(name, difference):
         measure = {"value": 3.0, "difference": difference}
-        numbers = {"steps": 10, "lost": 0, "repeated": 1, "padding": 0.25, "tokens_per_second": 50.0}
+        numbers = {"steps": 10, "left_out": 0, "repeated": 1, "padding": 0.25, "tokens_per_second": 50.0}
         return {"name": name, "loss": measure, "accuracy": measure, **numbers}
 
     found = {"value": -0.2, "low": -0.3, "high": -0.1}

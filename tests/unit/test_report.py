@@ -45,6 +45,13 @@ def inspect(dataset, geometry, *, grouper=None, padding_free=False, seed=0, drop
     return inspect_groups(grouper, group_ids, rows, plan, **arguments), plan
 
 
+def inspect_untokenized(data):
+    rows = Rows(data)
+    grouper = TaskGrouper(columns=["task"]).fit(rows)
+    plan = plan_epoch(grouper.assign(rows), micro_batch_size=4)
+    return inspect_groups(grouper, plan.group_ids, rows, plan, options=CommonITArguments(commonit_metric="task"))
+
+
 def steps_of(plan):
     """The plan as lists: step -> micro-step -> rank -> row numbers."""
     micro_steps = [list(ranks) for ranks in zip(*map(plan.batches, range(plan.world_size)), strict=True)]
@@ -107,6 +114,8 @@ def test_batches_are_counted_as_one_would(geometry, purity, padding_free):
     planned = count(steps_of(plan), tasks, tokens, padding_free)
     assert dataclasses.asdict(inspection.planned) == pytest.approx(planned)
     assert inspection.planned.steps == plan.num_steps
+    runs = "".join("x" if one == other >= 0 else " " for one, other in itertools.pairwise(plan.step_groups)).split()
+    assert inspection.longest_run == max(map(len, runs), default=0) + (max(plan.step_groups) >= 0)
 
     size, _, accumulation = geometry
     by_length = LengthGroupedSampler(size * accumulation, lengths=tokens, generator=torch.Generator().manual_seed(0))
@@ -125,19 +134,6 @@ def test_random_batches_are_like_the_mean_of_many_random_orders():
         mean, spread = statistics.mean(draw[name] for draw in draws), statistics.stdev(draw[name] for draw in draws)
         assert abs(value - mean) <= 5 * spread, name
     assert inspection.random.steps == plan_epoch([0] * 600, micro_batch_size=16).num_steps
-
-
-def test_without_token_counts_there_are_no_ratios():
-    data = Dataset.from_dict({"task": ["a", "b"] * 10, "prompt": ["x"] * 20, "completion": ["y"] * 20})
-    rows = Rows(data)
-    grouper = TaskGrouper(columns=["task"]).fit(rows)
-    plan = plan_epoch(grouper.assign(rows), micro_batch_size=4)
-    inspection = inspect_groups(grouper, plan.group_ids, rows, plan, options=CommonITArguments(commonit_metric="task"))
-    assert inspection.by_length is None
-    assert inspection.planned.padding_ratio is inspection.random.straggler_ratio is None
-    assert inspection.groups[0].prompt_tokens is inspection.groups[0].response_tokens is None
-    assert inspection.planned.pure_steps == 1.0
-    assert {(example.prompt, example.response) for example in inspection.groups[0].examples} == {("x", "y")}
 
 
 # --- groups -------------------------------------------------------------------------------------------------------
@@ -162,7 +158,7 @@ def test_groups_are_counted_as_one_would(options):
         rows = [row for row, task in enumerate(tasks) if task == f"g{number:03d}"]
         assert (group.id, group.name, group.rows) == (number, f"g{number:03d}", len(rows))
         assert group.share == len(rows) / len(tasks)
-        assert group.lost == sum(row not in seen for row in rows)
+        assert group.left_out == sum(row not in seen for row in rows)
         assert group.repeated == sum(max(seen.count(row) - 1, 0) for row in rows)
         batches = sum(tasks[batch[0]] == group.name for step in steps for part in step for batch in part)
         assert group.steps == batches / 4
@@ -172,36 +168,27 @@ def test_groups_are_counted_as_one_would(options):
             ("response", [sum(label != -100 for label in row) for row in labels]),
         ):
             spread = getattr(group, f"{of}_tokens")
-            assert spread.median == statistics.median(counts)
-            assert spread.p95 == pytest.approx(statistics.quantiles(counts, n=20, method="inclusive")[-1])
-            assert spread.p5 <= spread.p25 <= spread.median <= spread.p75 <= spread.p95
-    assert inspection.lost == sum(group.lost for group in inspection.groups)
+            quantiles = statistics.quantiles(counts, n=20, method="inclusive")
+            assert list(spread.values()) == pytest.approx([quantiles[n - 1] for n in (1, 5, 10, 15, 19)])
+    assert inspection.left_out == sum(group.left_out for group in inspection.groups)
     assert inspection.repeated == sum(group.repeated for group in inspection.groups)
     assert sum(group.steps for group in inspection.groups) == pytest.approx(plan.num_micro_steps / 2)
-
-
-@pytest.mark.parametrize(
-    ("step_groups", "longest"),
-    [([0], 1), ([0, 1, 1, 1, 0, 0], 3), ([-1, -1, -1, 2], 1), ([-1, -1], 0), ([1, -1, 1, 1], 2), ([3, 3, 3], 3)],
-)
-def test_longest_run(step_groups, longest):
-    assert analysis._longest_run(np.array(step_groups)) == longest
 
 
 def test_examples_are_rows_of_their_group():
     texts = [f"{task} {number}" for number in range(40) for task in "abc"]
     data = Dataset.from_dict({"task": [text[0] for text in texts], "prompt": texts, "completion": texts[::-1]})
-    rows = Rows(data)
-    grouper = TaskGrouper(columns=["task"]).fit(rows)
-    ids = grouper.assign(rows)
-    plan = plan_epoch(ids, micro_batch_size=4)
-    inspection = inspect_groups(grouper, ids, rows, plan, options=CommonITArguments(commonit_metric="task"))
     pairs = dict(zip(texts, texts[::-1], strict=True))
+    inspection = inspect_untokenized(data)
     for group in inspection.groups:
-        assert len({example.prompt for example in group.examples}) == analysis.EXAMPLES_PER_GROUP
+        assert len({example["prompt"] for example in group.examples}) == analysis.EXAMPLES_PER_GROUP
         for example in group.examples:
-            assert example.prompt[0] == group.name
-            assert example.response == pairs[example.prompt]
+            assert example["prompt"][0] == group.name
+            assert example["response"] == pairs[example["prompt"]]
+    assert inspection.by_length is None
+    assert inspection.planned.padding_ratio is inspection.random.straggler_ratio is None
+    assert inspection.groups[0].prompt_tokens is inspection.groups[0].response_tokens is None
+    assert inspection.planned.pure_steps == 1.0
 
 
 def test_packs_are_the_samples_and_rows_the_rows():
@@ -213,9 +200,9 @@ def test_packs_are_the_samples_and_rows_the_rows():
     options = CommonITArguments(commonit_metric="task", commonit_remainder="drop")
     lengths = np.full(11, 50)
     inspection = inspect_groups(grouper, grouper.assign(rows), rows, plan, options=options, lengths=lengths)
-    assert (inspection.rows, inspection.samples, inspection.lost) == (42, 11, 3)
+    assert (inspection.rows, inspection.samples, inspection.left_out) == (42, 11, 3)
     assert [group.rows for group in inspection.groups] == [30, 12]
-    assert [group.lost for group in inspection.groups] == [3, 0]
+    assert [group.left_out for group in inspection.groups] == [3, 0]
     assert inspection.planned.padding_ratio == 1.0
 
 
@@ -311,7 +298,7 @@ def test_an_error_in_a_part_of_the_report_is_a_warning_that_names_it(caplog, mon
     monkeypatch.setattr(charts, "_order", fail)
     inspection, _ = inspect(id_rows([30, 20]), (2, 2, 1))
     drawn = charts.figures(inspection)
-    assert "Rows of each group" in drawn and "Order of the groups in the epoch" not in drawn
+    assert "Tokens of each group" in drawn and "Order of the groups in the epoch" not in drawn
     (record,) = caplog.records
     said = record.getMessage()
     assert "commonit_report" in said and "Order of the groups" in said and "no chart today" in said

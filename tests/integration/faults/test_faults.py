@@ -113,7 +113,7 @@ def rows_of_epochs(history):
 
 def lost_and_repeated(directory, history):
     """Count dropped rows, and repeats beyond the saved epoch summary, over both epochs."""
-    groups = json.loads((directory / "run-out" / "commonit" / "groups.json").read_text())["ledger"]["groups"]
+    groups = json.loads((directory / "run-out" / "commonit" / "groups.json").read_text())["epoch_summary"]["groups"]
     announced = Counter({group["name"]: group["samples"] + group["repeated"] for group in groups})
     lost = repeated = 0
     for times in rows_of_epochs(history):
@@ -271,6 +271,6 @@ def test_many_kills(server, whole, figures, kind, everyone, seed, tmp_path):
             "ranks that hung": sum(len(kill["hung"]) for kill in died),
             "longest a rank outlived another, s": max(kill["outlived_s"] for kill in died),
             "samples lost": lost,
-            "samples repeated beyond the ledger": repeated,
+            "samples repeated beyond the epoch summary": repeated,
         }
     )
