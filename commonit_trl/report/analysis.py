@@ -20,9 +20,9 @@ logs a warning.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,9 @@ MAP_CHARACTERS = 200
 CHART_GROUPS = 20
 ORDER_WINDOWS = 400
 QUANTILES = {"p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95}
+
+Losses = Mapping[str, Sequence[tuple[int, float]]]
+"""Group -> the logged training losses as (optimizer step, loss)."""
 
 # Thresholds of the warnings.
 _MOST_ROWS = 0.75  # share of all rows in one group
@@ -149,15 +152,6 @@ class Inspection:
         values = dataclasses.asdict(dataclasses.replace(self, dropped=DroppedRows()))
         del values["drawing"]
         return values | {"dropped": self.dropped.to_json()}
-
-
-class LossRecord(TypedDict):
-    """A logged training loss of one group."""
-
-    step: int
-    """Optimizer step."""
-    group: str
-    loss: float
 
 
 def inspect_groups(

@@ -11,14 +11,15 @@ figure cannot be drawn, the report omits it and logs a warning.
 import html
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from commonit_trl.report.analysis import CHART_GROUPS, QUANTILES, GroupNumbers, Inspection, LossRecord
+from commonit_trl.report.analysis import CHART_GROUPS, QUANTILES, GroupNumbers, Inspection, Losses
 from commonit_trl.report.optional import optional
+from commonit_trl.report.summary import largest
 from commonit_trl.sanitize import cut, sanitize
 
 LOSS_POINTS = 300
@@ -52,14 +53,14 @@ _LAYOUT = {
 }
 
 
-def figures(inspection: Inspection, losses: Iterable[LossRecord] = ()) -> dict[str, go.Figure]:
+def figures(inspection: Inspection, losses: Losses | None = None) -> dict[str, go.Figure]:
     """Return title -> figure for the charts that have data."""
     mapped = f"Map of the embeddings, {len(inspection.drawing.map):,} of {inspection.rows:,} rows"
     draw: dict[str, Callable[[], go.Figure | None]] = {
         "Tokens of each group": lambda: _lengths(inspection),
         "Order of the groups in the epoch": lambda: _order(inspection),
         mapped: lambda: _map(inspection),
-        "Training loss of each group": lambda: _losses(inspection, losses),
+        "Training loss of each group": lambda: _losses(inspection, losses or {}),
     }
     drawn = {}
     for title, chart in draw.items():
@@ -211,15 +212,10 @@ def _hover(text: str) -> str:
     return "<br>".join(html.escape(line, quote=False) for line in lines)
 
 
-def _losses(inspection: Inspection, losses: Iterable[LossRecord]) -> go.Figure | None:
-    by_group = defaultdict(list)
-    for record in losses:
-        by_group[record["group"]].append((record["step"], record["loss"]))
+def _losses(inspection: Inspection, losses: Losses) -> go.Figure | None:
     colours = {group.name: colour for group, colour in _charted(inspection).values()}
-    most = sorted(by_group, key=lambda name: -len(by_group[name]))[:CHART_GROUPS]
-    order = [group.name for group in inspection.groups]
-    most.sort(key=lambda name: order.index(name) if name in order else len(order))
-    lines = {name: (sorted(by_group[name]), colours.get(name, GREY)) for name in most}
+    names = largest([name for name, points in losses.items() if points], CHART_GROUPS, lambda name: len(losses[name]))
+    lines = {name: (losses[name], colours.get(name, GREY)) for name in names}
     return curves(lines, "optimizer step", "lines+markers") if lines else None
 
 

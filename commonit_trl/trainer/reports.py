@@ -11,7 +11,6 @@ from commonit_trl.files import write_text
 from commonit_trl.grouping.fit import data_seed
 from commonit_trl.report import (
     Inspection,
-    LossRecord,
     inspect_groups,
     model_card_section,
     optional,
@@ -102,13 +101,11 @@ def write_report(trainer: Any, inspection: Inspection | None) -> None:
     """Write the HTML report, with the losses logged until now."""
     if inspection is None:
         return
-    names = [f"loss_{name}" for name in trainer.commonit.grouping.names]
-    losses: list[LossRecord] = [
-        {"step": int(entry["step"]), "group": name.removeprefix("loss_"), "loss": entry[name]}
-        for entry in trainer.state.log_history
-        for name in names
-        if name in entry
-    ]
+    history = trainer.state.log_history
+    losses = {
+        name: [(int(entry["step"]), entry[f"loss_{name}"]) for entry in history if f"loss_{name}" in entry]
+        for name in trainer.commonit.grouping.names
+    }
     path = Path(trainer.args.output_dir) / COMMONIT_DIR / REPORT_FILE
     with optional(f"the file {path}", trainer.commonit_logger):
         write_html(path, [inspection], losses)

@@ -52,9 +52,7 @@ def inspection():
 
 @pytest.fixture(scope="module")
 def losses(inspection):
-    return [
-        {"step": step, "group": group.name, "loss": 1 / step} for step in range(1, 9) for group in inspection.groups
-    ]
+    return {group.name: [(step, 1 / step) for step in range(1, 9)] for group in inspection.groups}
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +132,9 @@ def test_charts_match_the_numbers(inspection):
 
 def test_long_losses_are_averaged(inspection):
     name = inspection.groups[2].name
-    records = [{"step": step, "group": name, "loss": float(step % 2)} for step in range(1, 3001)]
-    records += [{"step": 5000, "group": name, "loss": math.nan}, {"step": 1, "group": "gone", "loss": 2.0}]
-    known, gone = charts.figures(inspection, records)["Training loss of each group"].data
+    points = [*((step, float(step % 2)) for step in range(1, 3001)), (5000, math.nan)]
+    losses = {name: points, "gone": [(1, 2.0)], inspection.groups[0].name: []}
+    known, gone = charts.figures(inspection, losses)["Training loss of each group"].data
     assert len(known.x) == charts.LOSS_POINTS and known.y[0] == 0.5 and known.x[0] == 5.5
     assert (list(gone.x), list(gone.y), gone.name) == ([1.0], [2.0], "gone")
     order = charts.figures(inspection)["Order of the groups in the epoch"].data
