@@ -107,7 +107,7 @@ class Drawing:
     """Data that only the charts need, of bounded size."""
 
     order_groups: tuple[int, ...]
-    """The `CHART_GROUPS` largest groups, by id, and -1 for all others if there are any."""
+    """The `CHART_GROUPS` largest groups, by id, and -1 for other groups and mixed micro-batches."""
     order: tuple[tuple[float, ...], ...]
     """(order groups, windows) share of each group in a window's micro-batches; at most `ORDER_WINDOWS` windows."""
     steps_per_window: float
@@ -416,8 +416,9 @@ def _advice(inspection: Inspection) -> list[str]:
 def _draw_order(plan: EpochPlan, sizes: NDArray[np.int64], points: tuple[MapPoint, ...]) -> Drawing:
     """Return the share of each group in each window of steps, and `points`."""
     lines = largest(np.flatnonzero(sizes).tolist(), CHART_GROUPS, sizes.__getitem__)
-    listed = [*lines, -1] if np.count_nonzero(sizes) > len(lines) else lines
-    line_of_group = np.full(len(sizes), len(lines))
+    has_others = np.count_nonzero(sizes) > len(lines) or np.any(plan.micro_batch_groups < 0)
+    listed = [*lines, -1] if has_others else lines
+    line_of_group = np.full(len(sizes) + 1, len(lines))  # and of mixed micro-batches, which have id -1
     line_of_group[lines] = np.arange(len(lines))
     windows = min(plan.num_steps, ORDER_WINDOWS)
     window_of_step = np.arange(plan.num_micro_steps) // plan.accumulation_steps * windows // plan.num_steps

@@ -23,7 +23,7 @@ from commonit_trl.report.summary import largest
 from commonit_trl.sanitize import cut, sanitize
 
 LOSS_POINTS = 300
-OTHERS = "other groups"
+OTHERS = "other or mixed groups"
 
 _NAME_CHARACTERS = 26  # fits a phone
 _HOVER_CHARACTERS = 60  # per line

@@ -39,10 +39,12 @@ def epoch_summary(plan: EpochPlan, names: Sequence[str], dropped: DroppedRows = 
     Returns:
         `samples`, `steps`, `baseline_steps`, `left_out` and `repeated`, as in `PlanSummary`, and `dropped` (`rows`,
         `by_reason`, `by_group`). `groups` has the same counts for each group with samples or dropped rows; `dropped` is
-        a number there, and `steps` a fraction where a step holds several groups.
+        a number there, and `steps` a fraction where a step holds micro-batches of several groups. Mixed micro-batches
+        count for no group.
     """
     summary = plan.summary()
-    micro_batches = np.bincount(plan.micro_batch_groups.ravel(), minlength=len(names))
+    groups_of = plan.micro_batch_groups
+    micro_batches = np.bincount(groups_of[groups_of >= 0], minlength=len(names))
     steps = (micro_batches / (plan.world_size * plan.accumulation_steps)).round(3)
     dropped_of = dropped.by_group
     groups = [

@@ -21,7 +21,7 @@ def result(strategy, seed, shift=0.0, exact=None, groups=("first", "second"), **
         written={
             "weights": f"of seed {seed}",
             "groups": list(groups),
-            "left_out": len(groups[:1]),
+            "left_out": min(len(groups), 1),
             "repeated": len(groups),
             "steps": 10,
             "epochs": 1.0,

@@ -45,7 +45,9 @@ def test_i2_each_sample_is_trained_once_however_often_settings_change(data):
     for _ in range(3):
         run = data.draw(settings_of_a_run(rows))
         whole = plan_epoch(**run, epoch=epoch)
-        plan = whole if plan is None else plan_remaining(whole, remaining, pure_samples=0, seed=run["seed"], epoch=epoch)
+        plan = (
+            whole if plan is None else plan_remaining(whole, remaining, pure_samples=0, seed=run["seed"], epoch=epoch)
+        )
         assert (plan.num_micro_steps, plan.num_steps) == (whole.num_micro_steps, whole.num_steps)
         steps, first = steps_of(plan), plan.first_step
         assert not any(steps[:first]) and all(steps[first:])

@@ -23,33 +23,27 @@ GEOMETRIES = [(2, 1, 1), (2, 2, 3), (3, 2, 2), (5, 3, 1)]  # B, W, A
 
 
 def inspect(dataset, geometry, *, grouper=None, padding_free=False, seed=0, dropped=NONE_DROPPED, **options):
-    """An inspection of `dataset` by task, and the plan that it is of."""
-    rows = Rows(dataset)
+    """Inspect `dataset` by task; return the inspection and its plan."""
+    size, ranks, accumulation = geometry
+    planned = {
+        name: options[f"commonit_{name}"]
+        for name in ("purity", "remainder", "weights")
+        if f"commonit_{name}" in options
+    }
+    plan = {"micro_batch_size": size, "world_size": ranks, "accumulation_steps": accumulation, "seed": seed, **planned}
+    given = {"padding_free": padding_free, "seed": seed, "dropped": dropped}
+    return inspect_plan(Rows(dataset), plan, grouper=grouper, options=options, **given)
+
+
+def inspect_plan(rows, plan, *, samples=None, grouper=None, options=None, **given):
+    """Inspect `rows` by task in an epoch of `plan`, arguments of `plan_epoch`; `samples` are the groups of packs."""
     grouper = grouper or TaskGrouper(columns=["task"])
     grouper.fit(rows)
-    group_ids, lengths = grouper.assign(rows), rows.token_counts()
-    size, ranks, accumulation = geometry
-    plan = plan_epoch(
-        group_ids,
-        lengths,
-        micro_batch_size=size,
-        world_size=ranks,
-        accumulation_steps=accumulation,
-        purity=options.get("commonit_purity", "step"),
-        remainder=options.get("commonit_remainder", "keep"),
-        weights=options.get("commonit_weights", "proportional"),
-        seed=seed,
-    )
-    options = CommonITArguments(commonit_metric=grouper.metric, **options)
-    arguments = {"options": options, "lengths": lengths, "padding_free": padding_free, "seed": seed, "dropped": dropped}
-    return inspect_groups(grouper, group_ids, rows, plan, **arguments), plan
-
-
-def inspect_untokenized(data):
-    rows = Rows(data)
-    grouper = TaskGrouper(columns=["task"]).fit(rows)
-    plan = plan_epoch(grouper.assign(rows), micro_batch_size=4)
-    return inspect_groups(grouper, plan.group_ids, rows, plan, options=CommonITArguments(commonit_metric="task"))
+    group_ids = grouper.assign(rows)
+    given.setdefault("lengths", rows.token_counts() if rows.tokenized else None)
+    planned = plan_epoch(group_ids if samples is None else samples, given["lengths"], **plan)
+    options = CommonITArguments(commonit_metric=grouper.metric, **options or {})
+    return inspect_groups(grouper, group_ids, rows, planned, options=options, **given), planned
 
 
 def steps_of(plan):
@@ -179,7 +173,7 @@ def test_examples_are_rows_of_their_group():
     texts = [f"{task} {number}" for number in range(40) for task in "abc"]
     data = Dataset.from_dict({"task": [text[0] for text in texts], "prompt": texts, "completion": texts[::-1]})
     pairs = dict(zip(texts, texts[::-1], strict=True))
-    inspection = inspect_untokenized(data)
+    inspection, _ = inspect_plan(Rows(data), {"micro_batch_size": 4})
     for group in inspection.groups:
         assert len({example["prompt"] for example in group.examples}) == analysis.EXAMPLES_PER_GROUP
         for example in group.examples:
@@ -192,30 +186,29 @@ def test_examples_are_rows_of_their_group():
 
 
 def test_packs_are_the_samples_and_rows_the_rows():
-    """Where a plan is made of packs, what it loses and repeats are packs; tokens and examples are those of rows."""
-    data = id_rows([30, 12])
-    rows = Rows(data)
-    grouper = TaskGrouper(columns=["task"]).fit(rows)
-    plan = plan_epoch([0] * 7 + [1] * 4, [50] * 11, micro_batch_size=2, world_size=2, remainder="drop")
-    options = CommonITArguments(commonit_metric="task", commonit_remainder="drop")
-    lengths = np.full(11, 50)
-    inspection = inspect_groups(grouper, grouper.assign(rows), rows, plan, options=options, lengths=lengths)
+    """Where a plan is made of packs, it leaves out and repeats packs; tokens and examples are those of rows."""
+    plan = {"micro_batch_size": 2, "world_size": 2, "remainder": "drop"}
+    options = {"commonit_remainder": "drop"}
+    packs = {"samples": [0] * 7 + [1] * 4, "lengths": np.full(11, 50)}
+    inspection, _ = inspect_plan(Rows(id_rows([30, 12])), plan, options=options, **packs)
     assert (inspection.rows, inspection.samples, inspection.left_out) == (42, 11, 3)
-    assert [group.rows for group in inspection.groups] == [30, 12]
-    assert [group.left_out for group in inspection.groups] == [3, 0]
+    assert [(group.rows, group.samples, group.left_out) for group in inspection.groups] == [(30, 7, 3), (12, 4, 0)]
     assert inspection.planned.padding_ratio == 1.0
 
 
 def test_what_a_collator_adds_to_rows_is_padding():
     """Rows that are padded to a multiple of 64 cost more than their tokens, also alone."""
     rows = Rows(id_rows([5, 3]))
-    grouper = TaskGrouper(columns=["task"]).fit(rows)
-    ids, counts = grouper.assign(rows), rows.token_counts("total")
-    costs = np.full(8, 64)
-    plan = plan_epoch(ids, costs, micro_batch_size=1)
-    options = CommonITArguments(commonit_metric="task")
-    inspection = inspect_groups(grouper, ids, rows, plan, options=options, lengths=costs)
-    assert inspection.planned.padding_ratio == pytest.approx(8 * 64 / counts.sum())
+    inspection, _ = inspect_plan(rows, {"micro_batch_size": 1}, lengths=np.full(8, 64))
+    assert inspection.planned.padding_ratio == pytest.approx(8 * 64 / rows.token_counts("total").sum())
+
+
+def test_mixed_steps_are_drawn_and_count_for_no_group():
+    inspection, plan = inspect(id_rows([21, 13, 6]), (2, 2, 1), commonit_remainder="mix")
+    mixed = [group < 0 for group in plan.step_groups]
+    assert any(mixed) and inspection.drawing.order_groups == (0, 1, 2, -1)
+    assert inspection.drawing.order[-1] == tuple(map(float, mixed))
+    assert sum(group.steps for group in inspection.groups) == plan.num_steps - sum(mixed)
 
 
 # --- the rest -----------------------------------------------------------------------------------------------------
@@ -280,12 +273,8 @@ def test_notices_of_the_grouper_are_warnings():
 def test_labels_that_are_not_those_of_a_causal_model_are_reported(labels):
     rows = [{"input_ids": [1] * (number + 2), "task": "ab"[number % 2]} for number in range(12)]
     data = Dataset.from_list([row | {"labels": label} for row, label in zip(rows, labels, strict=True)])
-    grouper = TaskGrouper(columns=["task"]).fit(Rows(data))
-    ids = grouper.assign(Rows(data))
-    plan = plan_epoch(ids, micro_batch_size=2)
-    lengths = np.arange(2, 14)
-    options = CommonITArguments(commonit_metric="task")
-    inspection = inspect_groups(grouper, ids, Rows(data, tiny_tokenizer()), plan, options=options, lengths=lengths)
+    given = {"lengths": np.arange(2, 14)}
+    inspection, _ = inspect_plan(Rows(data, tiny_tokenizer()), {"micro_batch_size": 2}, **given)
     assert [group.rows for group in inspection.groups] == [6, 6]
     assert inspection.planned.pure_steps == 1 and inspection.planned.padding_ratio > 1
     assert "Groups by task" in render_html([inspection])
