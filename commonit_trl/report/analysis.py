@@ -132,8 +132,8 @@ class Inspection:
     """Baseline of the Trainer's `group_by_length`; None without token counts."""
     longest_run: int
     """Most consecutive steps of the same group."""
-    dropped: DroppedRows
-    """Rows that training cannot use, by reason and group."""
+    dropped: dict[str, Any]
+    """Rows that training cannot use: `rows`, `by_reason` and `by_group`."""
     left_out: int
     """Samples that remainder or weights leave out of the epoch."""
     repeated: int
@@ -149,9 +149,9 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers as JSON values, without the data of the charts."""
-        values = dataclasses.asdict(dataclasses.replace(self, dropped=DroppedRows()))
+        values = dataclasses.asdict(self)
         del values["drawing"]
-        return values | {"dropped": self.dropped.to_json()}
+        return values
 
 
 def inspect_groups(
@@ -239,7 +239,7 @@ def inspect_groups(
         random=random,
         by_length=by_length,
         longest_run=max(runs, default=0),
-        dropped=dropped,
+        dropped=summary["dropped"],
         left_out=summary["left_out"],
         repeated=summary["repeated"],
         micro_batch_size=plan.micro_batch_size,
@@ -388,13 +388,12 @@ def _advice(inspection: Inspection) -> list[str]:
             f"An epoch takes {planned} steps, {planned / baseline:.1f} times the baseline's {baseline}: larger groups "
             "(commonit_min_group_size) take fewer."
         )
-    if inspection.dropped.rows:
-        dropped = inspection.dropped
-        reasons = "; ".join(f"{reason}: {count:,}" for reason, count in dropped.by_reason.items())
-        most = sorted(dropped.by_group.items(), key=lambda item: -item[1])[:5]
+    if count := inspection.dropped["rows"]:
+        reasons = "; ".join(f"{reason}: {rows:,}" for reason, rows in inspection.dropped["by_reason"].items())
+        most = sorted(inspection.dropped["by_group"].items(), key=lambda item: -item[1])[:5]
         advice.append(
-            f"Training cannot use {dropped.rows:,} of {inspection.rows + dropped.rows:,} rows ({reasons}), most in "
-            f"{', '.join(f'{name!r} ({count:,})' for name, count in most)}: raise max_length, or check these rows."
+            f"Training cannot use {count:,} of {inspection.rows + count:,} rows ({reasons}), most in "
+            f"{', '.join(f'{name!r} ({rows:,})' for name, rows in most)}: raise max_length, or check these rows."
         )
     if inspection.left_out:
         advice.append(

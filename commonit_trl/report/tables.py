@@ -37,7 +37,7 @@ def overview(inspections: Sequence[Inspection]) -> list[tuple[str, ...]]:
         ("Padding ratio (random; by length)", lambda one: _beside(one, ratio, "padding_ratio")),
         ("Straggler ratio (random; by length)", lambda one: _beside(one, ratio, "straggler_ratio")),
         ("Longest run of one group, steps", lambda one: f"{one.longest_run:,}"),
-        ("Rows dropped", lambda one: f"{one.dropped.rows:,}"),
+        ("Rows dropped", lambda one: f"{one.dropped['rows']:,}"),
         ("Samples left out; repeats", lambda one: f"{one.left_out:,}; {one.repeated:,}"),
     ]
     return [(label, *map(cell, inspections)) for label, cell in lines]
