@@ -145,6 +145,10 @@ def test_settings_that_changed_between_runs_are_named(recipe, capfd):
     assert "learning_rate (0.01 before, 0.02 now)" in error and str(directory) in error
     assert compare(recipe, "--num_processes", "2") == 2
     assert "options of the launcher ([] before, ['--num_processes', '2'] now)" in capfd.readouterr().err
+    test = Path("data/test.jsonl")
+    test.write_text(test.read_text().replace("sort", "mend", 1))
+    assert compare(recipe) == 2
+    assert "content of the rows" in capfd.readouterr().err.strip().splitlines()[-1]
     (directory / "result.json").write_text("{", encoding="utf-8")
     assert compare(recipe) == 2
     assert "damaged" in capfd.readouterr().err.strip().splitlines()[-1]
