@@ -24,7 +24,7 @@ from commonit_trl.compare.comparison import compare
 from commonit_trl.compare.runs import RunResult, claimed, directory_of, execute, read_result
 from commonit_trl.compare.strategies import parse_strategies, runs_of
 from commonit_trl.compare.view import print_comparison, write_html
-from commonit_trl.config import OPTIONS
+from commonit_trl.config import OPTIONS, parts_of
 from commonit_trl.files import write_text
 
 COMPARE_DIR = "compare"
@@ -101,7 +101,9 @@ def run(
     output_dir = Path(training_args.output_dir) / COMPARE_DIR
     runs = {each.name: each for each in runs_of(strategies, training_args.seed, asked.seeds)}
     # If one strategy groups by task, a mixture has its column of entries in all runs, so that all have the same rows.
-    training_args.commonit_metric = "task" if any(strategy.metric == "task" for strategy in strategies) else "none"
+    training_args.commonit_metric = (
+        "task" if any("task" in parts_of(strategy.metric) for strategy in strategies) else "none"
+    )
     check_model(model_args, training_args)
     train, held_out = _load(asked, script_args, training_args, mixture)
     shared = {  # what all runs share and affects their results; `seed` draws the rows

@@ -148,10 +148,10 @@ class Inspection:
     drawing: Drawing
 
     def to_json(self) -> dict[str, Any]:
-        """Return the numbers as JSON values, without the data of the charts."""
+        """Return the numbers as JSON values, without the data of the charts and groups of which no row remains."""
         values = dataclasses.asdict(self)
         del values["drawing"]
-        return values
+        return values | {"groups": [group for group in values["groups"] if group["rows"]]}
 
 
 def inspect_groups(
