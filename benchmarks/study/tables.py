@@ -13,7 +13,7 @@ HEADER = (
     "held-out loss",
     "less none's (95 %)",
     "token accuracy less none's (95 %)",
-    "rows lost / repeated",
+    "rows left out / repeated",
     "padding",
     "tokens a second x none's",
 )
@@ -76,7 +76,7 @@ def _row(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
         f"{result['loss']['value']:.4f}",
         _difference(result["loss"]["difference"]),
         _difference(result["accuracy"]["difference"]),
-        f"{result['lost']} / {result['repeated']}",
+        f"{result['left_out']} / {result['repeated']}",
         f"{result['padding']:.0%}",
         f"{result['tokens_per_second'] / baseline['tokens_per_second']:.2f}",
     ]
@@ -85,8 +85,15 @@ def _row(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
 def _difference(interval: Mapping[str, float] | None) -> str:
     if interval is None:
         return ""
+    if interval["low"] is None:  # too few seeds
+        return f"{interval['value']:+.4f}"
     difference = f"{interval['value']:+.4f} ± {interval['high'] - interval['value']:.4f}"
     return difference if interval["low"] <= 0 <= interval["high"] else f"**{difference}**"
+
+
+def _has_interval(result: Mapping[str, Any]) -> bool:
+    difference = result["loss"]["difference"]
+    return difference is not None and difference["low"] is not None
 
 
 def draw(comparisons: Mapping[int, Mapping[str, Any]], path: Path) -> None:
@@ -94,7 +101,7 @@ def draw(comparisons: Mapping[int, Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     results = {
-        accumulation: [result for result in comparison["strategies"] if result["loss"]["difference"]]
+        accumulation: [result for result in comparison["strategies"] if _has_interval(result)]
         for accumulation, comparison in comparisons.items()
     }
     heights = [0.9 + 0.28 * len(each) for each in results.values()]

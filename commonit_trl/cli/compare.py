@@ -5,17 +5,16 @@ is measured on the same held-out rows. The result is each strategy's difference 
 """
 
 import argparse
-import contextlib
 import json
 import os
-import signal
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from datasets import Dataset
 from rich.console import Console
+from xxhash import xxh3_128
 
 from commonit_trl.cli import quiet
 from commonit_trl.cli.data import check_rows, load_all_splits, named_data, split_of
@@ -23,11 +22,10 @@ from commonit_trl.cli.quiet import Screen
 from commonit_trl.cli.sft import check_model
 from commonit_trl.compare.comparison import compare
 from commonit_trl.compare.runs import RunResult, claimed, directory_of, execute, read_result
-from commonit_trl.compare.strategies import Run, parse_strategies, runs_of
+from commonit_trl.compare.strategies import parse_strategies, runs_of
 from commonit_trl.compare.view import print_comparison, write_html
-from commonit_trl.config import OPTIONS
+from commonit_trl.config import OPTIONS, parts_of
 from commonit_trl.files import write_text
-from commonit_trl.sanitize import sanitize
 
 COMPARE_DIR = "compare"
 PAGE_FILE, NUMBERS_FILE = "compare.html", "compare.json"
@@ -101,22 +99,48 @@ def run(
     _check(asked, script_args, training_args, mixture)
     strategies = parse_strategies(asked.metrics)
     output_dir = Path(training_args.output_dir) / COMPARE_DIR
-    runs = list(runs_of(strategies, training_args.seed, asked.seeds))
+    runs = {each.name: each for each in runs_of(strategies, training_args.seed, asked.seeds)}
     # If one strategy groups by task, a mixture has its column of entries in all runs, so that all have the same rows.
-    training_args.commonit_metric = "task" if any(strategy.metric == "task" for strategy in strategies) else "none"
+    training_args.commonit_metric = (
+        "task" if any("task" in parts_of(strategy.metric) for strategy in strategies) else "none"
+    )
     check_model(model_args, training_args)
     train, held_out = _load(asked, script_args, training_args, mixture)
-    given = _given(asked, script_args, training_args, model_args, mixture, launch_flags)
-    asked_of = {each.name: _asked_of(each, training_args, given) for each in runs}
+    shared = {  # what all runs share and affects their results; `seed` draws the rows
+        **{name: value for name, value in training_args.to_dict().items() if name not in _NOT_COMPARED},
+        **vars(script_args),
+        **vars(model_args),
+        **vars(mixture),
+        **{name: getattr(asked, name) for name in ("train_rows", "held_out_rows", "eval_generate")},
+        **{f"version of {name}": version(name) for name in ("commonit-trl", "torch", "transformers", "trl")},
+        "options of the launcher": launch_flags,
+        "content of the rows": [_hash(train), _hash(held_out)],
+    }
+    settings = {}
+    for name, each in runs.items():
+        values = shared | each.strategy.settings(training_args) | {"seed of the run": each.seed}
+        settings[name] = json.loads(json.dumps(values, default=str))
     if asked.only is not None:
-        return _do(asked, {each.name: each for each in runs}, asked_of, training_args, model_args, train, held_out)
+        if asked.only not in runs:
+            raise ValueError(f"--only {asked.only}: no such run. Name one of {', '.join(runs)}.")
+        each, directory = runs[asked.only], directory_of(output_dir, runs[asked.only])
+        for name, value in each.strategy.settings(training_args).items():
+            setattr(training_args, name, value)
+        training_args.output_dir, training_args.seed, training_args.data_seed = str(directory), each.seed, None
+        from commonit_trl.compare.one_run import train_and_measure
 
-    results = {each.name: read_result(output_dir, each, asked_of[each.name]) for each in runs}
-    waiting = [each for each in runs if results[each.name] is None]
-    failed = _follow(output_dir, waiting, len(runs), argv, asked.jobs, screen.stderr)
+        with claimed(directory):
+            train_and_measure(
+                model_args, training_args, train, held_out, directory, settings[each.name], asked.eval_generate
+            )
+        return 0
+
+    results = {name: read_result(output_dir, each, settings[name]) for name, each in runs.items()}
+    waiting = [runs[name] for name, result in results.items() if result is None]
+    failed = execute(output_dir, waiting, len(runs), argv, asked.jobs, screen.stderr) if waiting else {}
     for each in waiting:
         if each.name not in failed:
-            results[each.name] = read_result(output_dir, each, asked_of[each.name])
+            results[each.name] = read_result(output_dir, each, settings[each.name])
     finished: list[RunResult] = [result for result in results.values() if result is not None]
     comparison = compare(finished, train_rows=len(train), failed=failed, at_a_time=asked.jobs)
     numbers = json.dumps(comparison.to_json(), indent=1)
@@ -179,90 +203,10 @@ def _some(rows: Dataset, most: int | None, seed: int) -> Dataset:
     return rows if most is None or len(rows) <= most else rows.shuffle(seed=seed).select(range(most))
 
 
-def _given(
-    asked: argparse.Namespace,
-    script_args: Any,
-    training_args: Any,
-    model_args: Any,
-    mixture: Any,
-    launch_flags: Sequence[str],
-) -> dict[str, Any]:
-    """Return the settings that all runs share and that affect their results; `seed` draws the rows."""
-    return {
-        **{name: value for name, value in training_args.to_dict().items() if name not in _NOT_COMPARED},
-        **vars(script_args),
-        **vars(model_args),
-        **vars(mixture),
-        **{name: getattr(asked, name) for name in ("train_rows", "held_out_rows", "eval_generate")},
-        **{f"version of {name}": version(name) for name in ("commonit-trl", "torch", "transformers", "trl")},
-        "options of the launcher": launch_flags,
-    }
-
-
-def _asked_of(run: Run, training_args: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings that affect the result of `run`, as JSON values."""
-    values = given | run.strategy.settings(training_args) | {"seed of the run": run.seed}
-    return json.loads(json.dumps(values, default=str))
-
-
-def _do(
-    asked: argparse.Namespace,
-    runs: dict[str, Run],
-    asked_of: dict[str, dict[str, Any]],
-    training_args: Any,
-    model_args: Any,
-    train: Dataset,
-    held_out: Dataset,
-) -> int:
-    """Do the run that `--only` names, in this process."""
-    if asked.only not in runs:
-        raise ValueError(f"--only {asked.only}: no such run. Name one of {', '.join(runs)}.")
-    from commonit_trl.compare.one_run import train_and_measure
-
-    run = runs[asked.only]
-    directory = directory_of(Path(training_args.output_dir) / COMPARE_DIR, run)
-    for name, value in run.strategy.settings(training_args).items():
-        setattr(training_args, name, value)
-    training_args.output_dir, training_args.seed, training_args.data_seed = str(directory), run.seed, None
-    with claimed(directory):
-        train_and_measure(
-            model_args, training_args, train, held_out, directory, asked_of[run.name], answers=asked.eval_generate
-        )
-    return 0
-
-
-def _follow(
-    output_dir: Path, runs: Sequence[Run], total: int, argv: Sequence[str], jobs: int, stderr: TextIO
-) -> dict[str, str]:
-    """Do `runs` of `total` under progress bars; return the reasons of those that failed."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.text import Text
-
-    failed: dict[str, str] = {}
-    if not runs:
-        return failed
-    console = Console(file=stderr, highlight=False)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as progress:
-        overall = progress.add_task("runs", total=total, completed=total - len(runs))
-        bars: dict[str, Any] = {}
-
-        def follow(run: Run, step: int, steps: int) -> None:
-            if run.name not in bars:
-                bars[run.name] = progress.add_task(run.name, total=steps)
-            progress.update(bars[run.name], completed=step)
-
-        def ended(run: Run, reason: str | None) -> None:
-            if run.name in bars:
-                progress.remove_task(bars[run.name])
-            progress.advance(overall)
-            if reason is not None:
-                failed[run.name] = reason
-            line = f"{run.name}: {'done' if reason is None else f'failed: {reason}'}"
-            console.print(Text(sanitize(line)), soft_wrap=True)
-
-        with contextlib.suppress(KeyboardInterrupt):
-            execute(output_dir, runs, argv, jobs, follow, ended)
-            return failed
-    console.print("Interrupted. The same command resumes with the runs that have not finished.")
-    raise SystemExit(128 + signal.SIGINT)
+def _hash(rows: Dataset) -> str:
+    """Return a hash of all rows and columns, in order."""
+    digest = xxh3_128(str(rows.column_names).encode())
+    for table in rows.with_format("arrow").iter(10_000):
+        for batch in table.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()

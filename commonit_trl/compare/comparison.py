@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from commonit_trl.compare.runs import RunResult
-from commonit_trl.compare.statistics import Interval, paired_difference
+from commonit_trl.compare.statistics import Difference, paired_difference
 from commonit_trl.compare.strategies import BASELINE
 
 UNASSIGNED = "(unassigned)"
@@ -19,13 +19,13 @@ class Measure:
     """A measured value of some held-out rows, mean over seeds, and its paired difference to the baseline."""
 
     value: float
-    difference: Interval | None
-    """None for the baseline, and with too few rows."""
+    difference: Difference | None
+    """None for the baseline, and without a trained token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupResult:
-    """The held-out rows of one of a strategy's groups."""
+    """Some held-out rows: all, or those of one of a strategy's groups."""
 
     name: str
     rows: int
@@ -36,15 +36,10 @@ class GroupResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StrategyResult:
-    """One strategy over the seeds that both it and the baseline have finished."""
+class StrategyResult(GroupResult):
+    """One strategy on all held-out rows, over the seeds that both it and the baseline have finished."""
 
-    name: str
     seeds: list[int]
-    loss: Measure
-    """Mean loss per token of all held-out rows."""
-    accuracy: Measure
-    """Share of the tokens that the model ranks first."""
     exact: Measure | None
     """Share of the rows for which greedy decoding gives the expected answer; None without `--eval_generate`."""
     steps: float
@@ -54,10 +49,10 @@ class StrategyResult:
     """Share of the computed tokens that are padding."""
     tokens_per_second: float
     """Training speed, without padding."""
-    lost: int
-    """Rows that an epoch leaves out."""
+    left_out: int
+    """Samples that an epoch leaves out."""
     repeated: int
-    """Rows that an epoch repeats."""
+    """Repeats of samples in an epoch."""
     groups: list[GroupResult]
     """The held-out rows by the groups that the strategy's first seed fitted."""
     curves: dict[str, list[tuple[float, float]]]
@@ -95,101 +90,75 @@ def compare(
         at_a_time: runs that shared the machine at a time.
 
     Raises:
-        ValueError: without a finished run of the baseline, and for runs of different rows or initial weights, whose
-            differences mean nothing.
+        ValueError: without a finished run of the baseline, and for runs of one seed with different initial weights,
+            whose differences mean nothing.
     """
-    _check_paired(results)
     by_strategy: dict[str, dict[int, RunResult]] = {}
+    first_of_seed: dict[int, RunResult] = {}
     for result in results:
         by_strategy.setdefault(result.run.strategy.name, {})[result.run.seed] = result
+        other = first_of_seed.setdefault(result.run.seed, result)
+        if result.written["weights"] != other.written["weights"]:
+            raise ValueError(
+                f"The runs {other.run.name} and {result.run.name} have different initial weights: the model changed "
+                "between them. Name another output_dir."
+            )
     if BASELINE not in by_strategy:
         reasons = "; ".join(f"{run}: {reason}" for run, reason in failed.items())
         raise ValueError(f"No run of the baseline {BASELINE!r} has finished. {reasons}")
     baseline = by_strategy.pop(BASELINE)
-    strategies = [_strategy(baseline, None)]
+    strategies = [_strategy(list(baseline.values()), None)]
     for runs in by_strategy.values():
-        if seeds := runs.keys() & baseline.keys():
-            strategies.append(_strategy({seed: runs[seed] for seed in sorted(seeds)}, baseline))
+        if seeds := sorted(runs.keys() & baseline.keys()):
+            strategies.append(_strategy([runs[seed] for seed in seeds], [baseline[seed] for seed in seeds]))
+    one = next(iter(baseline.values()))
     return Comparison(
         strategies=strategies,
         train_rows=train_rows,
-        held_out_rows=len(next(iter(baseline.values())).tokens),
-        epochs=next(iter(baseline.values())).written["epochs"],
+        held_out_rows=len(one.tokens),
+        epochs=one.written["epochs"],
         failed=dict(failed),
         at_a_time=at_a_time,
     )
 
 
-def _check_paired(results: Sequence[RunResult]) -> None:
-    first: dict[Any, RunResult] = {}
-    for result in results:
-        for key, name, same_for in (
-            ("weights", "initial weights", result.run.seed),
-            ("train_rows", "training rows", None),
-            ("held_out_rows", "held-out rows", None),
-        ):
-            other = first.setdefault((key, same_for), result)
-            if result.written[key] != other.written[key]:
-                raise ValueError(
-                    f"The runs {other.run.name} and {result.run.name} have different {name}: the model or the data "
-                    "changed between them. Name another output_dir."
-                )
+def _strategy(results: Sequence[RunResult], baseline: Sequence[RunResult] | None) -> StrategyResult:
+    first = results[0]
+    everything, names = np.arange(len(first.tokens)), first.written["groups"]
 
+    def measure(name: str, rows: NDArray[np.int64], weights: NDArray[np.float64]) -> Measure:
+        def of(runs: Sequence[RunResult]) -> NDArray[np.float64]:
+            return np.stack([getattr(result, name)[rows] for result in runs]).astype(float)
 
-def _strategy(runs: Mapping[int, RunResult], baseline: Mapping[int, RunResult] | None) -> StrategyResult:
-    results = list(runs.values())
-    first, written = results[0], [result.written for result in results]
-    beside = None if baseline is None else [baseline[seed] for seed in runs]
-    everything = np.arange(len(first.tokens))
-    entry = first.written["ledger"] or {"lost": 0, "repeated": 0}
-    names = [*first.written["groups"], UNASSIGNED]
-    groups = []
-    for group in np.unique(first.group_ids) if first.written["groups"] else ():
-        members = np.flatnonzero(first.group_ids == group)
-        loss, accuracy = _by_token(results, beside, members)
-        groups.append(GroupResult(name=names[group], rows=len(members), loss=loss, accuracy=accuracy))
-    loss, accuracy = _by_token(results, beside, everything)
+        value = float(of(results).sum() / weights.sum() / len(results)) if weights.sum() else float("nan")
+        difference = None if baseline is None else paired_difference(of(results), of(baseline), weights)
+        return Measure(value=value, difference=difference)
+
+    def by_token(name: str, rows: NDArray[np.int64]) -> dict[str, Any]:
+        tokens = first.tokens[rows].astype(float)
+        loss, accuracy = (measure(measured, rows, tokens) for measured in ("loss", "correct"))
+        return {"name": name, "rows": len(rows), "loss": loss, "accuracy": accuracy}
+
+    def mean(name: str) -> float:
+        return float(np.mean([result.written[name] for result in results]))
+
     return StrategyResult(
-        name=first.run.strategy.name,
-        seeds=sorted(runs),
-        loss=loss,
-        accuracy=accuracy,
-        exact=None if first.exact is None else _measure(results, beside, "exact", everything, np.ones(len(everything))),
-        steps=float(np.mean([entry["steps"] for entry in written])),
-        tokens=float(np.mean([entry["tokens"] for entry in written])),
-        padding=float(
-            1 - sum(entry["tokens"] for entry in written) / sum(entry["computed_tokens"] for entry in written)
-        ),
-        tokens_per_second=float(np.mean([entry["tokens"] / entry["seconds"] for entry in written])),
-        lost=entry["lost"],
-        repeated=entry["repeated"],
-        groups=groups,
-        curves={curve: _mean_curve([entry["curves"][curve] for entry in written]) for curve in written[0]["curves"]},
+        **by_token(first.run.strategy.name, everything),
+        seeds=sorted(result.run.seed for result in results),
+        exact=None if first.exact is None else measure("exact", everything, np.ones(len(everything))),
+        steps=mean("steps"),
+        tokens=mean("tokens"),
+        padding=1 - mean("tokens") / mean("computed_tokens"),
+        tokens_per_second=mean("tokens_per_second"),
+        left_out=first.written["left_out"],
+        repeated=first.written["repeated"],
+        groups=[
+            GroupResult(**by_token([*names, UNASSIGNED][group], np.flatnonzero(first.group_ids == group)))
+            for group in (np.unique(first.group_ids) if names else ())
+        ],
+        curves={  # all seeds log at the same steps
+            name: np.mean(list(zip(*(result.written["curves"][name] for result in results))), axis=1).tolist()
+            for name, points in first.written["curves"].items()
+            if points
+        },
     )
-
-
-def _by_token(
-    ours: Sequence[RunResult], baseline: Sequence[RunResult] | None, rows: NDArray[np.int64]
-) -> tuple[Measure, Measure]:
-    tokens = ours[0].tokens[rows].astype(float)
-    return _measure(ours, baseline, "loss", rows, tokens), _measure(ours, baseline, "correct", rows, tokens)
-
-
-def _measure(
-    ours: Sequence[RunResult],
-    baseline: Sequence[RunResult] | None,
-    name: str,
-    rows: NDArray[np.int64],
-    weights: NDArray[np.float64],
-) -> Measure:
-    values = np.stack([getattr(result, name)[rows] for result in ours]).astype(float)
-    value = float(values.sum() / weights.sum() / len(ours)) if weights.sum() else float("nan")
-    if baseline is None:
-        return Measure(value=value, difference=None)
-    others = np.stack([getattr(result, name)[rows] for result in baseline]).astype(float)
-    return Measure(value=value, difference=paired_difference(values, others, weights))
-
-
-def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """Return the mean of curves that were logged at the same steps."""
-    return [tuple(np.mean(points, axis=0).tolist()) for points in zip(*curves)]

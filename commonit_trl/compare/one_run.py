@@ -11,13 +11,11 @@ Cost: the training, and one forward pass over the held-out rows.
 
 import dataclasses
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -29,11 +27,8 @@ from xxhash import xxh3_128
 from commonit_trl.cli.sft import make_trainer
 from commonit_trl.compare.runs import PROGRESS_FILE, RESULT_FILE, ROWS_FILE
 from commonit_trl.files import write_arrays, write_text
-from commonit_trl.report import ledger
 from commonit_trl.rows import Rows
-from commonit_trl.trainer.metrics import IGNORED_LABEL, TokenCounts, count_tokens
-
-logger = logging.getLogger(__name__)
+from commonit_trl.trainer.metrics import IGNORED_LABEL, TokenCounts, count_tokens, sum_over_ranks
 
 _SPARE_TOKENS = 8
 """Tokens that a generated answer may have beyond the longest expected one, since the same text can take more tokens."""
@@ -63,51 +58,50 @@ def train_and_measure(
         ValueError: from the trainer; and for rows without a prompt if `answers` is set.
     """
     set_seed(training_args.seed)  # for new adapters: TRL 1.9 makes them before the Trainer seeds
-    trainer = make_trainer(model_args, training_args, train, held_out)
+    trainer: Any = make_trainer(model_args, training_args, train, held_out)
     weights = _hash_weights(trainer.model) if trainer.is_world_process_zero() else None
     trainer.add_callback(_Progress(directory / PROGRESS_FILE))
-    counted = _CountedTokens(trainer.model)
+    counts: list[TokenCounts] = []
+
+    def count(model: Any, args: Any, inputs: dict[str, Any]) -> None:
+        # TRL repeats some forwards without gradients, for its metrics.
+        if model.training and torch.is_grad_enabled() and (counted := count_tokens(inputs)) is not None:
+            counts.append(counted)
+
+    hook = trainer.model.register_forward_pre_hook(count, with_kwargs=True)
     trained = trainer.train()
-    counted.stop()
-    tokens = counted.over_ranks(trainer.accelerator)
-    evaluation = trainer.eval_dataset
+    hook.remove()
+    tokens, computed = sum_over_ranks(
+        trainer, [sum(int(one.data) for one in counts), sum(one.computed for one in counts)]
+    )
+    evaluation, run, state = trainer.eval_dataset, trainer.commonit, trainer.state
     arrays = measure_rows(trainer, evaluation)
     if answers is not None:
         arrays["exact"] = exact_matches(trainer, evaluation, answers)
-    group_ids, names = _groups(trainer, evaluation)
+    # The same groups as for the trainer's own evaluation losses by group.
+    group_ids = None if run is None else run.assign_eval(trainer, evaluation)
     if not trainer.is_world_process_zero():
         return
-    seconds, state = trained.metrics["train_runtime"], trainer.state
-    curves = {
-        curve: [(entry["epoch"], entry[curve]) for entry in state.log_history if curve in entry]
-        for curve in ("loss", "eval_loss")
-    }
-    write_arrays(directory / ROWS_FILE, {**arrays, "group_ids": group_ids})
+    arrays["group_ids"] = np.full(len(evaluation), -1) if group_ids is None else group_ids
+    write_arrays(directory / ROWS_FILE, arrays)
+    summary = {"left_out": 0, "repeated": 0} if run is None else run.summary()
     result = {
         "asked": dict(asked),
         "weights": weights,
-        "train_rows": hash_rows(train),
-        "held_out_rows": hash_rows(held_out),
-        "groups": names,
-        "ledger": ledger(trainer.commonit_plan(), names) if names else None,
+        "groups": [] if run is None else run.grouping.names,
+        "left_out": summary["left_out"],
+        "repeated": summary["repeated"],
         "steps": state.global_step,
         "epochs": state.epoch,
-        "tokens": int(tokens["data"]),
-        "trained_tokens": int(tokens["trained"]),
-        "computed_tokens": int(tokens["computed"]),
-        "seconds": seconds,
-        "curves": curves,
+        "tokens": int(tokens),
+        "computed_tokens": int(computed),
+        "tokens_per_second": tokens / trained.metrics["train_runtime"],
+        "curves": {
+            curve: [(entry["epoch"], entry[curve]) for entry in state.log_history if curve in entry]
+            for curve in ("loss", "eval_loss")
+        },
     }
     write_text(directory / RESULT_FILE, json.dumps(result, indent=1))
-
-
-def _groups(trainer: Any, evaluation: Dataset) -> tuple[NDArray[np.int64], list[str]]:
-    """Return the (held-out rows,) group ids, -1 for unassigned rows, and the names of the groups."""
-    if trainer.commonit is None:
-        return np.full(len(evaluation), -1), []
-    # The same groups as for the trainer's own evaluation losses by group.
-    group_ids = trainer.commonit.assign_eval(trainer, evaluation)
-    return np.full(len(evaluation), -1) if group_ids is None else group_ids, trainer.commonit_grouper.names
 
 
 # --- held-out rows ------------------------------------------------------------------------------------------------
@@ -218,32 +212,6 @@ def exact_matches(trainer: Any, rows: Dataset, answers: str) -> NDArray[np.int64
     return matches
 
 
-# --- records of the training -----------------------------------------------------------------------------
-
-
-class _CountedTokens:
-    """Counts the tokens of every training micro-batch that reaches the model."""
-
-    def __init__(self, model: Any) -> None:
-        self._counts: list[TokenCounts] = []
-        self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
-
-    def _count(self, model: Any, args: Any, inputs: dict[str, Any]) -> None:
-        # TRL repeats some forwards without gradients, for its metrics.
-        if model.training and torch.is_grad_enabled() and (counts := count_tokens(inputs)) is not None:
-            self._counts.append(counts)
-
-    def stop(self) -> None:
-        self._hook.remove()
-
-    def over_ranks(self, accelerator: Any) -> dict[str, float]:
-        sums = [
-            sum(float(getattr(counts, name)) for counts in self._counts) for name in ("trained", "data", "computed")
-        ]
-        total = accelerator.reduce(torch.tensor(sums, dtype=torch.float64, device=accelerator.device), "sum")
-        return dict(zip(("trained", "data", "computed"), total.tolist()))
-
-
 class _Progress(TrainerCallback):
     """Writes the current step and the number of steps to a file."""
 
@@ -260,15 +228,4 @@ def _hash_weights(model: Any) -> str:
     digest = xxh3_128()
     for _, weight in sorted(model.named_parameters()):
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def hash_rows(rows: Dataset) -> str:
-    """Return a hash of all rows and columns, in order."""
-    digest = xxh3_128()
-    for table in rows.with_format("arrow").iter(10_000):
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as stream:
-            stream.write_table(table.combine_chunks())
-        digest.update(sink.getvalue())
     return digest.hexdigest()

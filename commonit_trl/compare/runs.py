@@ -12,18 +12,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from commonit_trl.compare.strategies import Run
+from commonit_trl.sanitize import sanitize
 
 RUNS_DIR = "runs"
 RESULT_FILE, ROWS_FILE, PROGRESS_FILE, LOG_FILE = "result.json", "rows.safetensors", "progress.json", "log.txt"
@@ -98,48 +102,61 @@ def read_result(output_dir: Path, run: Run, asked: dict[str, Any]) -> RunResult 
 
 
 def execute(
-    output_dir: Path,
-    runs: Sequence[Run],
-    argv: Sequence[str],
-    jobs: int,
-    follow: Callable[[Run, int, int], None],
-    ended: Callable[[Run, str | None], None],
-) -> None:
-    """Do `runs`, `jobs` of them at a time.
+    output_dir: Path, runs: Sequence[Run], total: int, argv: Sequence[str], jobs: int, stderr: TextIO
+) -> dict[str, str]:
+    """Do `runs`, `jobs` of them at a time, under progress bars.
 
     Args:
         output_dir: of the comparison.
         runs: the runs to do.
+        total: number of runs of the comparison.
         argv: the arguments of `commonit compare`.
         jobs: runs at a time.
-        follow: called with a run, its current step and its number of steps.
-        ended: called with a run and the reason of its failure, None if it finished.
+        stderr: where to print.
+
+    Returns:
+        Failed run -> reason.
     """
-    waiting = list(runs)
-    running: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
+    waiting, failed = list(runs), {}
+    running: dict[str, tuple[Path, subprocess.Popen[bytes], TaskID]] = {}
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     if jobs > 1:  # runs would otherwise compete with as many threads each as there are cores
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    console = Console(file=stderr, highlight=False)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     before = signal.signal(signal.SIGTERM, _end)
     try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                run = waiting.pop(0)
-                running[run.name] = run, _start(directory_of(output_dir, run), run, argv, environment)
-            time.sleep(_POLL_INTERVAL)
-            for name, (run, process) in list(running.items()):
-                directory = directory_of(output_dir, run)
-                with contextlib.suppress(OSError):
-                    follow(run, *json.loads((directory / PROGRESS_FILE).read_text(encoding="utf-8")))
-                if process.poll() is None:
-                    continue
-                del running[name]
-                done = process.returncode == 0 and (directory / RESULT_FILE).exists()
-                ended(run, None if done else _reason(directory, process.returncode))
+        with Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as progress:
+            overall = progress.add_task("runs", total=total, completed=total - len(runs))
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    run = waiting.pop(0)
+                    directory = directory_of(output_dir, run)
+                    bar = progress.add_task(run.name, visible=False)
+                    running[run.name] = directory, _start(directory, run, argv, environment), bar
+                time.sleep(_POLL_INTERVAL)
+                for name, (directory, process, bar) in list(running.items()):
+                    with contextlib.suppress(OSError):
+                        step, steps = json.loads((directory / PROGRESS_FILE).read_text(encoding="utf-8"))
+                        progress.update(bar, completed=step, total=steps, visible=True)
+                    if process.poll() is None:
+                        continue
+                    del running[name]
+                    progress.remove_task(bar)
+                    progress.advance(overall)
+                    ended = "done"
+                    if process.returncode != 0 or not (directory / RESULT_FILE).exists():
+                        failed[name] = _reason(directory, process.returncode)
+                        ended = f"failed: {failed[name]}"
+                    console.print(Text(sanitize(f"{name}: {ended}")), soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command resumes with the runs that have not finished.")
+        raise SystemExit(128 + signal.SIGINT) from None
     finally:
-        for _, process in running.values():
+        for _, process, _ in running.values():
             _stop(process)
         signal.signal(signal.SIGTERM, before)
+    return failed
 
 
 def _end(number: int, frame: Any) -> NoReturn:

@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from commonit_trl.config import METRICS, OPTIONS, READ_BY, CommonITArguments, check_choice, check_option_names
+from commonit_trl.config import NO_METRIC, OPTIONS, CommonITArguments, check_metric, check_option_names, is_read
 
-BASELINE = "none"
+BASELINE = NO_METRIC
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Strategy:
         Raises:
             ValueError: on options that contradict each other.
         """
-        read = {name: getattr(recipe, name) for name in OPTIONS if self.metric in READ_BY.get(name, METRICS)}
+        read = {name: getattr(recipe, name) for name in OPTIONS if is_read(name, self.metric)}
         checked = CommonITArguments(**{**read, "commonit_metric": self.metric, **self.options})
         return {name: getattr(checked, name) for name in OPTIONS}
 
@@ -58,7 +58,7 @@ def parse_strategies(text: str) -> list[Strategy]:
     strategies: dict[str, Strategy] = {}
     for name in (part.strip() for part in text.split(",")):
         metric, *given = name.split(":")
-        check_choice("--metrics", metric, METRICS)
+        check_metric("--metrics", metric)
         options = dict(_option(part, name) for part in given)
         check_option_names(options)
         if name in strategies:

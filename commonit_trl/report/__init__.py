@@ -1,20 +1,19 @@
 """Report the groups of a dataset and the batches of an epoch as numbers, tables and HTML."""
 
-from commonit_trl.report.analysis import Inspection, LossRecord, inspect_groups
+from commonit_trl.report.analysis import Inspection, inspect_groups
 from commonit_trl.report.html import write_html
-from commonit_trl.report.ledger import ledger, ledger_table, model_card_section
 from commonit_trl.report.optional import optional
+from commonit_trl.report.summary import epoch_summary, model_card_section, summary_table
 from commonit_trl.report.tables import print_inspections, print_sizes
 
 __all__ = [
     "Inspection",
-    "LossRecord",
+    "epoch_summary",
     "inspect_groups",
-    "ledger",
-    "ledger_table",
     "model_card_section",
     "optional",
     "print_inspections",
     "print_sizes",
+    "summary_table",
     "write_html",
 ]

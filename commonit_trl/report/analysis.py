@@ -19,9 +19,10 @@ logs a warning.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ from commonit_trl.grouping import EmbeddingGrouper, Grouper
 from commonit_trl.grouping.dropped import NONE_DROPPED, DroppedRows
 from commonit_trl.plan import EpochPlan
 from commonit_trl.report.optional import optional
+from commonit_trl.report.summary import epoch_summary, largest
 from commonit_trl.rows import Rows
 from commonit_trl.sanitize import cut
 
@@ -41,6 +43,10 @@ MAP_ROWS = 500
 MAP_CHARACTERS = 200
 CHART_GROUPS = 20
 ORDER_WINDOWS = 400
+QUANTILES = {"p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95}
+
+Losses = Mapping[str, Sequence[tuple[int, float]]]
+"""Group -> the logged training losses as (optimizer step, loss)."""
 
 # Thresholds of the warnings.
 _MOST_ROWS = 0.75  # share of all rows in one group
@@ -49,44 +55,26 @@ _MANY_REPEATS = 0.01  # repeats relative to all samples
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Quantiles of the tokens per row of a group, interpolated linearly."""
-
-    p5: float
-    p25: float
-    median: float
-    p75: float
-    p95: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """The text of one row, cut to `EXAMPLE_CHARACTERS` and not sanitized."""
-
-    prompt: str
-    response: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class GroupNumbers:
-    """One group that has rows."""
+    """One group that has rows or dropped rows; counts of the epoch are as in `epoch_summary`."""
 
-    id: int
     name: str
+    samples: int
+    steps: float
+    left_out: int
+    repeated: int
+    dropped: int
+    """Rows that training cannot use; `rows` excludes them."""
+    id: int | None
+    """None for a group of which every row was dropped."""
     rows: int
     share: float
     """Fraction of all rows."""
-    prompt_tokens: Spread | None
-    response_tokens: Spread | None
-    steps: float
-    """Optimizer steps of the epoch; a fraction where a step holds micro-batches of several groups."""
-    dropped: int
-    """Rows that training cannot use; `rows` excludes them."""
-    lost: int
-    """Samples (rows or packs of rows) that remainder or weights leave out of the epoch."""
-    repeated: int
-    """Number of repeats: each time a sample is trained beyond its first."""
-    examples: tuple[Example, ...]
+    prompt_tokens: dict[str, float] | None
+    """Quantiles of the tokens per row, interpolated linearly: the keys of `QUANTILES`."""
+    response_tokens: dict[str, float] | None
+    examples: tuple[dict[str, str], ...]
+    """`prompt` and `response` of some rows, cut to `EXAMPLE_CHARACTERS` and not sanitized."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +107,7 @@ class Drawing:
     """Data that only the charts need, of bounded size."""
 
     order_groups: tuple[int, ...]
-    """The `CHART_GROUPS` largest groups, by id, and -1 for all others if there are any."""
+    """The `CHART_GROUPS` largest groups, by id, and -1 for other groups and mixed micro-batches."""
     order: tuple[tuple[float, ...], ...]
     """(order groups, windows) share of each group in a window's micro-batches; at most `ORDER_WINDOWS` windows."""
     steps_per_window: float
@@ -136,7 +124,7 @@ class Inspection:
     samples: int
     """Samples of the plan: the rows, or packs of them."""
     possible_groups: int
-    """Number of fitted groups; `groups` are those that have rows."""
+    """Number of fitted groups; some may have no rows."""
     groups: tuple[GroupNumbers, ...]
     planned: BatchNumbers
     random: BatchNumbers
@@ -144,9 +132,9 @@ class Inspection:
     """Baseline of the Trainer's `group_by_length`; None without token counts."""
     longest_run: int
     """Most consecutive steps of the same group."""
-    dropped: DroppedRows
-    """Rows that training cannot use, by reason and group, including groups without other rows."""
-    lost: int
+    dropped: dict[str, Any]
+    """Rows that training cannot use: `rows`, `by_reason` and `by_group`."""
+    left_out: int
     """Samples that remainder or weights leave out of the epoch."""
     repeated: int
     micro_batch_size: int
@@ -160,19 +148,10 @@ class Inspection:
     drawing: Drawing
 
     def to_json(self) -> dict[str, Any]:
-        """Return the numbers as JSON values, without the data of the charts."""
-        values = dataclasses.asdict(dataclasses.replace(self, dropped=DroppedRows()))
+        """Return the numbers as JSON values, without the data of the charts and groups of which no row remains."""
+        values = dataclasses.asdict(self)
         del values["drawing"]
-        return values | {"dropped": self.dropped.to_json()}
-
-
-class LossRecord(TypedDict):
-    """A logged training loss of one group."""
-
-    step: int
-    """Optimizer step."""
-    group: str
-    loss: float
+        return values | {"groups": [group for group in values["groups"] if group["rows"]]}
 
 
 def inspect_groups(
@@ -205,14 +184,14 @@ def inspect_groups(
     Returns:
         Numbers, warnings and chart data.
     """
-    summary = plan.summary()
+    summary = epoch_summary(plan, grouper.names, dropped)
+    samples = summary["samples"]
     count = len(grouper.names)
     sizes = np.bincount(group_ids, minlength=count)
     members = np.split(np.argsort(group_ids, kind="stable"), np.cumsum(sizes)[:-1])
-    present = np.flatnonzero(sizes)
     rng = np.random.default_rng(seed)
     total = prompt = response = None
-    examples: dict[int, tuple[Example, ...]] = {}
+    examples: dict[int, tuple[dict[str, str], ...]] = {}
     by_length = None
     drawn: tuple[MapPoint, ...] = ()
     if rows.tokenized:
@@ -222,50 +201,47 @@ def inspect_groups(
             response = rows.token_counts("response")
             prompt = None if total is None else np.maximum(total - response, 0)
     with optional("examples"):
-        examples = _examples(rows, members, present, rng)
-    dropped_of = dropped.by_group
-    micro_batches = np.bincount(plan.micro_batch_groups.ravel(), minlength=count)
-    lost, repeated = (_padded(counts, count) for counts in (summary.group_left_out, summary.group_repeated))
-    groups = tuple(
-        GroupNumbers(
-            id=group,
-            name=grouper.names[group],
-            rows=int(sizes[group]),
-            share=float(sizes[group] / len(group_ids)),
-            prompt_tokens=_spread(prompt, members[group]),
-            response_tokens=_spread(response, members[group]),
-            steps=float(micro_batches[group] / (plan.world_size * plan.accumulation_steps)),
-            dropped=dropped_of.get(grouper.names[group], 0),
-            lost=int(lost[group]),
-            repeated=int(repeated[group]),
-            examples=examples.get(group, ()),
+        examples = _examples(rows, members, rng)
+    with_rows = {grouper.names[group]: group for group in np.flatnonzero(sizes).tolist()}
+    groups = []
+    for counts in summary["groups"]:
+        group = with_rows.get(counts["name"])
+        its_rows = np.zeros(0, dtype=np.int64) if group is None else members[group]
+        groups.append(
+            GroupNumbers(
+                **counts,
+                id=group,
+                rows=len(its_rows),
+                share=len(its_rows) / len(group_ids),
+                prompt_tokens=_quantiles(prompt, its_rows),
+                response_tokens=_quantiles(response, its_rows),
+                examples=() if group is None else examples.get(group, ()),
+            )
         )
-        for group in present.tolist()
-    )
     # With a collator that pads to a multiple, rows cost more than their tokens.
-    tokens = lengths if total is None or len(total) != summary.num_samples else total
+    tokens = lengths if total is None or len(total) != samples else total
     measure = functools.partial(_measure, plan=plan, lengths=lengths, tokens=tokens, padding_free=padding_free)
-    planned = measure(plan.indices, plan.offsets)
-    random = measure(*_baseline_batches(rng.permutation(summary.num_samples), plan))
+    random = measure(*_baseline_batches(rng.permutation(samples), plan))
     if lengths is not None:
         with optional("the baseline by length"):
             by_length = measure(*_baseline_batches(_order_by_length(lengths, plan, seed), plan))
     if embed:
         with optional("the map of the embeddings"):
             drawn = _embedding_map(grouper, group_ids, rows, rng)
+    runs = (len(list(steps)) for group, steps in itertools.groupby(plan.step_groups.tolist()) if group >= 0)
     inspection = Inspection(
         metric=grouper.metric,
         rows=len(group_ids),
-        samples=summary.num_samples,
+        samples=samples,
         possible_groups=count,
-        groups=groups,
-        planned=planned,
+        groups=tuple(groups),
+        planned=measure(plan.indices, plan.offsets),
         random=random,
         by_length=by_length,
-        longest_run=_longest_run(plan.step_groups),
-        dropped=dropped,
-        lost=summary.left_out,
-        repeated=summary.repeated,
+        longest_run=max(runs, default=0),
+        dropped=summary["dropped"],
+        left_out=summary["left_out"],
+        repeated=summary["repeated"],
         micro_batch_size=plan.micro_batch_size,
         world_size=plan.world_size,
         accumulation_steps=plan.accumulation_steps,
@@ -274,55 +250,39 @@ def inspect_groups(
         weights=options.commonit_weights,
         seed=seed,
         warnings=(),
-        drawing=Drawing(**_order(plan, sizes, present), map=drawn),
+        drawing=_draw_order(plan, sizes, drawn),
     )
-    sample_sizes = _padded(summary.group_samples, count)
-    return dataclasses.replace(inspection, warnings=(*grouper.notices, *_advice(inspection, sample_sizes)))
+    return dataclasses.replace(inspection, warnings=(*grouper.notices, *_advice(inspection)))
 
 
-def _padded(counts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    return np.pad(counts, (0, length - len(counts)))
-
-
-# --- groups -------------------------------------------------------------------------------------------------------
-
-
-def _spread(tokens: NDArray[np.int64] | None, members: NDArray[np.int64]) -> Spread | None:
-    if tokens is None:
+def _quantiles(tokens: NDArray[np.int64] | None, rows: NDArray[np.int64]) -> dict[str, float] | None:
+    if tokens is None or not len(rows):
         return None
-    p5, p25, median, p75, p95 = np.quantile(tokens[members], (0.05, 0.25, 0.5, 0.75, 0.95)).tolist()
-    return Spread(p5=p5, p25=p25, median=median, p75=p75, p95=p95)
+    return dict(zip(QUANTILES, np.quantile(tokens[rows], list(QUANTILES.values())).tolist(), strict=True))
 
 
 def _examples(
-    rows: Rows, members: Sequence[NDArray[np.int64]], present: NDArray[np.int64], rng: np.random.Generator
-) -> dict[int, tuple[Example, ...]]:
+    rows: Rows, members: Sequence[NDArray[np.int64]], rng: np.random.Generator
+) -> dict[int, tuple[dict[str, str], ...]]:
     """Return random rows of each of the largest groups, in dataset order; empty without text."""
-    sizes = np.array([len(members[group]) for group in present])
-    largest = np.sort(present[np.argsort(-sizes, kind="stable")[:GROUPS_WITH_EXAMPLES]])
+    groups = [group for group, its_rows in enumerate(members) if len(its_rows)]
+    groups = largest(groups, GROUPS_WITH_EXAMPLES, lambda group: len(members[group]))
     picked = [
         np.sort(rng.choice(members[group], min(EXAMPLES_PER_GROUP, len(members[group])), replace=False))
-        for group in largest
+        for group in groups
     ]
-    texts = _texts(rows, np.concatenate(picked))
-    if texts is None:
-        return {}
-    examples = iter(_example(prompt, response) for prompt, response in texts)
-    return {int(group): tuple(next(examples) for _ in numbers) for group, numbers in zip(largest, picked, strict=True)}
-
-
-def _texts(rows: Rows, numbers: NDArray[np.int64]) -> list[tuple[str, str]] | None:
-    """Return prompt and response of some rows; a response equal to the prompt is empty."""
-    selected = rows.select(numbers)
+    selected = rows.select(np.concatenate(picked))
     try:
-        pairs = zip(selected.texts("prompt"), selected.texts("response"), strict=True)
+        prompts = selected.texts("prompt")
+        # Of a row without a prompt, both texts are the same.
+        responses = [text if text != prompt else "" for text, prompt in zip(selected.texts("response"), prompts)]
     except ValueError:  # tokens, but no text and no tokenizer
-        return None
-    return [(prompt, "" if response == prompt else response) for prompt, response in pairs]
-
-
-def _example(prompt: str, response: str) -> Example:
-    return Example(prompt=cut(prompt, EXAMPLE_CHARACTERS), response=cut(response, EXAMPLE_CHARACTERS))
+        return {}
+    examples = (
+        {"prompt": cut(prompt, EXAMPLE_CHARACTERS), "response": cut(response, EXAMPLE_CHARACTERS)}
+        for prompt, response in zip(prompts, responses, strict=True)
+    )
+    return {group: tuple(itertools.islice(examples, len(picks))) for group, picks in zip(groups, picked, strict=True)}
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
@@ -394,65 +354,57 @@ def _measure(
     )
 
 
-def _longest_run(step_groups: NDArray[np.int64]) -> int:
-    """Return the most consecutive steps of one group."""
-    changes = np.flatnonzero(np.diff(step_groups)) + 1
-    runs = np.diff(np.concatenate([[0], changes, [len(step_groups)]]))
-    of_one_group = step_groups[np.concatenate([[0], changes])] >= 0
-    return int(runs[of_one_group].max(initial=0))
-
-
 # --- advice -------------------------------------------------------------------------------------------------------
 
 
-def _advice(inspection: Inspection, sample_sizes: NDArray[np.int64]) -> list[str]:
+def _advice(inspection: Inspection) -> list[str]:
     """Return warnings about the epoch, each with a remedy."""
     advice = []
-    baseline, planned = inspection.random.steps, inspection.planned.steps
-    micro_batches = 1 if inspection.purity == "micro" else inspection.world_size * inspection.accumulation_steps
+    baseline, planned, samples = inspection.random.steps, inspection.planned.steps, inspection.samples
+    whole, micro_batches = "step", inspection.world_size * inspection.accumulation_steps
+    if inspection.purity == "micro":
+        whole, micro_batches = "micro-batch", 1
     capacity = inspection.micro_batch_size * micro_batches
-    small = int(np.count_nonzero((sample_sizes > 0) & (sample_sizes < capacity)))
-    largest = max(inspection.groups, key=lambda group: group.rows)
-    if len(inspection.groups) == 1:
+    groups = [group for group in inspection.groups if group.rows]
+    small = sum(group.samples < capacity for group in groups)
+    biggest = max(groups, key=lambda group: group.rows)
+    if len(groups) == 1:
         advice.append(
-            f"All rows are in one group, {largest.name!r}: grouping has no effect. Choose another "
-            "metric, or more groups."
+            f"All rows are in one group, {biggest.name!r}: grouping has no effect. Choose another metric, or more "
+            "groups."
         )
-    elif largest.share > _MOST_ROWS:
+    elif biggest.share > _MOST_ROWS:
         advice.append(
-            f"The group {largest.name!r} holds {largest.share:.0%} of the rows, so most steps equal "
-            "the baseline's. Choose another metric, or more groups, to split it."
+            f"The group {biggest.name!r} holds {biggest.share:.0%} of the rows, so most steps equal the baseline's. "
+            "Choose another metric, or more groups, to split it."
         )
     if small and inspection.remainder == "keep":
         advice.append(
-            f"{small} of {len(inspection.groups)} groups have fewer than the {capacity} samples of a full "
-            f"{'micro-batch' if inspection.purity == 'micro' else 'step'}, and train in smaller ones at the full "
-            f"learning rate: commonit_min_group_size={capacity} merges them."
+            f"{small} of {len(groups)} groups have fewer than the {capacity} samples of a full {whole}, and train in "
+            f"smaller ones at the full learning rate: commonit_min_group_size={capacity} merges them."
         )
     if planned > _FAR_ABOVE * baseline:
         advice.append(
             f"An epoch takes {planned} steps, {planned / baseline:.1f} times the baseline's {baseline}: larger groups "
             "(commonit_min_group_size) take fewer."
         )
-    if inspection.dropped.rows:
-        dropped = inspection.dropped
-        reasons = "; ".join(f"{reason}: {count:,}" for reason, count in dropped.by_reason.items())
-        most = sorted(dropped.by_group.items(), key=lambda item: -item[1])[:5]
+    if count := inspection.dropped["rows"]:
+        reasons = "; ".join(f"{reason}: {rows:,}" for reason, rows in inspection.dropped["by_reason"].items())
+        most = sorted(inspection.dropped["by_group"].items(), key=lambda item: -item[1])[:5]
         advice.append(
-            f"Training cannot use {dropped.rows:,} of {inspection.rows + dropped.rows:,} rows ({reasons}), most in "
-            f"{', '.join(f'{name!r} ({count:,})' for name, count in most)}: raise max_length, or check these rows."
+            f"Training cannot use {count:,} of {inspection.rows + count:,} rows ({reasons}), most in "
+            f"{', '.join(f'{name!r} ({rows:,})' for name, rows in most)}: raise max_length, or check these rows."
         )
-    if inspection.lost:
+    if inspection.left_out:
         advice.append(
-            f"An epoch leaves out {inspection.lost} of {inspection.samples} samples (commonit_remainder="
+            f"An epoch leaves out {inspection.left_out} of {samples} samples (commonit_remainder="
             f"{inspection.remainder}, commonit_weights={inspection.weights}): commonit_remainder='keep' with "
             "commonit_weights='proportional' trains all of them."
         )
-    if inspection.repeated > _MANY_REPEATS * inspection.samples:
+    if inspection.repeated > _MANY_REPEATS * samples:
         advice.append(
-            f"An epoch repeats samples {inspection.repeated:,} times, {inspection.repeated / inspection.samples:.0%} "
-            f"of {inspection.samples:,}: larger groups (commonit_min_group_size) or fewer micro-batches a step "
-            "reduce repeats."
+            f"An epoch repeats samples {inspection.repeated:,} times, {inspection.repeated / samples:.0%} of "
+            f"{samples:,}: larger groups (commonit_min_group_size) or fewer micro-batches a step reduce repeats."
         )
     return advice
 
@@ -460,24 +412,24 @@ def _advice(inspection: Inspection, sample_sizes: NDArray[np.int64]) -> list[str
 # --- charts -------------------------------------------------------------------------------------------------------
 
 
-def _order(plan: EpochPlan, sizes: NDArray[np.int64], present: NDArray[np.int64]) -> dict[str, Any]:
-    """Return the fields `order_groups`, `order` and `steps_per_window` of a `Drawing`."""
-    largest = np.sort(present[np.argsort(-sizes[present], kind="stable")[:CHART_GROUPS]])
-    listed = largest.tolist() + ([-1] if len(largest) < len(present) else [])
-    line_of_group = np.full(len(sizes), len(largest))
-    line_of_group[largest] = np.arange(len(largest))
+def _draw_order(plan: EpochPlan, sizes: NDArray[np.int64], points: tuple[MapPoint, ...]) -> Drawing:
+    """Return the share of each group in each window of steps, and `points`."""
+    lines = largest(np.flatnonzero(sizes).tolist(), CHART_GROUPS, sizes.__getitem__)
+    has_others = np.count_nonzero(sizes) > len(lines) or np.any(plan.micro_batch_groups < 0)
+    listed = [*lines, -1] if has_others else lines
+    line_of_group = np.full(len(sizes) + 1, len(lines))  # and of mixed micro-batches, which have id -1
+    line_of_group[lines] = np.arange(len(lines))
     windows = min(plan.num_steps, ORDER_WINDOWS)
-    steps = np.arange(plan.num_micro_steps) // plan.accumulation_steps
-    window_of_step = steps * windows // plan.num_steps
-    lines = line_of_group[plan.micro_batch_groups]
-    cells = np.bincount((lines * windows + window_of_step[:, None]).ravel(), minlength=len(listed) * windows)
-    counts = cells.reshape(len(listed), windows)
+    window_of_step = np.arange(plan.num_micro_steps) // plan.accumulation_steps * windows // plan.num_steps
+    cells = line_of_group[plan.micro_batch_groups] * windows + window_of_step[:, None]
+    counts = np.bincount(cells.ravel(), minlength=len(listed) * windows).reshape(len(listed), windows)
     shares = (counts / counts.sum(axis=0)).round(3)
-    return {
-        "order_groups": tuple(listed),
-        "order": tuple(map(tuple, shares.tolist())),
-        "steps_per_window": plan.num_steps / windows,
-    }
+    return Drawing(
+        order_groups=tuple(listed),
+        order=tuple(map(tuple, shares.tolist())),
+        steps_per_window=plan.num_steps / windows,
+        map=points,
+    )
 
 
 def _embedding_map(

@@ -11,13 +11,13 @@ import base64
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from commonit_trl.files import write_text
 from commonit_trl.report import tables
-from commonit_trl.report.analysis import Inspection, LossRecord
+from commonit_trl.report.analysis import Inspection, Losses
 from commonit_trl.sanitize import sanitize
 
 MOST_GROUPS = 100  # per table
@@ -30,36 +30,36 @@ for (const [id, figure] of Object.entries(charts)) Plotly.newPlot(id, figure.dat
 """
 
 
-def write_html(path: str | Path, inspections: Sequence[Inspection], losses: Iterable[LossRecord] = ()) -> None:
+def write_html(path: str | Path, inspections: Sequence[Inspection], losses: Losses | None = None) -> None:
     """Write the report on one or several metrics to `path`.
 
     Args:
         path: file to write; its directory is created if missing.
         inspections: results of `inspect_groups`, all on the same rows.
-        losses: logged losses of the first inspection's groups, after training.
+        losses: of the first inspection's groups, after training.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, render_html(inspections, losses))
 
 
-def render_html(inspections: Sequence[Inspection], losses: Iterable[LossRecord] = ()) -> str:
+def render_html(inspections: Sequence[Inspection], losses: Losses | None = None) -> str:
     """Return the text of the file that `write_html` writes."""
     from commonit_trl.report.charts import figures
 
     charts: dict[str, Any] = {}
     sections = []
     for number, inspection in enumerate(inspections):
-        drawn = figures(inspection, losses if number == 0 else ())
+        drawn = figures(inspection, losses if number == 0 else None)
         ids = {f"chart-{number}-{position}": title for position, title in enumerate(drawn)}
         charts |= dict(zip(ids, drawn.values(), strict=True))
-        kept = tables.largest(inspection.groups, MOST_GROUPS)
+        kept = tables.largest_groups(inspection, MOST_GROUPS)
         sections.append(
             {
                 "inspection": inspection,
                 "charts": ids,
-                "groups": [(group, tables.group_cells(group)) for group in kept],
-                "dropped": tables.dropped_cells(inspection, MOST_GROUPS),
+                "groups": kept,
+                "rows": list(map(tables.group_cells, kept)),
                 "not_shown": len(inspection.groups) - len(kept),
             }
         )
@@ -67,6 +67,7 @@ def render_html(inspections: Sequence[Inspection], losses: Iterable[LossRecord] 
         "page.html",
         charts,
         title="CommonIT report",
+        metrics=["", *(inspection.metric for inspection in inspections)],
         overview=tables.overview(inspections),
         geometry=tables.geometry(inspections[0]),
         headings=[heading.replace("-\n", "") for heading in tables.GROUP_HEADINGS],

@@ -3,7 +3,7 @@
 Text of the data is sanitized and printed as `rich.text.Text`, which does not interpret markup.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,18 +14,22 @@ from rich.text import Text
 
 from commonit_trl.grouping import Grouper
 from commonit_trl.grouping.dropped import NONE_DROPPED, DroppedRows
-from commonit_trl.report.analysis import BatchNumbers, Example, GroupNumbers, Inspection, Spread
+from commonit_trl.report.analysis import GroupNumbers, Inspection
+from commonit_trl.report.summary import largest
 from commonit_trl.sanitize import cut, sanitize
 
 MOST_GROUPS = 30  # per table
 NAME_CHARACTERS = 120
 
 
-def overview(inspections: Sequence[Inspection]) -> list[tuple[str, list[str]]]:
+def overview(inspections: Sequence[Inspection]) -> list[tuple[str, ...]]:
     """Return lines that compare the metrics: a label and one cell per inspection."""
     share, ratio = "{:.1%}".format, "{:.2f}".format
     lines: list[tuple[str, Callable[[Inspection], str]]] = [
-        ("Groups that have rows", lambda one: f"{len(one.groups):,} of {one.possible_groups:,}"),
+        (
+            "Groups that have rows",
+            lambda one: f"{sum(x.rows > 0 for x in one.groups)} of {one.possible_groups}",
+        ),
         ("Steps per epoch (random batches)", lambda one: f"{one.planned.steps:,} ({one.random.steps:,})"),
         ("Steps of one group (random)", lambda one: _beside(one, share, "pure_steps")),
         ("Micro-steps of one group (random)", lambda one: _beside(one, share, "pure_micro_steps")),
@@ -33,15 +37,15 @@ def overview(inspections: Sequence[Inspection]) -> list[tuple[str, list[str]]]:
         ("Padding ratio (random; by length)", lambda one: _beside(one, ratio, "padding_ratio")),
         ("Straggler ratio (random; by length)", lambda one: _beside(one, ratio, "straggler_ratio")),
         ("Longest run of one group, steps", lambda one: f"{one.longest_run:,}"),
-        ("Rows dropped", lambda one: f"{one.dropped.rows:,}"),
-        ("Samples left out; repeats", lambda one: f"{one.lost:,}; {one.repeated:,}"),
+        ("Rows dropped", lambda one: f"{one.dropped['rows']:,}"),
+        ("Samples left out; repeats", lambda one: f"{one.left_out:,}; {one.repeated:,}"),
     ]
-    return [(label, [cell(one) for one in inspections]) for label, cell in lines]
+    return [(label, *map(cell, inspections)) for label, cell in lines]
 
 
 def _beside(one: Inspection, text: Callable[[float], str], name: str) -> str:
     """Return a measure of the planned batches, and in brackets of the baselines: random and, for ratios, by length."""
-    others: list[BatchNumbers | None] = [one.random, one.by_length] if name.endswith("ratio") else [one.random]
+    others = [one.random, one.by_length] if name.endswith("ratio") else [one.random]
     planned = getattr(one.planned, name)
     if planned is None:
         return "-"
@@ -63,38 +67,26 @@ GROUP_HEADINGS = (
 
 def group_cells(group: GroupNumbers) -> tuple[str, ...]:
     """Return the cells of one group below `GROUP_HEADINGS`."""
+    prompt, response = (
+        "-" if tokens is None else f"{tokens['median']:,.0f} / {tokens['p95']:,.0f}"
+        for tokens in (group.prompt_tokens, group.response_tokens)
+    )
     return (
         cut(sanitize(group.name), NAME_CHARACTERS),
         f"{group.rows:,}",
         f"{group.share:.1%}",
-        _median_and_p95(group.prompt_tokens),
-        _median_and_p95(group.response_tokens),
+        prompt,
+        response,
         f"{group.steps:,.0f}" if group.steps.is_integer() else f"{group.steps:,.1f}",
         f"{group.dropped:,}",
-        f"{group.lost:,}",
+        f"{group.left_out:,}",
         f"{group.repeated:,}",
     )
 
 
-def dropped_cells(inspection: Inspection, most: int) -> list[tuple[str, ...]]:
-    """Return the cells of at most `most` groups of which every row was dropped."""
-    present = {group.name for group in inspection.groups}
-    counts = [(name, count) for name, count in inspection.dropped.by_group.items() if name not in present]
-    counts.sort(key=lambda item: -item[1])
-    return [
-        (cut(sanitize(name), NAME_CHARACTERS), "0", "0.0%", "-", "-", "0", f"{count:,}", "0", "0")
-        for name, count in counts[:most]
-    ]
-
-
-def _median_and_p95(tokens: Spread | None) -> str:
-    return "-" if tokens is None else f"{tokens.median:,.0f} / {tokens.p95:,.0f}"
-
-
-def largest(groups: Sequence[GroupNumbers], most: int) -> list[GroupNumbers]:
-    """Return the `most` largest groups, in the order of `groups`."""
-    kept = {group.id for group in sorted(groups, key=lambda group: -group.rows)[:most]}
-    return [group for group in groups if group.id in kept]
+def largest_groups(inspection: Inspection, most: int) -> list[GroupNumbers]:
+    """Return the groups with most rows or, of those without, most dropped rows."""
+    return largest(inspection.groups, most, lambda group: (group.rows, group.dropped))
 
 
 def geometry(inspection: Inspection) -> str:
@@ -106,41 +98,50 @@ def geometry(inspection: Inspection) -> str:
     )
 
 
+def make_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, *, fold: bool = False
+) -> Table:
+    """Lay out sanitized cells; in narrow terminals the first column shrinks, and numbers are never cut.
+
+    Args:
+        headings: of the columns.
+        rows: cells of each row.
+        title: of the table.
+        fold: whether the first column continues on another line, instead of being cut.
+    """
+    rows = list(rows)
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(headings[0], min_width=8, overflow="fold")
+    for heading, cells in zip(headings[1:], list(zip(*rows))[1:]):
+        width = max(map(len, (*heading.split("\n"), *cells)))
+        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
+    for name, *numbers in rows:
+        first = Text(name) if fold else Text(name, no_wrap=True, overflow="ellipsis")
+        table.add_row(first, *map(Text, numbers))
+    return table
+
+
 def print_inspections(inspections: Sequence[Inspection], console: Console | None = None) -> None:
     """Print a comparison of the metrics, then the groups of each."""
     console = console or Console(highlight=False)
-    table = Table(title="An epoch by each metric", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for inspection in inspections:
-        table.add_column(inspection.metric, justify="right")
-    for label, cells in overview(inspections):
-        table.add_row(label, *cells)
+    headings = ["", *(inspection.metric for inspection in inspections)]
+    table = make_table(headings, overview(inspections), "An epoch by each metric", fold=True)
     console.print(Text(geometry(inspections[0])), table, sep="\n\n")
     for inspection in inspections:
         _print_groups(inspection, console)
 
 
 def _print_groups(inspection: Inspection, console: Console) -> None:
-    kept = largest(inspection.groups, MOST_GROUPS)
+    kept = largest_groups(inspection, MOST_GROUPS)
     title = f"Groups by {inspection.metric} (tokens: median / 95th percentile)"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    rows = [*map(group_cells, kept), *dropped_cells(inspection, MOST_GROUPS)]
-    widths = [max(map(len, (*heading.split("\n"), *cells))) for heading, cells in zip(GROUP_HEADINGS, zip(*rows))]
-    # Narrow terminals cut names, not numbers. Each column adds two characters, and so does the table.
-    available = console.width - 2 - sum(width + 2 for width in widths[1:]) - 2
-    table.add_column(GROUP_HEADINGS[0], overflow="ellipsis", no_wrap=True, max_width=max(available, 8))
-    for heading, width in zip(GROUP_HEADINGS[1:], widths[1:]):
-        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
-    if len(kept) < len(inspection.groups):
-        others = len(inspection.groups) - len(kept)
+    console.print(make_table(GROUP_HEADINGS, map(group_cells, kept), title))
+    if others := len(inspection.groups) - len(kept):
         console.print(Text(f"and {others:,} smaller groups, which --json and --html list too.\n"))
     if any(group.examples for group in kept):
         console.print(Text(f"Examples of each group, by {inspection.metric}", style="bold"))
         for group in kept:
-            _line(console, Text(sanitize(group.name)))
+            if group.rows:
+                _line(console, Text(sanitize(group.name)))
             for example in group.examples:
                 _line(console, _one_line(example, console.width))
         console.print()
@@ -148,9 +149,9 @@ def _print_groups(inspection: Inspection, console: Console) -> None:
         console.print(Text.assemble((f"{inspection.metric}: ", "yellow"), sanitize(warning)))
 
 
-def _one_line(example: Example, width: int) -> Text:
+def _one_line(example: dict[str, str], width: int) -> Text:
     """Return prompt and response on one line; if both are long, each gets half the width."""
-    prompt, response = Text(sanitize(example.prompt)), Text(sanitize(example.response))
+    prompt, response = Text(sanitize(example["prompt"])), Text(sanitize(example["response"]))
     for_prompt = width - 5 - min(response.cell_len, (width - 5) // 2)
     prompt.truncate(for_prompt if response else width - 2, overflow="ellipsis")
     return Text.assemble("  ", prompt, *((" → ", response) if response else ()))
@@ -169,20 +170,18 @@ def print_sizes(
     """Print the number of rows per group, and of dropped rows by reason.
 
     Args:
+        grouper: fitted.
         group_ids: (rows,) group ids, -1 for unassigned rows.
         dropped: rows that training cannot use.
+        console: where to print.
     """
     console = console or Console(highlight=False)
     sizes = np.bincount(group_ids[group_ids >= 0], minlength=len(grouper.names))
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("Group", overflow="ellipsis", no_wrap=True)
-    table.add_column("Rows", justify="right")
-    order = np.sort(np.argsort(-sizes, kind="stable")[:MOST_GROUPS])
-    for group in order:
-        table.add_row(Text(sanitize(grouper.names[group])), f"{sizes[group]:,}")
-    console.print(table)
-    if len(sizes) > len(order):
-        console.print(Text(f"and {len(sizes) - len(order):,} smaller groups."))
+    kept = largest(range(len(sizes)), MOST_GROUPS, sizes.__getitem__)
+    lines = [(sanitize(grouper.names[group]), f"{sizes[group]:,}") for group in kept]
+    console.print(make_table(["Group", "Rows"], lines))
+    if len(sizes) > len(kept):
+        console.print(Text(f"and {len(sizes) - len(kept):,} smaller groups."))
     if np.any(group_ids < 0):
         console.print(Text(f"{np.count_nonzero(group_ids < 0):,} rows are unassigned."))
     for reason, count in dropped.by_reason.items():

@@ -70,7 +70,7 @@ def describe(trainer: Any) -> dict[str, Any]:
         "tokens of rows": _fingerprint_rows(run.dataset),
         "token lengths": None if spec.lengths is None else fingerprint(np.ascontiguousarray(spec.lengths)),
         "order of samples": trainer.commonit_fingerprint(),
-        "rest of an epoch": None
+        "remaining rows": None
         if spec.remaining_rows is None
         else [spec.resumed_epoch, fingerprint(np.ascontiguousarray(spec.remaining_rows)), spec.remaining_pure],
         "times replanned": run.replanned,
@@ -89,7 +89,7 @@ def _fingerprint_rows(dataset: Dataset) -> str | None:
 def save(trainer: Any, directory: Path, run_id: str) -> None:
     """Write the groups and the manifest of the run into `directory`."""
     run = trainer.commonit
-    run.grouping.grouper.save(directory, ledger=run.summary())
+    run.grouping.grouper.save(directory, epoch_summary=run.summary())
     if run.spec.remaining_rows is not None:
         write_arrays(directory / REMAINING_FILE, {"rows": run.spec.remaining_rows})
     write_text(directory / MANIFEST, json.dumps({**describe(trainer), "run id": run_id}, indent=2))
@@ -269,7 +269,7 @@ def _saved_spec(trainer: Any, checkpoint: Path, saved: Mapping[str, Any], differ
 
 def load_remaining(directory: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of `PlanSpec` that describe the remaining rows of a replanned epoch, if a manifest has one."""
-    described = saved["rest of an epoch"]
+    described = saved["remaining rows"]
     if not described:
         return {}
     rows = load_file(directory / REMAINING_FILE)["rows"]

@@ -11,11 +11,10 @@ from commonit_trl.files import write_text
 from commonit_trl.grouping.fit import data_seed
 from commonit_trl.report import (
     Inspection,
-    LossRecord,
     inspect_groups,
-    ledger_table,
     model_card_section,
     optional,
+    summary_table,
     write_html,
 )
 from commonit_trl.rows import Rows
@@ -39,12 +38,12 @@ def log_summary(trainer: Any) -> None:
             args.commonit_metric,
             len(entry["groups"]),
             entry["steps"],
-            entry["vanilla_steps"],
+            entry["baseline_steps"],
             entry["samples"],
-            entry["lost"],
+            entry["left_out"],
             entry["repeated"],
             entry["dropped"]["rows"],
-            ledger_table(entry),
+            summary_table(entry),
         )
         for reason, rows in entry["dropped"]["by_reason"].items():
             log.warning(
@@ -53,7 +52,7 @@ def log_summary(trainer: Any) -> None:
                 reason,
                 _largest(trainer.commonit.grouping.dropped.by_group),
             )
-        for count, verb in (("lost", "leaves out"), ("repeated", "repeats")):
+        for count, verb in (("left_out", "leaves out"), ("repeated", "repeats")):
             affected = {group["name"]: group[count] for group in entry["groups"] if group[count]}
             if affected:
                 log.warning(
@@ -102,13 +101,11 @@ def write_report(trainer: Any, inspection: Inspection | None) -> None:
     """Write the HTML report, with the losses logged until now."""
     if inspection is None:
         return
-    names = [f"loss_{name}" for name in trainer.commonit.grouping.names]
-    losses: list[LossRecord] = [
-        {"step": int(entry["step"]), "group": name.removeprefix("loss_"), "loss": entry[name]}
-        for entry in trainer.state.log_history
-        for name in names
-        if name in entry
-    ]
+    history = trainer.state.log_history
+    losses = {
+        name: [(int(entry["step"]), entry[f"loss_{name}"]) for entry in history if f"loss_{name}" in entry]
+        for name in trainer.commonit.grouping.names
+    }
     path = Path(trainer.args.output_dir) / COMMONIT_DIR / REPORT_FILE
     with optional(f"the file {path}", trainer.commonit_logger):
         write_html(path, [inspection], losses)

@@ -16,7 +16,7 @@ from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN
 from commonit_trl.grouping.fit import Grouping, data_seed, fit_grouping
 from commonit_trl.grouping.tracing import TracedRows
 from commonit_trl.plan import EpochPlan, PlanSpec
-from commonit_trl.report import ledger
+from commonit_trl.report import epoch_summary
 from commonit_trl.rows import Rows
 from commonit_trl.trainer import validate
 from commonit_trl.trainer.evaluation import RowLosses
@@ -45,7 +45,7 @@ class Run:
     first_step: int | None = None
     """Where the Trainer resumes, if not at the checkpoint's own step."""
     replanned: int = 0
-    """How often the rest of an epoch was planned with other settings."""
+    """How often the remaining rows of an epoch were planned with other settings."""
     evaluated: tuple[Any, Any] = (None, None)
     """An evaluation dataloader and its rows."""
     eval_groups: Any = field(default_factory=weakref.WeakKeyDictionary)
@@ -66,7 +66,8 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """Return what a complete first epoch trains, leaves out and repeats, as JSON values."""
         if self._summary is None or self._summary[0] is not self.spec:
-            self._summary = self.spec, ledger(self.spec.whole.plan(0), self.grouping.names, self.grouping.dropped)
+            plan = self.spec.whole.plan(0)
+            self._summary = self.spec, epoch_summary(plan, self.grouping.names, self.grouping.dropped)
         return self._summary[1]
 
     def restart(self) -> None:

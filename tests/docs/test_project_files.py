@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from commonit_trl.report.ledger import CITATION
+from commonit_trl.report.summary import CITATION
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -133,7 +133,7 @@ def cache_entry(folder: Path) -> Target:
 
 def run_json(folder: Path) -> Target:
     """Files of the newer of two checkpoints."""
-    run = {"world size": 2, "rest of an epoch": None, "times replanned": 0, "data seed": 3, "commonit_purity": "step"}
+    run = {"world size": 2, "remaining rows": None, "times replanned": 0, "data seed": 3, "commonit_purity": "step"}
     for step in (5, 10):
         checkpoint = folder / f"checkpoint-{step}"
         (checkpoint / "commonit").mkdir(parents=True)

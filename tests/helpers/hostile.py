@@ -4,6 +4,7 @@ from datasets import Dataset
 
 from commonit_trl.config import CommonITArguments
 from commonit_trl.grouping import TaskGrouper
+from commonit_trl.grouping.dropped import NONE_DROPPED
 from commonit_trl.plan import plan_epoch
 from commonit_trl.report import inspect_groups
 from commonit_trl.rows import Rows
@@ -41,11 +42,12 @@ def hostile_rows() -> Dataset:
     return Dataset.from_list(rows)
 
 
-def hostile_inspection():
+def hostile_inspection(dropped=NONE_DROPPED):
     """Inspect `hostile_rows` by task."""
     rows = Rows(hostile_rows())
     grouper = TaskGrouper(columns=["task"]).fit(rows)
     grouper.notices.append(f"a notice about {SHOWN_SCRIPT} [bold]{HOSTILE['escape']}")
     ids, lengths = grouper.assign(rows), rows.token_counts()
     plan = plan_epoch(ids, lengths, micro_batch_size=2, accumulation_steps=2)
-    return inspect_groups(grouper, ids, rows, plan, options=CommonITArguments(commonit_metric="task"), lengths=lengths)
+    options = CommonITArguments(commonit_metric="task")
+    return inspect_groups(grouper, ids, rows, plan, options=options, lengths=lengths, dropped=dropped)

@@ -20,7 +20,7 @@ from helpers.trainers import Seen, as_argv, make_trainer, rows_of_task, write_js
 from safetensors.numpy import save_file
 
 from commonit_trl.cli import main as cli
-from commonit_trl.report import ledger_table
+from commonit_trl.report import summary_table
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
@@ -447,7 +447,7 @@ def test_odd_but_valid_data_train(name, tmp_path):
         assert trainer.commonit_grouper.names == names
     written = {path.name for path in files_in(tmp_path)}
     assert written <= {"report.html", "groups.json", "run.json"}
-    assert not acting(ledger_table(trainer.commonit.summary()), but="\n")
+    assert not acting(summary_table(trainer.commonit.summary()), but="\n")
 
 
 HOSTILE = ("emoji", "right to left", "NUL bytes", "escape sequences", "markup", "labels like paths", "a long label")

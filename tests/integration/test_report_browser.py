@@ -10,14 +10,13 @@ import json
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 from helpers.hostile import HOSTILE, hostile_inspection
 from helpers.made_runs import compared, result
 
 from commonit_trl.compare.view import write_html as write_comparison
-from commonit_trl.report import html, write_html
+from commonit_trl.report import write_html
 from commonit_trl.report.analysis import MapPoint
 from commonit_trl.sanitize import sanitize
 
@@ -68,8 +67,10 @@ def browser():
     return found
 
 
-def chromium(browser, directory, *options):
-    """What headless Chromium prints with these options."""
+def look_at(browser, directory, report, width=1200, dark=False):
+    """Return the findings of `LOOK` in a report that is `width` pixels wide."""
+    page = directory / "look.html"
+    page.write_text(LOOK % (report.as_uri(), width), encoding="utf-8")
     command = [
         browser,
         "--headless=new",
@@ -79,23 +80,12 @@ def chromium(browser, directory, *options):
         "--allow-file-access-from-files",  # so that the page may look into the frame
         f"--user-data-dir={directory / 'profile'}",
         "--virtual-time-budget=60000",
-        *options,
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        "--dump-dom",
+        page.as_uri(),
     ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
-
-
-def look_at(browser, directory, report, width=1200, dark=False):
-    """What the page of `LOOK` found in a report, shown `width` pixels wide; a picture of it lies beside it."""
-    beside = directory / f"{Path(report).stem}-{width}{'-dark' if dark else ''}"
-    beside.with_suffix(".look.html").write_text(LOOK % (Path(report).as_uri(), width), encoding="utf-8")
-    scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    address = beside.with_suffix(".look.html").as_uri()
-    printed = chromium(browser, directory, *scheme, "--dump-dom", address)
-    found = escaping.unescape(printed.split('<pre id="found">')[1].split("</pre>")[0])
-    picture = [f"--screenshot={beside.with_suffix('.png')}", f"--window-size={max(width, 500)},3000"]
-    chromium(browser, directory, *scheme, *picture, address)
-    assert beside.with_suffix(".png").stat().st_size > 10_000
-    return json.loads(found)
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+    return json.loads(escaping.unescape(printed.split('<pre id="found">')[1].split("</pre>")[0]))
 
 
 @pytest.fixture(scope="module")
@@ -112,53 +102,31 @@ def report(directory):
         MapPoint(x=n % 4, y=n // 4, group=groups[text], text=text) for n, text in enumerate(HOSTILE.values())
     )
     one = dataclasses.replace(one, drawing=dataclasses.replace(one.drawing, map=points))
-    losses = [{"step": step, "group": name, "loss": 1 / step} for step in range(1, 9) for name in groups]
+    losses = {name: [(step, 1 / step) for step in range(1, 9)] for name in groups}
     write_html(directory / "report.html", [one], losses)
     return directory / "report.html"
 
 
-@pytest.fixture(scope="module")
-def found(browser, directory, report):
-    return look_at(browser, directory, report)
-
-
-def test_nothing_in_the_data_runs(found):
-    assert found["ran"] is None
-    assert found["title"] == "CommonIT report"
+def assert_safe(found, title, width):
+    """Nothing of the data has run, the page requested nothing, and all text is text, in charts too."""
+    assert (found["ran"], found["title"], found["foreign"]) == (None, title, [])
     assert (found["links"], found["images"]) == (0, 0)
-    assert found["foreign"] == []
-
-
-def test_charts_are_drawn_and_all_text_is_text(found):
-    assert found["charts"] >= 5
-    cut_to = 20  # characters of a name that a chart has room for
+    assert found["width"] == width
+    assert found["charts"] >= 4
     for text in HOSTILE.values():
         assert sanitize(text) in found["text"]
-        assert any(tick.startswith(sanitize(text)[:cut_to]) for tick in found["ticks"]), text
-        line = sanitize(text)[:40]
-        assert any(line in hover for hover in found["hovers"]), text
+        assert any(tick.startswith(sanitize(text)[:20]) for tick in found["ticks"]), text  # a chart cuts names
 
 
-@pytest.mark.parametrize("width", [390, 1200])
-def test_the_page_is_as_wide_as_the_window(browser, directory, report, width):
-    assert look_at(browser, directory, report, width)["width"] == width
-
-
-def test_the_page_follows_the_colour_scheme(browser, directory, report, found):
-    dark = look_at(browser, directory, report, dark=True)
+def test_the_report_is_safe_in_every_width_and_colour_scheme(browser, directory, report):
+    found = look_at(browser, directory, report)
+    dark = look_at(browser, directory, report, width=390, dark=True)
+    assert_safe(found, "CommonIT report", 1200)
+    assert_safe(dark, "CommonIT report", 390)
+    for text in HOSTILE.values():
+        assert any(sanitize(text)[:40] in hover for hover in found["hovers"]), text
     assert (found["background"], dark["background"]) == ("rgb(255, 255, 255)", "rgb(21, 21, 21)")
     assert (found["ink"], dark["ink"]) == ("rgb(28, 28, 28)", "rgb(230, 230, 230)")
-
-
-# --- what these tests would see -----------------------------------------------------------------------------------
-
-
-def test_text_that_runs_is_seen(browser, directory):
-    """Without escaping and without a policy, each of these does run."""
-    for kind in ("script", "handler", "svg"):
-        page = directory / f"{kind}.html"
-        page.write_text(f"<title>CommonIT report</title><p>{'word ' * 900}</p>{HOSTILE[kind]}", encoding="utf-8")
-        assert look_at(browser, directory, page)["ran"] == kind
 
 
 def test_the_policy_stops_what_escaping_would_let_through(browser, directory, report):
@@ -168,29 +136,18 @@ def test_the_policy_stops_what_escaping_would_let_through(browser, directory, re
     page.write_text(text.replace("<h1>", f"{planted}<h1>"), encoding="utf-8")
     found = look_at(browser, directory, page)
     assert (found["ran"], found["images"]) == (None, 2)  # they stand there and do nothing
-    assert found["charts"] >= 5
-    page.write_text(text.replace("Content-Security-Policy", "X").replace("<h1>", f"{planted}<h1>"), encoding="utf-8")
-    assert look_at(browser, directory, page)["ran"] is not None
-
-
-def test_the_policy_lets_no_other_script_draw(browser, directory, report):
-    page = directory / "changed.html"
-    page.write_text(report.read_text(encoding="utf-8").replace(html._DRAW, "window.ran = 1"), encoding="utf-8")
-    found = look_at(browser, directory, page)
-    assert (found["ran"], found["charts"]) == (None, 0)
+    assert found["charts"] >= 4
+    for kind in ("script", "handler", "svg"):  # without the policy, each of them runs
+        unsafe = text.replace("Content-Security-Policy", "X").replace("<h1>", f"{HOSTILE[kind]}<h1>")
+        page.write_text(unsafe, encoding="utf-8")
+        assert look_at(browser, directory, page)["ran"] == kind
 
 
 def test_the_page_of_a_comparison_is_as_safe(browser, directory):
-    runs = [result(name, seed) for seed in range(2) for name in ("none", "length:num_groups=2")]
-    runs += [result("task", seed, -0.1, groups=HOSTILE.values()) for seed in range(2)]
+    runs = [result(name, seed) for seed in range(3) for name in ("none", "length:num_groups=2")]
+    runs += [result("task", seed, -0.1, groups=HOSTILE.values()) for seed in range(3)]
     page = directory / "compare.html"
     write_comparison(page, compared(runs, failed={"task@2": " ".join(HOSTILE.values())}))
     found = look_at(browser, directory, page, width=390)
-    assert (found["ran"], found["title"], found["foreign"]) == (None, "CommonIT comparison", [])
-    assert (found["links"], found["images"]) == (0, 0)
-    assert found["width"] <= 390
-    assert found["charts"] >= 4  # differences, training loss, groups of two strategies
-    for text in HOSTILE.values():
-        assert sanitize(text) in found["text"]
-        assert any(tick.startswith(sanitize(text)[:20]) for tick in found["ticks"]), text
+    assert_safe(found, "CommonIT comparison", 390)
     assert found["hovers"][0].startswith("length:num_groups=2: ")

@@ -12,13 +12,13 @@ from transformers import TrainerCallback
 
 from commonit_trl import load_grouper
 from commonit_trl.grouping.dropped import DroppedRows
-from commonit_trl.report import ledger, ledger_table, model_card_section
+from commonit_trl.report import epoch_summary, model_card_section, summary_table
 
 SIZES = [13, 9, 1]
 EVIL = '<script>document.title="ran"</script>|`[x](javascript:1)`'
 
 
-def expected_ledger(rows, **geometry):
+def expected_groups(rows, **geometry):
     """The same numbers, counted over the batches of the plan that anyone can compute."""
     plan = plan_of(rows, seed=7, **geometry)
     seen = Counter(row for batch in plan.batches(0) for row in batch)
@@ -28,7 +28,7 @@ def expected_ledger(rows, **geometry):
         name: {
             "samples": tasks.count(name),
             "steps": steps[name] / geometry.get("accumulation_steps", 1),
-            "lost": sum(tasks[row] == name and row not in seen for row in range(len(tasks))),
+            "left_out": sum(tasks[row] == name and row not in seen for row in range(len(tasks))),
             "repeated": sum(count - 1 for row, count in seen.items() if tasks[row] == name),
             "dropped": 0,
         }
@@ -55,25 +55,25 @@ def run(tmp_path_factory):
     return directory / "out", rows, trainer, before[0], report.read_text(encoding="utf-8")
 
 
-def test_the_ledger_in_groups_json_is_that_of_the_batches(run):
+def test_the_epoch_summary_in_groups_json_is_that_of_the_batches(run):
     out, rows, trainer, *_ = run
     checkpoint = f"checkpoint-{trainer.state.global_step}"
     for directory in (out / "commonit", out / checkpoint / "commonit"):
-        entry = json.loads((directory / "groups.json").read_text(encoding="utf-8"))["ledger"]
+        entry = json.loads((directory / "groups.json").read_text(encoding="utf-8"))["epoch_summary"]
         groups = {group.pop("name"): group for group in entry.pop("groups")}
-        assert groups == expected_ledger(rows, accumulation_steps=3)
+        assert groups == expected_groups(rows, accumulation_steps=3)
         assert entry == {
             "samples": sum(SIZES),
             "steps": trainer.state.global_step / 2,
-            "vanilla_steps": -(-sum(SIZES) // 6),
-            "lost": 0,
+            "baseline_steps": -(-sum(SIZES) // 6),
+            "left_out": 0,
             "repeated": 2,
             "dropped": {"rows": 0, "by_reason": {}, "by_group": {}},
         }
         assert load_grouper(directory).names == ["g000", "g001", "g002"]
 
 
-def test_the_log_has_the_ledger_once_and_repeats_are_a_warning(tmp_path, caplog):
+def test_the_log_has_the_summary_once_and_repeats_are_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="commonit_trl"):
         make_trainer(tmp_path, id_rows(SIZES), gradient_accumulation_steps=3)
     (table,) = [record for record in caplog.records if "steps per epoch" in record.getMessage()]
@@ -89,32 +89,19 @@ def test_the_log_has_the_ledger_once_and_repeats_are_a_warning(tmp_path, caplog)
     assert "repeats 2 of 23 samples" in warning and "'g002'" in warning
 
 
-def test_the_report_is_there_before_the_first_step_and_gets_the_losses(run):
-    *_, before, after = run
+def test_the_report_is_there_before_the_first_step_and_gets_the_logged_losses(run):
+    *_, trainer, before, after = run
     charts = [json.loads(re.search(r'id="charts"[^>]*>(.*?)</script>', text, re.S)[1]) for text in (before, after)]
-    titles = [[figure["layout"].get("yaxis", {}).get("title") for figure in chart.values()] for chart in charts]
-    assert len(charts[1]) == len(charts[0]) + 1, titles  # the chart of the losses
-    for text in (before, after):
-        assert all(name in text for name in ("g000", "g001", "g002"))
-
-
-def test_the_losses_of_the_report_are_the_logged_ones(run):
-    *_, trainer, _, after = run
-    charts = json.loads(re.search(r'id="charts"[^>]*>(.*?)</script>', after, re.S)[1])
+    assert all(name in text for name in ("g000", "g001", "g002") for text in (before, after))
+    assert len(charts[1]) == len(charts[0]) + 1
     logged = {
         (entry["step"], name.removeprefix("loss_")): value
         for entry in trainer.state.log_history
         for name, value in entry.items()
         if name.startswith("loss_")
     }
-    drawn = {
-        (step, trace["name"]): loss
-        for figure in charts.values()
-        for trace in figure["data"]
-        if trace.get("name") in ("g000", "g001", "g002") and isinstance(trace.get("x"), list)
-        for step, loss in zip(trace["x"], trace["y"], strict=False)
-        if (step, trace["name"]) in logged
-    }
+    *_, losses = charts[1].values()
+    drawn = {(step, line["name"]): loss for line in losses["data"] for step, loss in zip(line["x"], line["y"])}
     assert drawn == pytest.approx(logged, rel=1e-3)
 
 
@@ -137,28 +124,19 @@ def test_packed_runs_have_a_report_of_rows_and_packs(tmp_path):
     assert "g002" in (tmp_path / "out" / "commonit" / "report.html").read_text(encoding="utf-8")
 
 
-def test_names_of_the_data_cannot_act_in_log_or_card():
-    names = [EVIL, "\x1b[31mred\nline"]
-    entry = ledger(plan_of(id_rows([3, 2])), names)
-    table, card = ledger_table(entry), model_card_section(entry, {"commonit_metric": "task"})
-    assert "\x1b" not in table + card and len(table.splitlines()) == 3
-    assert "<script>" not in card and "](javascript" not in card
-    assert len([line for line in card.splitlines() if line.startswith("| ")]) == 4
-
-
 def test_many_groups_are_summed_up():
     rows = id_rows([1] * 25)
-    lines = ledger_table(ledger(plan_of(rows), [f"g{number}" for number in range(25)])).splitlines()
+    lines = summary_table(epoch_summary(plan_of(rows), [f"g{number}" for number in range(25)])).splitlines()
     assert len(lines) == 22 and lines[-1].split() == ["5", "smaller", "groups", "5", "5", "0", "0", "0"]
 
 
 def test_dropped_rows_are_in_epoch_summary_table_and_model_card():
     """A group whose rows are all dropped has a line, and the lines add up to the dropped rows."""
     dropped = DroppedRows(counts={("too long", "g1"): 2, ("too long", EVIL): 5, ("empty", "g1"): 1})
-    entry = ledger(plan_of(id_rows([3, 2])), ["g0", "g1"], dropped)
+    entry = epoch_summary(plan_of(id_rows([3, 2])), ["g0", "g1"], dropped)
     assert entry["dropped"] == dropped.to_json() and entry["dropped"]["rows"] == 8
     counts = {group["name"]: (group["samples"], group["dropped"]) for group in entry["groups"]}
     assert counts == {"g0": (3, 0), "g1": (2, 3), EVIL: (0, 5)}
-    table, card = ledger_table(entry).splitlines(), model_card_section(entry, {"commonit_metric": "task"})
+    table, card = summary_table(entry).splitlines(), model_card_section(entry, {"commonit_metric": "task"})
     assert [line.split()[-1] for line in table[1:]] == ["0", "3", "5"]
     assert "| g1 | 2 | 1 | 3 |" in card and "too long: 7" in card and "empty: 1" in card and "<script>" not in card

@@ -195,7 +195,7 @@ def test_rows_without_a_token_to_train_on_are_dropped_and_counted(tmp_path, capl
     (warning,) = [record.getMessage() for record in caplog.records if "rows are not trained" in record.getMessage()]
     assert "5 rows" in warning and "no token to train on" in warning
     saved = json.loads((tmp_path / "out" / "commonit" / "groups.json").read_text(encoding="utf-8"))
-    assert saved["ledger"]["dropped"]["rows"] == 5
+    assert saved["epoch_summary"]["dropped"]["rows"] == 5
 
 
 def test_rows_dropped_by_preparation_are_counted_by_group(tmp_path):

@@ -29,7 +29,7 @@ def repeats(noise, seeds, rows=200, shift=0.0):
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize("noise", NOISE)
 def test_intervals_of_equal_strategies_contain_zero_in_95_of_100_repeats(noise, seeds):
-    containing = sum(interval.has_zero for interval in repeats(noise, seeds))
+    containing = sum(not interval.visible for interval in repeats(noise, seeds))
     # The count is binomial with p = 0.95; it exceeds these bounds once in 2,000.
     low, high = stats.binom.ppf((0.00025, 0.99975), REPEATS, 0.95)
     assert low <= containing <= high
@@ -49,26 +49,18 @@ def test_bootstrap_percentiles_are_too_narrow():
 @pytest.mark.parametrize("noise", ["rows", "some"])
 def test_known_differences_are_detected(noise, shift):
     found = list(repeats(noise, 5, shift=shift))
-    assert (
-        sum(not interval.has_zero and np.sign(interval.value) == np.sign(shift) for interval in found) >= 0.95 * REPEATS
-    )
-    assert np.mean([interval.value for interval in found]) == pytest.approx(shift, abs=0.1)
+    assert sum(each.visible and np.sign(each.value) == np.sign(shift) for each in found) >= 0.95 * REPEATS
+    assert np.mean([each.value for each in found]) == pytest.approx(shift, abs=0.1)
 
 
-def test_seed_noise_alone_gives_the_t_test_over_seeds():
-    shifts = np.array([0.1, 0.4, 0.2, 0.9])
-    tokens = np.full(50, 7.0)
-    found = paired_difference(shifts[:, None] * tokens, np.zeros((4, 50)), tokens)
-    known = stats.ttest_1samp(shifts, 0).confidence_interval(0.95)
-    assert found.value == pytest.approx(shifts.mean())
-    assert (found.low, found.high) == pytest.approx((known.low, known.high), rel=0.1)  # noise of the resampling
-
-
-def test_one_seed_gives_the_t_test_over_rows():
-    rows = np.random.default_rng(0).standard_normal((1, 400)) + 0.3
-    found = paired_difference(rows, np.zeros_like(rows), np.ones(400))
-    known = stats.ttest_1samp(rows[0], 0).confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((known.low, known.high), rel=0.1)
+def test_noise_of_one_kind_gives_its_t_test():
+    shifts, tokens = np.array([0.1, 0.4, 0.2, 0.9]), np.full(400, 7.0)
+    rows = np.random.default_rng(0).standard_normal(400) + 0.3
+    for noise, sample in ((shifts[:, None], shifts), (np.tile(rows, (4, 1)), rows)):
+        found = paired_difference(noise * tokens, np.zeros((4, 400)), tokens)
+        known = stats.ttest_1samp(sample, 0).confidence_interval(0.95)
+        assert found.value == pytest.approx(sample.mean())
+        assert (found.low, found.high) == pytest.approx((known.low, known.high), rel=0.1)  # noise of the resampling
 
 
 def test_rows_are_weighted_by_their_tokens():
@@ -80,9 +72,11 @@ def test_rows_are_weighted_by_their_tokens():
 def test_equal_values_give_a_difference_of_zero():
     values = np.random.default_rng(0).random((3, 20))
     found = paired_difference(values, values.copy(), np.ones(20))
-    assert (found.value, found.low, found.high) == (0, 0, 0)
+    assert (found.value, found.low, found.high, found.visible) == (0, 0, 0, False)
 
 
-@pytest.mark.parametrize("tokens", [[3.0], [3.0, 0.0], []])
-def test_one_row_gives_no_interval(tokens):
-    assert paired_difference(np.ones((2, len(tokens))), np.zeros((2, len(tokens))), np.array(tokens)) is None
+@pytest.mark.parametrize(("seeds", "tokens"), [(1, [1.0] * 9), (2, [1.0] * 9), (3, [3.0]), (3, [3.0, 0.0])])
+def test_too_few_seeds_or_rows_give_no_interval(seeds, tokens):
+    found = paired_difference(np.ones((seeds, len(tokens))), np.zeros((seeds, len(tokens))), np.array(tokens))
+    assert found.value > 0 and found.low is found.high is None and not found.visible
+    assert paired_difference(np.ones((seeds, 1)), np.zeros((seeds, 1)), np.zeros(1)) is None

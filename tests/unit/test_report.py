@@ -23,26 +23,27 @@ GEOMETRIES = [(2, 1, 1), (2, 2, 3), (3, 2, 2), (5, 3, 1)]  # B, W, A
 
 
 def inspect(dataset, geometry, *, grouper=None, padding_free=False, seed=0, dropped=NONE_DROPPED, **options):
-    """An inspection of `dataset` by task, and the plan that it is of."""
-    rows = Rows(dataset)
+    """Inspect `dataset` by task; return the inspection and its plan."""
+    size, ranks, accumulation = geometry
+    planned = {
+        name: options[f"commonit_{name}"]
+        for name in ("purity", "remainder", "weights")
+        if f"commonit_{name}" in options
+    }
+    plan = {"micro_batch_size": size, "world_size": ranks, "accumulation_steps": accumulation, "seed": seed, **planned}
+    given = {"padding_free": padding_free, "seed": seed, "dropped": dropped}
+    return inspect_plan(Rows(dataset), plan, grouper=grouper, options=options, **given)
+
+
+def inspect_plan(rows, plan, *, samples=None, grouper=None, options=None, **given):
+    """Inspect `rows` by task in an epoch of `plan`, arguments of `plan_epoch`; `samples` are the groups of packs."""
     grouper = grouper or TaskGrouper(columns=["task"])
     grouper.fit(rows)
-    group_ids, lengths = grouper.assign(rows), rows.token_counts()
-    size, ranks, accumulation = geometry
-    plan = plan_epoch(
-        group_ids,
-        lengths,
-        micro_batch_size=size,
-        world_size=ranks,
-        accumulation_steps=accumulation,
-        purity=options.get("commonit_purity", "step"),
-        remainder=options.get("commonit_remainder", "keep"),
-        weights=options.get("commonit_weights", "proportional"),
-        seed=seed,
-    )
-    options = CommonITArguments(commonit_metric=grouper.metric, **options)
-    arguments = {"options": options, "lengths": lengths, "padding_free": padding_free, "seed": seed, "dropped": dropped}
-    return inspect_groups(grouper, group_ids, rows, plan, **arguments), plan
+    group_ids = grouper.assign(rows)
+    given.setdefault("lengths", rows.token_counts() if rows.tokenized else None)
+    planned = plan_epoch(group_ids if samples is None else samples, given["lengths"], **plan)
+    options = CommonITArguments(commonit_metric=grouper.metric, **options or {})
+    return inspect_groups(grouper, group_ids, rows, planned, options=options, **given), planned
 
 
 def steps_of(plan):
@@ -107,6 +108,8 @@ def test_batches_are_counted_as_one_would(geometry, purity, padding_free):
     planned = count(steps_of(plan), tasks, tokens, padding_free)
     assert dataclasses.asdict(inspection.planned) == pytest.approx(planned)
     assert inspection.planned.steps == plan.num_steps
+    runs = "".join("x" if one == other >= 0 else " " for one, other in itertools.pairwise(plan.step_groups)).split()
+    assert inspection.longest_run == max(map(len, runs), default=0) + (max(plan.step_groups) >= 0)
 
     size, _, accumulation = geometry
     by_length = LengthGroupedSampler(size * accumulation, lengths=tokens, generator=torch.Generator().manual_seed(0))
@@ -125,19 +128,6 @@ def test_random_batches_are_like_the_mean_of_many_random_orders():
         mean, spread = statistics.mean(draw[name] for draw in draws), statistics.stdev(draw[name] for draw in draws)
         assert abs(value - mean) <= 5 * spread, name
     assert inspection.random.steps == plan_epoch([0] * 600, micro_batch_size=16).num_steps
-
-
-def test_without_token_counts_there_are_no_ratios():
-    data = Dataset.from_dict({"task": ["a", "b"] * 10, "prompt": ["x"] * 20, "completion": ["y"] * 20})
-    rows = Rows(data)
-    grouper = TaskGrouper(columns=["task"]).fit(rows)
-    plan = plan_epoch(grouper.assign(rows), micro_batch_size=4)
-    inspection = inspect_groups(grouper, plan.group_ids, rows, plan, options=CommonITArguments(commonit_metric="task"))
-    assert inspection.by_length is None
-    assert inspection.planned.padding_ratio is inspection.random.straggler_ratio is None
-    assert inspection.groups[0].prompt_tokens is inspection.groups[0].response_tokens is None
-    assert inspection.planned.pure_steps == 1.0
-    assert {(example.prompt, example.response) for example in inspection.groups[0].examples} == {("x", "y")}
 
 
 # --- groups -------------------------------------------------------------------------------------------------------
@@ -162,7 +152,7 @@ def test_groups_are_counted_as_one_would(options):
         rows = [row for row, task in enumerate(tasks) if task == f"g{number:03d}"]
         assert (group.id, group.name, group.rows) == (number, f"g{number:03d}", len(rows))
         assert group.share == len(rows) / len(tasks)
-        assert group.lost == sum(row not in seen for row in rows)
+        assert group.left_out == sum(row not in seen for row in rows)
         assert group.repeated == sum(max(seen.count(row) - 1, 0) for row in rows)
         batches = sum(tasks[batch[0]] == group.name for step in steps for part in step for batch in part)
         assert group.steps == batches / 4
@@ -172,63 +162,53 @@ def test_groups_are_counted_as_one_would(options):
             ("response", [sum(label != -100 for label in row) for row in labels]),
         ):
             spread = getattr(group, f"{of}_tokens")
-            assert spread.median == statistics.median(counts)
-            assert spread.p95 == pytest.approx(statistics.quantiles(counts, n=20, method="inclusive")[-1])
-            assert spread.p5 <= spread.p25 <= spread.median <= spread.p75 <= spread.p95
-    assert inspection.lost == sum(group.lost for group in inspection.groups)
+            quantiles = statistics.quantiles(counts, n=20, method="inclusive")
+            assert list(spread.values()) == pytest.approx([quantiles[n - 1] for n in (1, 5, 10, 15, 19)])
+    assert inspection.left_out == sum(group.left_out for group in inspection.groups)
     assert inspection.repeated == sum(group.repeated for group in inspection.groups)
     assert sum(group.steps for group in inspection.groups) == pytest.approx(plan.num_micro_steps / 2)
-
-
-@pytest.mark.parametrize(
-    ("step_groups", "longest"),
-    [([0], 1), ([0, 1, 1, 1, 0, 0], 3), ([-1, -1, -1, 2], 1), ([-1, -1], 0), ([1, -1, 1, 1], 2), ([3, 3, 3], 3)],
-)
-def test_longest_run(step_groups, longest):
-    assert analysis._longest_run(np.array(step_groups)) == longest
 
 
 def test_examples_are_rows_of_their_group():
     texts = [f"{task} {number}" for number in range(40) for task in "abc"]
     data = Dataset.from_dict({"task": [text[0] for text in texts], "prompt": texts, "completion": texts[::-1]})
-    rows = Rows(data)
-    grouper = TaskGrouper(columns=["task"]).fit(rows)
-    ids = grouper.assign(rows)
-    plan = plan_epoch(ids, micro_batch_size=4)
-    inspection = inspect_groups(grouper, ids, rows, plan, options=CommonITArguments(commonit_metric="task"))
     pairs = dict(zip(texts, texts[::-1], strict=True))
+    inspection, _ = inspect_plan(Rows(data), {"micro_batch_size": 4})
     for group in inspection.groups:
-        assert len({example.prompt for example in group.examples}) == analysis.EXAMPLES_PER_GROUP
+        assert len({example["prompt"] for example in group.examples}) == analysis.EXAMPLES_PER_GROUP
         for example in group.examples:
-            assert example.prompt[0] == group.name
-            assert example.response == pairs[example.prompt]
+            assert example["prompt"][0] == group.name
+            assert example["response"] == pairs[example["prompt"]]
+    assert inspection.by_length is None
+    assert inspection.planned.padding_ratio is inspection.random.straggler_ratio is None
+    assert inspection.groups[0].prompt_tokens is inspection.groups[0].response_tokens is None
+    assert inspection.planned.pure_steps == 1.0
 
 
 def test_packs_are_the_samples_and_rows_the_rows():
-    """Where a plan is made of packs, what it loses and repeats are packs; tokens and examples are those of rows."""
-    data = id_rows([30, 12])
-    rows = Rows(data)
-    grouper = TaskGrouper(columns=["task"]).fit(rows)
-    plan = plan_epoch([0] * 7 + [1] * 4, [50] * 11, micro_batch_size=2, world_size=2, remainder="drop")
-    options = CommonITArguments(commonit_metric="task", commonit_remainder="drop")
-    lengths = np.full(11, 50)
-    inspection = inspect_groups(grouper, grouper.assign(rows), rows, plan, options=options, lengths=lengths)
-    assert (inspection.rows, inspection.samples, inspection.lost) == (42, 11, 3)
-    assert [group.rows for group in inspection.groups] == [30, 12]
-    assert [group.lost for group in inspection.groups] == [3, 0]
+    """Where a plan is made of packs, it leaves out and repeats packs; tokens and examples are those of rows."""
+    plan = {"micro_batch_size": 2, "world_size": 2, "remainder": "drop"}
+    options = {"commonit_remainder": "drop"}
+    packs = {"samples": [0] * 7 + [1] * 4, "lengths": np.full(11, 50)}
+    inspection, _ = inspect_plan(Rows(id_rows([30, 12])), plan, options=options, **packs)
+    assert (inspection.rows, inspection.samples, inspection.left_out) == (42, 11, 3)
+    assert [(group.rows, group.samples, group.left_out) for group in inspection.groups] == [(30, 7, 3), (12, 4, 0)]
     assert inspection.planned.padding_ratio == 1.0
 
 
 def test_what_a_collator_adds_to_rows_is_padding():
     """Rows that are padded to a multiple of 64 cost more than their tokens, also alone."""
     rows = Rows(id_rows([5, 3]))
-    grouper = TaskGrouper(columns=["task"]).fit(rows)
-    ids, counts = grouper.assign(rows), rows.token_counts("total")
-    costs = np.full(8, 64)
-    plan = plan_epoch(ids, costs, micro_batch_size=1)
-    options = CommonITArguments(commonit_metric="task")
-    inspection = inspect_groups(grouper, ids, rows, plan, options=options, lengths=costs)
-    assert inspection.planned.padding_ratio == pytest.approx(8 * 64 / counts.sum())
+    inspection, _ = inspect_plan(rows, {"micro_batch_size": 1}, lengths=np.full(8, 64))
+    assert inspection.planned.padding_ratio == pytest.approx(8 * 64 / rows.token_counts("total").sum())
+
+
+def test_mixed_steps_are_drawn_and_count_for_no_group():
+    inspection, plan = inspect(id_rows([21, 13, 6]), (2, 2, 1), commonit_remainder="mix")
+    mixed = [group < 0 for group in plan.step_groups]
+    assert any(mixed) and inspection.drawing.order_groups == (0, 1, 2, -1)
+    assert inspection.drawing.order[-1] == tuple(map(float, mixed))
+    assert sum(group.steps for group in inspection.groups) == plan.num_steps - sum(mixed)
 
 
 # --- the rest -----------------------------------------------------------------------------------------------------
@@ -293,12 +273,8 @@ def test_notices_of_the_grouper_are_warnings():
 def test_labels_that_are_not_those_of_a_causal_model_are_reported(labels):
     rows = [{"input_ids": [1] * (number + 2), "task": "ab"[number % 2]} for number in range(12)]
     data = Dataset.from_list([row | {"labels": label} for row, label in zip(rows, labels, strict=True)])
-    grouper = TaskGrouper(columns=["task"]).fit(Rows(data))
-    ids = grouper.assign(Rows(data))
-    plan = plan_epoch(ids, micro_batch_size=2)
-    lengths = np.arange(2, 14)
-    options = CommonITArguments(commonit_metric="task")
-    inspection = inspect_groups(grouper, ids, Rows(data, tiny_tokenizer()), plan, options=options, lengths=lengths)
+    given = {"lengths": np.arange(2, 14)}
+    inspection, _ = inspect_plan(Rows(data, tiny_tokenizer()), {"micro_batch_size": 2}, **given)
     assert [group.rows for group in inspection.groups] == [6, 6]
     assert inspection.planned.pure_steps == 1 and inspection.planned.padding_ratio > 1
     assert "Groups by task" in render_html([inspection])
@@ -311,7 +287,7 @@ def test_an_error_in_a_part_of_the_report_is_a_warning_that_names_it(caplog, mon
     monkeypatch.setattr(charts, "_order", fail)
     inspection, _ = inspect(id_rows([30, 20]), (2, 2, 1))
     drawn = charts.figures(inspection)
-    assert "Rows of each group" in drawn and "Order of the groups in the epoch" not in drawn
+    assert "Tokens of each group" in drawn and "Order of the groups in the epoch" not in drawn
     (record,) = caplog.records
     said = record.getMessage()
     assert "commonit_report" in said and "Order of the groups" in said and "no chart today" in said

@@ -52,9 +52,7 @@ def inspection():
 
 @pytest.fixture(scope="module")
 def losses(inspection):
-    return [
-        {"step": step, "group": group.name, "loss": 1 / step} for step in range(1, 9) for group in inspection.groups
-    ]
+    return {group.name: [(step, 1 / step) for step in range(1, 9)] for group in inspection.groups}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +69,7 @@ def test_data_text_is_escaped(rendered, inspection):
         assert page.text.count(sanitize(text)) >= 7  # name, summary, prompts and responses
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202a-\u202e\u2066-\u2069]", page.text)
     assert "a notice about <script>" in page.text
+    assert "noscript" in tags and "need JavaScript" in page.text
 
 
 def test_page_sends_no_requests(rendered):
@@ -92,7 +91,7 @@ def test_chart_data_cannot_close_their_element(rendered):
     data = Page(rendered).scripts[0]
     assert not re.search("[<>&]", data)
     figures = json.loads(data)
-    assert len(figures) == 5
+    assert len(figures) == 4
     for figure in figures.values():  # in plotly's own markup
         for string in strings(figure):
             assert not re.search("<(?!br>|extra>|/extra>)", string), string
@@ -110,7 +109,6 @@ def test_every_chart_has_an_element(rendered, inspection, losses):
     page = Page(rendered)
     assert [a["id"] for tag, a in page.elements if a.get("class") == "chart"] == list(json.loads(page.scripts[0]))
     assert list(charts.figures(inspection, losses)) == [
-        "Rows of each group",
         "Tokens of each group",
         "Order of the groups in the epoch",
         "Map of the embeddings, 11 of 44 rows",
@@ -121,13 +119,11 @@ def test_every_chart_has_an_element(rendered, inspection, losses):
         groups=tuple(dataclasses.replace(g, prompt_tokens=None, response_tokens=None) for g in inspection.groups),
         drawing=dataclasses.replace(inspection.drawing, map=()),
     )
-    assert list(charts.figures(bare)) == ["Rows of each group", "Order of the groups in the epoch"]
+    assert list(charts.figures(bare)) == ["Order of the groups in the epoch"]
 
 
 def test_charts_match_the_numbers(inspection):
     figures = charts.figures(inspection)
-    bars = figures["Rows of each group"].data[0]
-    assert list(bars.x) == [group.rows for group in inspection.groups]
     prompt, response = figures["Tokens of each group"].data
     assert list(prompt.median) == [4.0] * 11 and list(response.upperfence) == [5.0] * 11
     order = figures["Order of the groups in the epoch"].data
@@ -136,24 +132,22 @@ def test_charts_match_the_numbers(inspection):
 
 def test_long_losses_are_averaged(inspection):
     name = inspection.groups[2].name
-    records = [{"step": step, "group": name, "loss": float(step % 2)} for step in range(1, 3001)]
-    records += [{"step": 5000, "group": name, "loss": math.nan}, {"step": 1, "group": "gone", "loss": 2.0}]
-    known, gone = charts.figures(inspection, records)["Training loss of each group"].data
+    points = [*((step, float(step % 2)) for step in range(1, 3001)), (5000, math.nan)]
+    losses = {name: points, "gone": [(1, 2.0)], inspection.groups[0].name: []}
+    known, gone = charts.figures(inspection, losses)["Training loss of each group"].data
     assert len(known.x) == charts.LOSS_POINTS and known.y[0] == 0.5 and known.x[0] == 5.5
     assert (list(gone.x), list(gone.y), gone.name) == ([1.0], [2.0], "gone")
-    assert known.line.color == charts.figures(inspection)["Rows of each group"].data[0].marker.color[2]
+    order = charts.figures(inspection)["Order of the groups in the epoch"].data
+    assert known.line.color == order[2].colorscale[1][1]
 
 
-def test_groups_beyond_the_colours_are_summed(inspection):
+def test_groups_beyond_the_colours_share_a_line(inspection):
     many = tuple(dataclasses.replace(inspection.groups[0], id=n, name=f"n{n}", rows=100 - n) for n in range(300))
-    ids = (*range(20), -1)
-    drawing = dataclasses.replace(inspection.drawing, order_groups=ids, order=((1.0,),) * 21)
-    one = dataclasses.replace(inspection, groups=many, drawing=drawing, rows=sum(g.rows for g in many))
-    bars = charts.figures(one)["Rows of each group"].data[0]
-    assert list(bars.x) == [*range(100, 80, -1), sum(100 - n for n in range(20, 300))]
-    assert len(set(bars.marker.color)) == 21
-    page = Page(html.render_html([one]))
-    assert "and 200 smaller groups." in page.text
+    drawing = dataclasses.replace(inspection.drawing, order_groups=(*range(20), -1), order=((1.0,),) * 21)
+    one = dataclasses.replace(inspection, groups=many, drawing=drawing)
+    lines = charts.figures(one)["Order of the groups in the epoch"].data
+    assert len({line.colorscale[1][1] for line in lines}) == 21 and lines[-1].meta == charts.OTHERS
+    assert "and 200 smaller groups." in Page(html.render_html([one])).text
 
 
 def test_report_is_written_to_the_path(tmp_path, inspection):

@@ -125,7 +125,7 @@ def rows_of_epochs(history):
 
 def lost_and_repeated(directory, history):
     """Count dropped rows, and repeats beyond the saved epoch summary, over both epochs."""
-    groups = read(directory / "out" / "commonit" / "groups.json")["ledger"]["groups"]
+    groups = read(directory / "out" / "commonit" / "groups.json")["epoch_summary"]["groups"]
     announced = Counter({group["name"]: group["samples"] + group["repeated"] for group in groups})
     lost = repeated = 0
     for times in rows_of_epochs(history):
