@@ -106,7 +106,7 @@ def _groups(trainer: Any, evaluation: Dataset) -> tuple[NDArray[np.int64], list[
     if trainer.commonit is None:
         return np.full(len(evaluation), -1), []
     # The same groups as for the trainer's own evaluation losses by group.
-    group_ids = trainer.commonit.assign_eval(trainer, evaluation)
+    group_ids = trainer.commonit.eval_sets.assign(evaluation)
     return np.full(len(evaluation), -1) if group_ids is None else group_ids, trainer.commonit_grouper.names
 
 

@@ -10,7 +10,6 @@ from dataclasses import fields
 import pytest
 from accelerate import skip_first_batches
 from helpers.toys import id_rows, tiny_model, tiny_tokenizer
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -128,26 +127,6 @@ def test_skip_first_batches_keeps_our_sampler(tmp_path):
     assert list(skipped.batch_sampler) == list(loader.commonit_sampler)[2:]
     assert skipped.collate_fn is loader.collate_fn and skipped.worker_init_fn is loader.worker_init_fn
     assert skipped.generator is loader.generator
-
-
-def test_dataloader_options_are_known():
-    """`get_train_dataloader` copies the attributes of the parent's loader; a new torch option would be ignored."""
-    taken = {
-        "dataset",
-        "collate_fn",
-        "num_workers",
-        "pin_memory",
-        "timeout",
-        "worker_init_fn",
-        "multiprocessing_context",
-        "prefetch_factor",
-        "persistent_workers",
-        "in_order",
-    }
-    ours = {"batch_sampler", "generator"}
-    replaced_by_batch_sampler = {"batch_size", "shuffle", "sampler", "drop_last"}
-    without_effect = {"pin_memory_device"}  # deprecated, and read from the accelerator
-    assert set(parameters(DataLoader.__init__)) - {"self"} == taken | ours | replaced_by_batch_sampler | without_effect
 
 
 def test_dataloader_options_are_copied(tmp_path):

@@ -226,7 +226,7 @@ def test_zero2_replan(server, tmp_path):
 
     refused = server.do(**{**RUN, **kind, "name": "run", "dir": str(tmp_path), **changed(), "world_size": 1})
     assert refused["codes"] == [1]
-    error = "ValueError: commonit_resume='replan': world size (2 in the checkpoint, 1 now): DeepSpeed's checkpoints"
+    error = "ValueError: commonit_resume='replan': world size: 2 -> 1: DeepSpeed's checkpoints"
     assert error in refused["output"][0]
 
 
