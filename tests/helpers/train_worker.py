@@ -3,9 +3,10 @@
     python train_worker.py runs.json            torchrun --nproc_per_node 2 train_worker.py runs.json
 
 `runs.json` is a list of runs, each with `name`, `dir`, `group_sizes` and any of: `options` (of `CommonITSFTConfig`),
-`model`, `dropout`, `resume` (path), `deepspeed` (a config), `kill_at` (optimizer step in which this process kills
-itself), `losses` (true: record each row's loss), `accepts_loss_kwargs` (an attribute of the model). Each run writes
-`<dir>/<name>.ids.rank*` (see `toys.Recorder`) and, on rank 0, `<name>.safetensors` (final weights) and `<name>.json`.
+`model`, `dropout`, `eval_sizes` (groups of an evaluation set), `resume` (path), `deepspeed` (a config), `kill_at`
+(optimizer step in which this process kills itself), `losses` (true: record each row's loss), `accepts_loss_kwargs` (an
+attribute of the model). Each run writes `<dir>/<name>.ids.rank*` (see `toys.Recorder`) and, on rank 0,
+`<name>.safetensors` (final weights) and `<name>.json`.
 """
 
 import json
@@ -69,6 +70,7 @@ def train(run: dict) -> None:
         model=model,
         args=CommonITSFTConfig(**options),
         train_dataset=rows,
+        eval_dataset=id_rows(run["eval_sizes"], seed=1) if "eval_sizes" in run else None,
         processing_class=tiny_tokenizer(),
     )
     Recorder(directory / f"{run['name']}.ids", run.get("losses", False)).attach(trainer)
