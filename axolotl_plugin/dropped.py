@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
 from numpy.typing import NDArray
@@ -31,7 +30,6 @@ NOT_TOKENIZED = "no tokens"
 DUPLICATE = "duplicate (dataset_exact_deduplication)"
 OTHER_REASON = "dropped by Axolotl"
 _HEADER = "Rows that Axolotl's preparation dropped: "
-_ROWS_AT_ONCE = 10_000
 
 
 class PreparationCount:
@@ -93,27 +91,6 @@ def dropped_rows(dataset: Dataset) -> DroppedRows | None:
     return DroppedRows(counts={(reason, group): count for reason, group, count in json.loads(counts)})
 
 
-def trained_counts(dataset: Dataset, max_length: int | None = None) -> NDArray[np.int64]:
-    """Count the tokens of each row that have a label.
-
-    Args:
-        dataset: tokenised rows with `labels`.
-        max_length: tokens that truncation keeps of each row; None for all.
-
-    Returns:
-        (rows,) trained tokens per row.
-    """
-    counts = [np.empty(0, dtype=np.int64)]
-    for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(_ROWS_AT_ONCE):
-        labels = batch.column("labels").combine_chunks()
-        if max_length is not None:
-            labels = pc.list_slice(labels, 0, max_length)
-        trained = pc.not_equal(pc.list_flatten(labels), -100)
-        rows = pc.list_parent_indices(labels).filter(trained).to_numpy()
-        counts.append(np.bincount(rows, minlength=len(labels)))
-    return np.concatenate(counts)
-
-
 def _unusable_rows(tokenized: Dataset, cfg: Any) -> dict[str, NDArray[np.bool_]]:
     """Return the rows that `handle_long_seq_in_dataset` and `process_datasets_for_packing` drop, by reason."""
     if "input_ids" not in tokenized.column_names:
@@ -125,6 +102,6 @@ def _unusable_rows(tokenized: Dataset, cfg: Any) -> dict[str, NDArray[np.bool_]]
         unusable[f"longer than sequence_len={cfg.sequence_len}"] = lengths > cfg.sequence_len
     if cfg.sample_packing and "labels" in tokenized.column_names:
         remain = ~np.logical_or.reduce([*unusable.values()])
-        trained = trained_counts(tokenized, cfg.sequence_len if truncates else None)
-        unusable[NO_TRAINED_TOKEN] = remain & (trained == 0)
+        truncated = Rows(tokenized, max_length=cfg.sequence_len if truncates else None)
+        unusable[NO_TRAINED_TOKEN] = remain & (truncated.trained_counts(shifted=False) == 0)  # Axolotl does not shift
     return unusable

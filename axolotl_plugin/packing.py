@@ -14,7 +14,7 @@ import hashlib
 import heapq
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from axolotl.utils.samplers.multipack import allocate_sequentially, pack_paralle
 from numpy.typing import NDArray
 
 from commonit_trl.plan.sampler import CommonITBatchSampler
+from commonit_trl.rows import Rows
+from commonit_trl.trainer.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +172,37 @@ def split_bins(bins: list[list[int]], least: int) -> list[list[int]]:
         heapq.heappush(queue, (-half, index, rows[:half]))
         heapq.heappush(queue, (half - len(rows), len(bins) + len(queue), rows[half:]))
     return [rows for _, _, rows in sorted(queue, key=lambda entry: entry[1])]
+
+
+@dataclass(kw_only=True, eq=False)
+class PackedRun(Run):
+    """A run that plans over bins with `sample_packing`, and over rows without."""
+
+    bins: Bins | None = None
+
+    def fit_spec(self, trainer: Any) -> None:
+        """Plan over bins of the current batch size, which `auto_find_batch_size` changes."""
+        args, micro_batch_size = trainer.args, trainer._train_batch_size
+        if not args.sample_packing:
+            return super().fit_spec(trainer)
+        capacity, bins_per_micro_batch = bin_shape(args, micro_batch_size)
+        if self.bins is None or (self.bins.capacity, self.spec.micro_batch_size) != (capacity, bins_per_micro_batch):
+            lengths = Rows(trainer.train_dataset).token_counts("total")
+            self.bins = pack_for_training(args, self.row_groups, lengths, micro_batch_size, self.spec.world_size)
+            self.spec = replace(
+                self.spec,
+                group_ids=self.bins.group_ids,
+                lengths=None if self.spec.lengths is None else self.bins.lengths,
+                heaviest_first=None if self.spec.heaviest_first is None else self.bins.lengths,
+                micro_batch_size=bins_per_micro_batch,
+            )
+
+    def sampler(self) -> CommonITBatchSampler:
+        return super().sampler() if self.bins is None else PackedBatchSampler(self.bins, self.plan, self.rank)
+
+    @property
+    def fingerprint(self) -> str:
+        return super().fingerprint if self.bins is None else f"{super().fingerprint}, bins {self.bins.fingerprint()}"
 
 
 class PackedBatchSampler(CommonITBatchSampler):

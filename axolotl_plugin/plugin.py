@@ -1,7 +1,7 @@
 """The hooks that Axolotl calls; with `commonit_metric: none` they change nothing.
 
- Axolotl also calls the plugins of earlier recipes of the same process;
-the hooks ignore recipes that do not name the plugin.
+Axolotl also calls the plugins of earlier recipes of the same process; the hooks ignore recipes that do not name the
+plugin.
 """
 
 import importlib
@@ -35,6 +35,8 @@ _CONFLICTS = {
     "pretraining_dataset": "grouping needs all rows before training; list the data in datasets:",
     "skip_prepare_dataset": "grouping reads tokenised rows; set it to false",
     "dataloader_drop_last": "CommonIT handles incomplete steps; use commonit_remainder: drop",
+    "context_parallel_size": "ranks that share a sequence are not supported; set it to 1",
+    "sequence_parallel_degree": "ranks that share a sequence are not supported; set it to 1",  # the old name
 }
 
 
@@ -179,17 +181,10 @@ def _renew_training_arguments() -> None:
 
 
 def _check_recipe(cfg: Any, options: CommonITArguments) -> None:
-    for key, way_out in _CONFLICTS.items():
-        if cfg.get(key):
-            raise ValueError(
-                f"{key}: {cfg[key]!r} does not go with commonit_metric: {options.commonit_metric}: {way_out}."
-            )
-    for key in ("context_parallel_size", "sequence_parallel_degree"):  # the second is the old name
-        if (cfg.get(key) or 1) > 1:
-            raise ValueError(
-                f"{key}: {cfg[key]} does not go with commonit_metric: {options.commonit_metric}: ranks that share a "
-                "sequence are not supported; set it to 1."
-            )
+    for key, fix in _CONFLICTS.items():
+        value = cfg.get(key)
+        if value and (value is True or value != 1):  # one rank shares nothing
+            raise ValueError(f"{key}: {value!r} does not go with commonit_metric: {options.commonit_metric}: {fix}.")
     if cfg.get("sample_packing") and options.commonit_resume == "replan":
         raise ValueError(
             "commonit_resume: 'replan' does not go with sample_packing: true: packed bins depend on the ranks, batch "
@@ -230,7 +225,7 @@ def _log_settings(trainer: Any, cfg: Any, total_steps: int) -> None:
         total_steps,
     )
     if args.sample_packing:
-        bins = trainer.commonit_bins
+        bins = trainer.commonit.bins
         LOG.info(
             "CommonIT packs each group alone: %d bins, %.1f %% full (Axolotl's estimate of its own packing: %.0f %%).",
             len(bins.rows),

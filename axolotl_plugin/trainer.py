@@ -20,12 +20,10 @@ from torch.utils.data import SequentialSampler
 from transformers.trainer_utils import unwrap_peft_model
 
 from axolotl_plugin.dropped import dropped_rows
-from axolotl_plugin.packing import Bins, PackedBatchSampler, bin_shape, pack_for_training
+from axolotl_plugin.labels import label_columns
+from axolotl_plugin.packing import PackedRun
 from commonit_trl.grouping.fit import Grouping
-from commonit_trl.plan.sampler import CommonITBatchSampler
-from commonit_trl.rows import Rows
 from commonit_trl.trainer import validate
-from commonit_trl.trainer.evaluation import baseline_loss
 from commonit_trl.trainer.loss import is_causal_lm_loss
 from commonit_trl.trainer.mixin import CommonITMixin
 
@@ -36,7 +34,7 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
     """`AxolotlTrainer` with group-pure batches."""
 
     commonit_logger = LOG
-    commonit_bins: Bins | None = None
+    commonit_run_class = PackedRun
 
     def commonit_check(self, options: Any, dataset: Any) -> None:
         # Axolotl sets dataloader_drop_last for packed evaluation; CommonIT's training batches ignore it.
@@ -47,7 +45,7 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
         validate.check_dataset(dataset)
 
     def commonit_start(self) -> None:
-        self._commonit_parent_accepts_loss_kwargs = self.model_accepts_loss_kwargs
+        self._parent_accepts_loss_kwargs = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = accepts_loss_kwargs(self.accelerator.unwrap_model(self.model))
         super().commonit_start()
 
@@ -64,57 +62,24 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
         # Check the class: a trial batch needs Axolotl's evaluation settings.
         return self.model_accepts_loss_kwargs and is_causal_lm_loss(self)
 
-    # --- evaluation -------------------------------------------------------------------------------------------------
-
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the parent's dataloader without the label column; keep the labels for the losses by group."""
         if self.commonit is None:
             return super().get_eval_dataloader(eval_dataset)
         labelled = self.eval_dataset if eval_dataset is None else eval_dataset
         loader = super().get_eval_dataloader(_without_labels(labelled) if isinstance(labelled, Dataset) else labelled)
-        self.commonit.evaluated = loader, labelled
+        self.commonit.eval_sets.remember(loader, labelled)
         return loader
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate with Axolotl's loss."""
         if self.commonit is None:
             return super().evaluation_loop(*args, **kwargs)
-        with baseline_loss(self, self._commonit_parent_accepts_loss_kwargs):
+        trained_with, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, self._parent_accepts_loss_kwargs
+        try:
             return super().evaluation_loop(*args, **kwargs)
-
-    # --- packing ----------------------------------------------------------------------------------------------------
-
-    def commonit_fit_spec(self) -> None:
-        """Plan over bins of the current batch size; `auto_find_batch_size` changes it."""
-        run = self.commonit
-        assert run is not None
-        if not self.args.sample_packing:
-            return super().commonit_fit_spec()
-        capacity, bins_per_micro_batch = bin_shape(self.args, self._train_batch_size)
-        if self.commonit_bins is None or self.commonit_bins.capacity != capacity:
-            lengths = Rows(self.train_dataset).token_counts("total")
-            self.commonit_bins = pack_for_training(
-                self.args, run.row_groups, lengths, self._train_batch_size, run.spec.world_size
-            )
-        bins = self.commonit_bins
-        if run.spec.group_ids is not bins.group_ids:
-            run.spec = replace(
-                run.spec,
-                group_ids=bins.group_ids,
-                lengths=None if run.spec.lengths is None else bins.lengths,
-                heaviest_first=None if run.spec.heaviest_first is None else bins.lengths,
-                micro_batch_size=bins_per_micro_batch,
-            )
-
-    def commonit_sampler(self) -> CommonITBatchSampler:
-        if self.commonit_bins is None:
-            return super().commonit_sampler()
-        assert self.commonit is not None
-        return PackedBatchSampler(self.commonit_bins, self.commonit.plan, self.commonit.rank)
-
-    def commonit_fingerprint(self) -> str:
-        bins = "" if self.commonit_bins is None else f", bins {self.commonit_bins.fingerprint()}"
-        return f"{super().commonit_fingerprint()}{bins}"
+        finally:
+            self.model_accepts_loss_kwargs = trained_with
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Skip Axolotl's sampler, which packs the whole dataset several times, when CommonIT replaces it."""
@@ -137,4 +102,4 @@ def accepts_loss_kwargs(model: Any) -> bool:
 
 
 def _without_labels(dataset: Dataset) -> Dataset:
-    return dataset.remove_columns([name for name in dataset.column_names if name.startswith("commonit_task[")])
+    return dataset.remove_columns(label_columns(dataset))

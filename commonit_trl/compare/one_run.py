@@ -79,7 +79,7 @@ def train_and_measure(
     if answers is not None:
         arrays["exact"] = exact_matches(trainer, evaluation, answers)
     # The same groups as for the trainer's own evaluation losses by group.
-    group_ids = None if run is None else run.assign_eval(trainer, evaluation)
+    group_ids = None if run is None else run.eval_sets.assign(evaluation)
     if not trainer.is_world_process_zero():
         return
     arrays["group_ids"] = np.full(len(evaluation), -1) if group_ids is None else group_ids

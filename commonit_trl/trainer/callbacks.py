@@ -1,27 +1,10 @@
-"""The callbacks of a CommonIT run: epochs, metrics, reports, and a mark in the checkpoints' trainer state."""
+"""The callback of a CommonIT run: epochs, metrics, reports, and the run's mark in the checkpoints' trainer state."""
 
-import secrets
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
-from commonit_trl.trainer import checkpoint, reports, validate
-from commonit_trl.trainer.metrics import sum_over_ranks
-
-
-class CommonITCallback(TrainerCallback, ExportableState):
-    """Marks each checkpoint's `trainer_state.json`, which a run without CommonIT would write without the mark."""
-
-    def __init__(self) -> None:
-        self.run_id = secrets.token_hex(8)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The state of a checkpoint that has no mark lacks the entry that saving looks up.
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"run_id": self.run_id}}
+from commonit_trl.trainer import checkpoint, reports, resume, validate
 
 
 class RunCallback(TrainerCallback):
@@ -33,9 +16,10 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
         run = self.trainer.commonit
+        checkpoint.mark(run, state)
         run.metrics.clear()
         if run.first_step is not None:
-            checkpoint.move_schedule(lr_scheduler, state.global_step)
+            resume.move_schedule(lr_scheduler, state.global_step)
         if args.commonit_report and args.should_save:
             self.inspection = reports.inspect_run(self.trainer)
             reports.write_report(self.trainer, self.inspection)
@@ -55,17 +39,10 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_log:  # on every rank; `log` itself may be called on one rank alone
-            self.trainer.commonit.metrics.reduce(self._sum_over_ranks)
+            self.trainer.commonit.metrics.reduce(self.trainer)
 
     on_epoch_end = on_step_end
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.inspection is not None:
             reports.write_report(self.trainer, self.inspection)
-
-    def _sum_over_ranks(self, values: list[float]) -> list[float]:
-        world_size = self.trainer.args.world_size
-        if world_size == 1:
-            return values
-        shared_by = world_size / self.trainer.commonit.spec.world_size  # ranks that share a batch count once
-        return [value / shared_by for value in sum_over_ranks(self.trainer, values)]

@@ -12,13 +12,14 @@ message. Cost: a cross entropy over the logits that exist anyway (TRL from 1.16 
 24 bytes per row. benchmarks/evaluation.py measures it beside the parent's evaluation.
 """
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
 import torch
+from datasets import Dataset
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
@@ -35,28 +36,83 @@ _TOLERANCE = 0.02
 """Relative difference between the parent's loss of a batch and ours; half precision stays below it."""
 
 
+class EvalSets:
+    """The groups of the evaluation sets of `trainer`."""
+
+    def __init__(self, trainer: Any, grouping: Grouping) -> None:
+        self.trainer = trainer
+        self.grouping = grouping
+        self._assigned: weakref.WeakKeyDictionary[Any, NDArray[np.int64] | None] = weakref.WeakKeyDictionary()
+        self._loaded: tuple[Any, Any] = (None, None)
+
+    def remember(self, loader: Any, dataset: Any) -> None:
+        """Remember that `loader` evaluates `dataset`, an argument of `get_eval_dataloader`."""
+        sets = self.trainer.eval_dataset
+        self._loaded = loader, sets if dataset is None else sets[dataset] if isinstance(dataset, str) else dataset
+
+    def groups_of(self, loader: Any) -> NDArray[np.int64] | None:
+        """Return the (rows,) groups of the set that `loader` evaluates; None where it has none."""
+        (remembered, dataset), self._loaded = self._loaded, (None, None)
+        return self.assign(dataset) if dataset is not None and remembered is loader else None
+
+    def assign(self, dataset: Any) -> NDArray[np.int64] | None:
+        """Return the (rows,) groups of an evaluation set; None, with a message, where they cannot be assigned."""
+        if not isinstance(dataset, Dataset):
+            logger.info("No loss per group: the evaluation set is a %s.", type(dataset).__name__)
+            return None
+        if self.trainer.commonit_is_packed(dataset):
+            logger.info("No loss per group: the evaluation set is packed; set eval_packing=False to get it.")
+            return None
+        if dataset not in self._assigned:
+            try:
+                self._assigned[dataset] = self.grouping.assign(self.trainer.commonit_rows(dataset))
+            except ValueError as error:
+                logger.warning("No loss per group on the evaluation set: %s", error)
+                self._assigned[dataset] = None  # so that this is logged once
+        return self._assigned[dataset]
+
+    def groups(self) -> dict[str, list[str]]:
+        """Return metric prefix -> groups of each evaluation set; no groups where they cannot be assigned."""
+        given = self.trainer.eval_dataset
+        sets = {f"eval_{name}": rows for name, rows in given.items()} if isinstance(given, dict) else {"eval": given}
+        assigned = {prefix: self.assign(rows) for prefix, rows in sets.items() if rows is not None}
+        return {
+            prefix: [] if ids is None else [self.grouping.name_of(group) for group in np.unique(ids).tolist()]
+            for prefix, ids in assigned.items()
+        }
+
+
 class RowLosses:
     """Collects the loss of each row of one evaluation; a context in which the model's outputs are kept.
+
+    It does nothing for an evaluation set without groups, and without CommonIT.
 
     Args:
         trainer: whose evaluation it is.
         loader: the evaluation dataloader.
-        num_rows: rows of its dataset.
     """
 
-    def __init__(self, trainer: Any, loader: Any, num_rows: int) -> None:
+    def __init__(self, trainer: Any, loader: Any) -> None:
         self.trainer = trainer
-        self.sums = np.zeros((3, num_rows))
-        """(3, rows) losses of trained tokens, number of trained tokens, and how often the row was evaluated."""
         self.problem: str | None = None
-        self._batches = iter(loader.batch_sampler)
+        run = trainer.commonit
+        self.group_ids = None if run is None else run.eval_sets.groups_of(loader)
+        """(rows,) group of each row, -1 for an unseen task."""
+        self._loader = loader
+        self._hooks: list[Any] = []
         self._outputs: Any = None
         self._hidden_states: Any = None
 
     def __enter__(self) -> Self:
+        if self.group_ids is None:
+            return self
+        self.trainer.commonit.row_losses = self
+        self._batches = iter(self._loader.batch_sampler)
+        self.sums = np.zeros((3, len(self.group_ids)))
+        """(3, rows) losses of trained tokens, number of trained tokens, and how often the row was evaluated."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._hooks = [self.trainer.model.register_forward_hook(self._keep_outputs)]
+        self._hooks.append(self.trainer.model.register_forward_hook(self._keep_outputs))
         backbone = getattr(base, "base_model", None)
         if backbone is not None and backbone is not base:
             self._hooks.append(backbone.register_forward_hook(self._keep_hidden_states))
@@ -65,7 +121,8 @@ class RowLosses:
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        self.trainer.commonit.row_losses = None
+        if self.group_ids is not None:
+            self.trainer.commonit.row_losses = None
 
     def _keep_outputs(self, model: Any, args: Any, outputs: Any) -> None:
         self._outputs = outputs
@@ -128,12 +185,10 @@ class RowLosses:
         losses[trained] = torch.cat(parts)
         return losses.reshape(labels.shape[0], -1), trained.reshape(labels.shape[0], -1)
 
-    def metrics(self, grouping: Grouping, group_ids: NDArray[np.int64], prefix: str) -> dict[str, float]:
-        """Return `<prefix>_<group>_loss` of each group; a collective on every rank.
-
-        Args:
-            group_ids: (rows,) group of each row, -1 for an unseen task.
-        """
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Return `<prefix>_<group>_loss` of each group; a collective on every rank."""
+        if self.group_ids is None:
+            return {}
         *flat, problems = sum_over_ranks(self.trainer, np.append(self.sums.ravel(), self.problem is not None))
         if problems:
             logger.warning("No loss per group on the evaluation set: %s.", self.problem or "another rank has none")
@@ -141,24 +196,21 @@ class RowLosses:
         losses, tokens, times = np.reshape(flat, self.sums.shape)
         seen = times > 0
         losses, tokens = losses / np.maximum(times, 1), tokens / np.maximum(times, 1)
-        groups, numbers = np.unique(group_ids, return_inverse=True)
-        sums, counts = (np.bincount(numbers, values, len(groups)) for values in (losses, tokens))
-        missed = np.bincount(numbers, ~seen, len(groups)).astype(int)
+        groups, numbers = np.unique(self.group_ids, return_inverse=True)
+        names = [self.trainer.commonit.grouping.name_of(group) for group in groups]
+        sums, counts, missed = (np.bincount(numbers, values, len(groups)) for values in (losses, tokens, ~seen))
         if missed.any():
-            named = ", ".join(
-                f"{missed[place]} of {sanitize(grouping.name_of(groups[place]))!r}"
-                for place in np.flatnonzero(missed)[:5]
-            )
+            named = [f"{missed[group]:.0f} of {sanitize(names[group])!r}" for group in np.flatnonzero(missed)[:5]]
             logger.warning(
                 "%s: the evaluation left out %d of %d rows (%s), because its loader drops incomplete batches; the loss "
                 "of a group without a row is NaN.",
                 prefix,
                 missed.sum(),
-                len(group_ids),
-                named,
+                len(self.group_ids),
+                ", ".join(named),
             )
         means = np.divide(sums, counts, out=np.full(len(groups), np.nan), where=counts > 0)
-        return {f"{prefix}_{grouping.name_of(group)}_loss": float(mean) for group, mean in zip(groups, means)}
+        return {f"{prefix}_{name}_loss": float(mean) for name, mean in zip(names, means, strict=True)}
 
 
 class _NotCountable(Exception):
@@ -190,17 +242,3 @@ def _row_of_tokens(inputs: Mapping[str, Any], shape: torch.Size, count: int) -> 
 
 def _packed(positions: torch.Tensor) -> bool:
     return bool((positions == 0).sum() > 1)
-
-
-@contextlib.contextmanager
-def baseline_loss(trainer: Any, accepts_loss_kwargs: bool) -> Iterator[None]:
-    """A context in which the trainer evaluates as its parent does.
-
-    Args:
-        accepts_loss_kwargs: the parent's `model_accepts_loss_kwargs`.
-    """
-    kept, trainer.model_accepts_loss_kwargs = trainer.model_accepts_loss_kwargs, accepts_loss_kwargs
-    try:
-        yield
-    finally:
-        trainer.model_accepts_loss_kwargs = kept

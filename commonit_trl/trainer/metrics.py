@@ -19,7 +19,7 @@ Cost: four sums over each micro-batch's tokens, and one reduction of 2 x groups 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,16 +60,18 @@ def count_tokens(inputs: Mapping[str, Any], shifted: bool = True) -> TokenCounts
     )
 
 
-def count_samples(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Count the samples of a micro-batch whose loss is a mean over samples."""
-    return torch.tensor(find_batch_size(inputs) or 1)
+def count_micro_batch(inputs: Mapping[str, Any], shifted: bool) -> tuple[torch.Tensor, TokenCounts | None]:
+    """Return the weight of a micro-batch's loss, its trained tokens or else its samples, and its tokens."""
+    tokens = count_tokens(inputs, shifted)
+    return torch.tensor(find_batch_size(inputs) or 1) if tokens is None else tokens.trained, tokens
 
 
 def sum_over_ranks(trainer: Any, values: Any) -> list[float]:
-    """Sum a vector over all ranks, in double precision where the device has it; a collective on every rank."""
+    """Sum a vector over the data-parallel ranks, in double precision where the device has it; a collective."""
     device = trainer.args.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    return trainer.accelerator.reduce(torch.tensor(values, dtype=dtype, device=device), reduction="sum").tolist()
+    sums = trainer.accelerator.reduce(torch.tensor(values, dtype=dtype, device=device), reduction="sum")
+    return (sums / (trainer.args.world_size / trainer.commonit.spec.world_size)).tolist()  # ranks may share batches
 
 
 class GroupMetrics:
@@ -106,12 +108,8 @@ class GroupMetrics:
         if group >= 0 and grad_norm is not None:
             self._grad_norms[group].append(grad_norm)
 
-    def reduce(self, sum_over_ranks: Callable[[list[float]], list[float]]) -> None:
-        """Make the collected values ready for `take`, and start anew.
-
-        Args:
-            sum_over_ranks: the sum of a vector over the data-parallel ranks; called once, on every rank.
-        """
+    def reduce(self, trainer: Any) -> None:
+        """Make the values collected by all ranks of `trainer` ready for `take`, and start anew; a collective."""
         count = len(self.names)
         sums = [0.0] * (2 * count + 2)  # losses of each group, weights of each group, data tokens, computed tokens
         if self._micro_batches:
@@ -123,7 +121,7 @@ class GroupMetrics:
         if self._tokens:
             sums[-2] = sum(torch.stack([counts.data for counts in self._tokens]).tolist())
             sums[-1] = sum(counts.computed for counts in self._tokens)
-        *sums, data, computed = sum_over_ranks(sums)
+        *sums, data, computed = sum_over_ranks(trainer, sums)
         logs = {
             f"loss_{name}": loss / weight for name, loss, weight in zip(self.names, sums, sums[count:]) if weight > 0
         }

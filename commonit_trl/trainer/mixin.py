@@ -11,30 +11,24 @@ batches to the device itself.
 
 import inspect
 import logging
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from commonit_trl.grouping import Grouper, build_grouper
 from commonit_trl.grouping.fit import Grouping
 from commonit_trl.grouping.task import with_task_file
 from commonit_trl.plan import EpochPlan
-from commonit_trl.plan.sampler import CommonITBatchSampler, CommonITDataLoader
 from commonit_trl.rows import Rows
-from commonit_trl.trainer import checkpoint, reports, validate
-from commonit_trl.trainer.callbacks import CommonITCallback, RunCallback
+from commonit_trl.trainer import checkpoint, reports, resume, validate
+from commonit_trl.trainer.callbacks import RunCallback
 from commonit_trl.trainer.evaluation import RowLosses
 from commonit_trl.trainer.loss import is_summed_over_tokens, predicts_next_token
-from commonit_trl.trainer.metrics import count_samples, count_tokens
+from commonit_trl.trainer.metrics import count_micro_batch
 from commonit_trl.trainer.run import Run, group_rows, start_run
-
-logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Mixed  # the class that the mixin extends
@@ -60,9 +54,8 @@ class CommonITMixin(_Mixed):
     train_dataset: Any
     eval_dataset: Any
     commonit: Run | None = None
-    _commonit_raw_dataset: Any = None  # for parents that prepare the training set as they are constructed
-    _commonit_prepared: tuple[Grouping, NDArray[np.integer[Any]]] | None = None
-    commonit_logger = logger  # a framework that hides other packages' messages sets its own
+    commonit_run_class: type[Run] = Run
+    commonit_logger = logging.getLogger(__name__)  # a framework that hides other packages' messages sets its own
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = {**inspect.signature(super().__init__).bind_partial(*args).arguments, **kwargs}
@@ -72,15 +65,15 @@ class CommonITMixin(_Mixed):
         if dataset is not None:
             # Before the first collective that only some metrics have: a rank without CommonIT takes part in none.
             validate.compare_ranks({"commonit_metric": options.commonit_metric})
-        if options.commonit_on and dataset is not None:
+        groups_rows = options.commonit_on and dataset is not None
+        if groups_rows:
             if options.commonit_task_file is not None:
                 validate.check_dataset(dataset)
                 dataset = with_task_file(dataset, options.commonit_task_file)
                 args, kwargs = (), {**given, "train_dataset": dataset}
             self.commonit_check(options, dataset)
-            self._commonit_raw_dataset = dataset
         super().__init__(*args, **kwargs)
-        if options.commonit_on and dataset is not None:
+        if groups_rows:
             self.commonit_start()
 
     # --- hooks, for trainers that prepare, pack or sample in another way -------------------------------------------
@@ -96,15 +89,14 @@ class CommonITMixin(_Mixed):
 
     def commonit_start(self) -> None:
         """Group the training rows and plan the run; the parent is constructed."""
-        start_run(self)
-        self.add_callback(CommonITCallback())
+        self.commonit = start_run(self)
         self.add_callback(RunCallback(self))
         if self.is_world_process_zero():
             reports.log_summary(self)
 
     def commonit_group(self) -> tuple[Grouping, NDArray[np.integer[Any]]]:
         """Return the groups of the training rows, and the (rows,) groups of `train_dataset`."""
-        return self._commonit_prepared or group_rows(self)
+        return group_rows(self)
 
     def commonit_rows(self, dataset: Dataset) -> Rows:
         """Return `dataset` as the groupers read it."""
@@ -117,22 +109,6 @@ class CommonITMixin(_Mixed):
     def commonit_loss_is_summed(self) -> bool:
         """Return whether the loss is a sum over rows divided by the step's token count."""
         return is_summed_over_tokens(self)
-
-    def commonit_fit_spec(self) -> None:
-        """Adapt the spec to the current batch size, which `auto_find_batch_size` changes."""
-        assert self.commonit is not None
-        if self.commonit.spec.micro_batch_size != self._train_batch_size:
-            self.commonit.spec = replace(self.commonit.spec, micro_batch_size=self._train_batch_size)
-
-    def commonit_fingerprint(self) -> str:
-        """Return a hash of the order of samples."""
-        assert self.commonit is not None
-        return self.commonit.spec.fingerprint
-
-    def commonit_sampler(self) -> CommonITBatchSampler:
-        """Return this rank's batch sampler."""
-        assert self.commonit is not None
-        return CommonITBatchSampler(self.commonit.plan, self.commonit.rank)
 
     # --- groups and plan --------------------------------------------------------------------------------------------
 
@@ -156,38 +132,22 @@ class CommonITMixin(_Mixed):
         """(rows of `train_dataset`,) group ids; None with `commonit_metric="none"`."""
         return None if self.commonit is None else self.commonit.row_groups
 
+    # --- training ---------------------------------------------------------------------------------------------------
+
     def get_train_dataloader(self) -> Any:
         """Return the parent's dataloader, over this rank's micro-batches of the plan."""
         if self.commonit is None:
             return super().get_train_dataloader()
         self.commonit.check_dataset(self.train_dataset)
-        loader = super().get_train_dataloader()
-        self.commonit.dataset = self.train_dataset  # DPO adds columns as it makes its loader
-        self.commonit_fit_spec()
-        return CommonITDataLoader(
-            loader.dataset,
-            self.commonit_sampler(),
-            collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=loader.persistent_workers,
-            in_order=loader.in_order,
-        )
-
-    # --- training ---------------------------------------------------------------------------------------------------
+        return self.commonit.dataloader(self, super().get_train_dataloader())
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """Train as the parent does; collect the micro-batch's loss for its group."""
         if self.commonit is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        # The parent may take values out of inputs.
-        tokens, samples = count_tokens(inputs, predicts_next_token(self.model)), count_samples(inputs)
+        counts = count_micro_batch(inputs, predicts_next_token(self.model))  # the parent may take values out of inputs
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.commonit.add_micro_batch(self, loss, num_items_in_batch, tokens, samples)
+        self.commonit.add_micro_batch(self, loss, num_items_in_batch, *counts)
         return loss
 
     # A private name of transformers: the only place that has the gradient norm of every step.
@@ -204,32 +164,20 @@ class CommonITMixin(_Mixed):
             logs = {**logs, **self.commonit.metrics.take()}
         super().log(logs, *args, **kwargs)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the parent's model card, with a section on the groups."""
-        super().create_model_card(*args, **kwargs)
-        if self.commonit is not None and self.is_world_process_zero():
-            reports.extend_model_card(self)
-
     # --- checkpoints ------------------------------------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as the parent does, and the groups beside it in `commonit/`."""
-        if self.commonit is not None and _internal_call and output_dir is not None and self.args.should_save:
-            # An earlier run's checkpoint of the same step is incomplete while this one is written over it.
-            (Path(output_dir) / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super().save_model(output_dir, _internal_call)
-        self._commonit_save(output_dir or self.args.output_dir)
-
-    def _commonit_save(self, output_dir: str) -> None:
-        if self.commonit is not None and self.args.should_save:
-            (mark,) = (entry for entry in self.callback_handler.callbacks if isinstance(entry, CommonITCallback))
-            checkpoint.save(self, Path(output_dir) / checkpoint.COMMONIT_DIR, mark.run_id)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the parent does; refuse a checkpoint of other groups or another plan."""
-        resume_from_checkpoint = checkpoint.prepare(self, resume_from_checkpoint)
-        self._commonit_save(self.args.output_dir)  # before training, so that a failed run has its groups
+        resume_from_checkpoint = resume.prepare(self, resume_from_checkpoint)
+        checkpoint.save(self, self.args.output_dir)  # before training, so that a failed run has its groups
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as the parent does, and the groups beside it in `commonit/`."""
+        if _internal_call:
+            checkpoint.mark_incomplete(self, output_dir)
+        super().save_model(output_dir, _internal_call)
+        checkpoint.save(self, output_dir or self.args.output_dir)
 
     # A private name of transformers: the only place that decides at which step of which epoch the Trainer resumes.
     # tests/unit/test_platform.py fails when it changes.
@@ -237,13 +185,13 @@ class CommonITMixin(_Mixed):
         self, max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any
     ) -> tuple[int, int]:
         place = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
-        if self.commonit is None or self.commonit.first_step is None:
-            return place
-        self.state.global_step = self.commonit.first_step
-        self.state.epoch = self.commonit.first_step / num_update_steps_per_epoch
-        self.state.best_global_step = None  # a step of the checkpoint's own count
-        epoch, step = divmod(self.commonit.first_step, num_update_steps_per_epoch)
-        return epoch, step * self.args.gradient_accumulation_steps
+        return resume.replanned_place(self, num_update_steps_per_epoch) or place
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the parent's model card, with a section on the groups."""
+        super().create_model_card(*args, **kwargs)
+        if self.commonit is not None and self.is_world_process_zero():
+            reports.extend_model_card(self)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -251,8 +199,7 @@ class CommonITMixin(_Mixed):
         """Return the parent's dataloader; remember its rows for the loss of each group."""
         loader = super().get_eval_dataloader(eval_dataset)
         if self.commonit is not None:
-            rows = self.eval_dataset if eval_dataset is None else eval_dataset
-            self.commonit.evaluated = loader, self.eval_dataset[rows] if isinstance(rows, str) else rows
+            self.commonit.eval_sets.remember(loader, eval_dataset)
         return loader
 
     def evaluation_loop(
@@ -264,24 +211,19 @@ class CommonITMixin(_Mixed):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as the parent does, and add `<prefix>_<group>_loss` to the metrics."""
-        loop: Any = super().evaluation_loop
-        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        group_ids = None if self.commonit is None else self.commonit.groups_of(self, dataloader)
-        if self.commonit is None or group_ids is None:
-            return loop(*arguments)
-        with RowLosses(self, dataloader, len(group_ids)) as self.commonit.row_losses:
-            output = loop(*arguments)
-            losses = self.commonit.row_losses.metrics(self.commonit.grouping, group_ids, metric_key_prefix)
-        output.metrics.update(losses)
+        with RowLosses(self, dataloader) as losses:
+            output: Any = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            output.metrics.update(losses.metrics(metric_key_prefix))
         return output
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         """Predict as the parent does; collect the loss of each row."""
-        losses = None if self.commonit is None else self.commonit.row_losses
         kept = dict(inputs)  # the parent may take values out of inputs
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if losses is not None:
-            losses.add(kept, result[0])
+        if self.commonit is not None and self.commonit.row_losses is not None:
+            self.commonit.row_losses.add(kept, result[0])
         return result

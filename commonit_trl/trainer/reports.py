@@ -1,4 +1,4 @@
-"""Reports of a run: the epoch summary in the log, the HTML report, and the section of the model card.
+"""Reports of a run: the epoch summary, the HTML report, and the section of the model card.
 
 A report that cannot be made is a warning. It never ends a run.
 """
@@ -6,6 +6,8 @@ A report that cannot be made is a warning. It never ends a run.
 import logging
 from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from commonit_trl.files import write_text
 from commonit_trl.grouping.fit import data_seed
@@ -28,22 +30,16 @@ _GROUPS_NAMED = 5
 
 
 def log_summary(trainer: Any) -> None:
-    """Log the epoch summary, and warn of samples that are dropped, left out or repeated."""
+    """Show the epoch summary, and warn of samples that are dropped, left out or repeated."""
     args, log = trainer.args, trainer.commonit_logger
     with optional("the epoch summary", log):
         entry = trainer.commonit.summary()
-        log.info(
-            "commonit_metric=%s: %d groups, %d steps per epoch (baseline: %d), %d samples, %d left out, "
-            "%d repeated, %d rows dropped.\n%s",
-            args.commonit_metric,
-            len(entry["groups"]),
-            entry["steps"],
-            entry["baseline_steps"],
-            entry["samples"],
-            entry["left_out"],
-            entry["repeated"],
-            entry["dropped"]["rows"],
-            summary_table(entry),
+        _show(
+            f"commonit_metric={args.commonit_metric}: {len(entry['groups'])} groups, {entry['steps']} steps per epoch "
+            f"(baseline: {entry['baseline_steps']}), {entry['samples']} samples, {entry['left_out']} left out, "
+            f"{entry['repeated']} repeated, {entry['dropped']['rows']} rows dropped.\n{summary_table(entry)}",
+            log,
+            args,
         )
         for reason, rows in entry["dropped"]["by_reason"].items():
             log.warning(
@@ -66,6 +62,19 @@ def log_summary(trainer: Any) -> None:
                     len(affected),
                     _largest(affected),
                 )
+
+
+def _show(text: str, log: logging.Logger, args: Any) -> None:
+    """Log `text` where loggers show it; else print it, as transformers' `ProgressCallback` prints training logs.
+
+    Nothing is printed with `disable_tqdm`, or with a level of the logger or a `log_level` above warning.
+    """
+    if log.isEnabledFor(logging.INFO):
+        log.info("%s", text)
+        return
+    silenced = args.disable_tqdm or args.get_process_log_level() > logging.WARNING
+    if not silenced and log.isEnabledFor(logging.WARNING):
+        tqdm.write(text)
 
 
 def _largest(counts: dict[str, int]) -> str:

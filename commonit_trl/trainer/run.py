@@ -1,29 +1,36 @@
-"""`Run`: the state that CommonIT adds to a trainer, in one value; `start_run` sets it."""
+"""`Run`: the state that CommonIT adds to a trainer, in one value; `start_run` makes it."""
 
 import functools
+import inspect
 import logging
-import weakref
-from dataclasses import dataclass, field
-from typing import Any
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN
 from commonit_trl.grouping.fit import Grouping, data_seed, fit_grouping
 from commonit_trl.grouping.tracing import TracedRows
 from commonit_trl.plan import EpochPlan, PlanSpec
+from commonit_trl.plan.sampler import CommonITBatchSampler, CommonITDataLoader
 from commonit_trl.report import epoch_summary
 from commonit_trl.rows import Rows
 from commonit_trl.trainer import validate
-from commonit_trl.trainer.evaluation import RowLosses
+from commonit_trl.trainer.evaluation import EvalSets, RowLosses
 from commonit_trl.trainer.loss import has_auxiliary_loss, predicts_next_token
 from commonit_trl.trainer.metrics import GroupMetrics, TokenCounts
 
 logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+_OWN_LOADER_OPTIONS = {"dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "generator"}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -39,25 +46,31 @@ class Run:
     rank: int
     summed_over_tokens: bool
     """Whether the loss is a sum over rows divided by the step's token count (`trainer/loss.py`)."""
+    eval_sets: EvalSets
+    run_id: str = field(default_factory=lambda: secrets.token_hex(8))
     epoch: int = 0
     micro_step: int = 0
     """Micro-steps of the current optimizer step that are done."""
     first_step: int | None = None
     """Where the Trainer resumes, if not at the checkpoint's own step."""
     replanned: int = 0
-    """How often the remaining rows of an epoch were planned with other settings."""
-    evaluated: tuple[Any, Any] = (None, None)
-    """An evaluation dataloader and its rows."""
-    eval_groups: Any = field(default_factory=weakref.WeakKeyDictionary)
-    """Evaluation set -> (rows,) group ids, or None where they cannot be assigned."""
+    """How often the rest of an epoch was planned with other settings."""
     row_losses: RowLosses | None = None
     """Of the evaluation that is under way."""
-
-    _summary: tuple[PlanSpec, dict[str, Any]] | None = None
+    _of_spec: tuple[PlanSpec, dict[Any, Any]] | None = None
 
     @functools.cached_property
     def metrics(self) -> GroupMetrics:
         return GroupMetrics(self.grouping.names)
+
+    def of_spec(self, compute: Callable[["Run"], Value]) -> Value:
+        """Return `compute(self)`, computed once for the current spec."""
+        if self._of_spec is None or self._of_spec[0] is not self.spec:
+            self._of_spec = self.spec, {}
+        values = self._of_spec[1]
+        if compute not in values:
+            values[compute] = compute(self)
+        return values[compute]
 
     def plan(self, epoch: int) -> EpochPlan:
         """Return the plan of `epoch`."""
@@ -65,10 +78,45 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """Return what a complete first epoch trains, leaves out and repeats, as JSON values."""
-        if self._summary is None or self._summary[0] is not self.spec:
-            plan = self.spec.whole.plan(0)
-            self._summary = self.spec, epoch_summary(plan, self.grouping.names, self.grouping.dropped)
-        return self._summary[1]
+        return self.of_spec(_summary)
+
+    # --- the samples of the plan: rows, or bins of several rows in a subclass ---------------------------------------
+
+    def fit_spec(self, trainer: Any) -> None:
+        """Adapt the spec to the current batch size, which `auto_find_batch_size` changes."""
+        if self.spec.micro_batch_size != trainer._train_batch_size:
+            self.spec = replace(self.spec, micro_batch_size=trainer._train_batch_size)
+
+    def sampler(self) -> CommonITBatchSampler:
+        """Return this rank's batch sampler."""
+        return CommonITBatchSampler(self.plan, self.rank)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the order of samples."""
+        return self.spec.fingerprint
+
+    def dataloader(self, trainer: Any, loader: Any) -> CommonITDataLoader:
+        """Return `loader`, the parent's, over this rank's micro-batches."""
+        self.dataset = trainer.train_dataset  # DPO adds columns as it makes its loader
+        self.fit_spec(trainer)
+        copied = inspect.signature(DataLoader).parameters.keys() - _OWN_LOADER_OPTIONS
+        options = {name: getattr(loader, name) for name in copied}
+        return CommonITDataLoader(loader.dataset, self.sampler(), **options)
+
+    def check_dataset(self, dataset: Any) -> None:
+        """Refuse a training set that is not the one that was grouped.
+
+        Raises:
+            ValueError: when `train_dataset` was replaced.
+        """
+        if dataset is not self.dataset and getattr(dataset, "_fingerprint", None) != self.dataset._fingerprint:
+            raise ValueError(
+                f"train_dataset ({len(dataset)} rows) is not the dataset that was grouped ({len(self.dataset)} rows): "
+                "give the dataset at construction and do not replace it."
+            )
+
+    # --- progress ---------------------------------------------------------------------------------------------------
 
     def restart(self) -> None:
         """Forget the progress of an earlier `train`."""
@@ -87,18 +135,18 @@ class Run:
         return self.epoch, done
 
     def add_micro_batch(
-        self, trainer: Any, loss: torch.Tensor, items: Any, tokens: TokenCounts | None, samples: torch.Tensor
+        self, trainer: Any, loss: torch.Tensor, items: Any, weight: torch.Tensor, tokens: TokenCounts | None
     ) -> None:
         """Add what `training_step` returned for the next micro-batch to the metrics of its group.
 
         Args:
             items: `num_items_in_batch`, the step's trained tokens.
-            tokens, samples: of the micro-batch.
+            weight, tokens: of the micro-batch, as `count_micro_batch` returns them.
         """
         plan = self.plan(self.epoch)
         micro_step = trainer.state.global_step % plan.num_steps * plan.accumulation_steps + self.micro_step
         self.micro_step += 1
-        weight = (samples if tokens is None else tokens.trained).to(loss.device)
+        weight = weight.to(loss.device)
         if self.summed_over_tokens and items is not None:
             ranks = self.spec.world_size if trainer.args.average_tokens_across_devices else 1
             total = loss.detach() * torch.as_tensor(items).flatten()[0] / ranks  # nn.DataParallel has one per device
@@ -111,54 +159,13 @@ class Run:
         """Add the gradient norm of an optimizer step to the metrics of its group."""
         self.metrics.add_step(self.plan(self.epoch).group_of(global_step), grad_norm)
 
-    def groups_of(self, trainer: Any, dataloader: Any) -> NDArray[np.int64] | None:
-        """Return the (rows,) groups of the set that `dataloader` evaluates; None where it has none."""
-        (loader, dataset), self.evaluated = self.evaluated, (None, None)
-        return self.assign_eval(trainer, dataset) if dataset is not None and loader is dataloader else None
 
-    def assign_eval(self, trainer: Any, dataset: Any) -> NDArray[np.int64] | None:
-        """Return the (rows,) groups of an evaluation set; None, with a message, where they cannot be assigned."""
-        if not isinstance(dataset, Dataset):
-            logger.info("No loss per group: the evaluation set is a %s.", type(dataset).__name__)
-            return None
-        if trainer.commonit_is_packed(dataset):
-            logger.info("No loss per group: the evaluation set is packed; set eval_packing=False to get it.")
-            return None
-        if dataset not in self.eval_groups:
-            try:
-                self.eval_groups[dataset] = self.grouping.assign(trainer.commonit_rows(dataset))
-            except ValueError as error:
-                logger.warning("No loss per group on the evaluation set: %s", error)
-                self.eval_groups[dataset] = None  # so that this is logged once
-        return self.eval_groups[dataset]
-
-    def evaluated_groups(self, trainer: Any) -> dict[str, list[str]]:
-        """Return metric prefix -> groups of each evaluation set; no groups where they cannot be assigned."""
-        given = trainer.eval_dataset
-        sets = given if isinstance(given, dict) else {} if given is None else {None: given}
-        assigned = {name: self.assign_eval(trainer, dataset) for name, dataset in sets.items()}
-        return {
-            "eval" if name is None else f"eval_{name}": []
-            if group_ids is None
-            else list(map(self.grouping.name_of, np.unique(group_ids).tolist()))
-            for name, group_ids in assigned.items()
-        }
-
-    def check_dataset(self, dataset: Any) -> None:
-        """Refuse a training set that is not the one that was grouped.
-
-        Raises:
-            ValueError: when `train_dataset` was replaced.
-        """
-        if dataset is not self.dataset and getattr(dataset, "_fingerprint", None) != self.dataset._fingerprint:
-            raise ValueError(
-                f"train_dataset ({len(dataset)} rows) is not the dataset that was grouped ({len(self.dataset)} rows): "
-                "give the dataset at construction and do not replace it."
-            )
+def _summary(run: Run) -> dict[str, Any]:
+    return epoch_summary(run.spec.whole.plan(0), run.grouping.names, run.grouping.dropped)
 
 
-def start_run(trainer: Any) -> None:
-    """Group the training rows of a constructed trainer, and set `trainer.commonit` to its run.
+def start_run(trainer: Any) -> Run:
+    """Group the training rows of a constructed trainer and plan its run.
 
     Raises:
         ValueError: when no row can be trained, and when options, settings or groups do not go together.
@@ -173,7 +180,7 @@ def start_run(trainer: Any) -> None:
     world_size, rank = validate.data_parallel_rank(trainer)
     summed = trainer.commonit_loss_is_summed()
     tokens = row_costs(trainer.train_dataset, trainer.data_collator)
-    run = trainer.commonit = Run(
+    run = trainer.commonit_run_class(
         grouping=grouping,
         spec=PlanSpec.from_options(
             args,
@@ -194,11 +201,13 @@ def start_run(trainer: Any) -> None:
         row_groups=row_groups,
         rank=rank,
         summed_over_tokens=summed,
+        eval_sets=EvalSets(trainer, grouping),
     )
-    trainer.commonit_fit_spec()
+    run.fit_spec(trainer)
     run.plan(0)  # refuses too few samples and a remainder='drop' without a step
     if args.metric_for_best_model is not None and trainer.compute_metrics is None:  # which may log any loss
-        validate.check_best_metric(args.metric_for_best_model, grouping.names, run.evaluated_groups(trainer))
+        validate.check_best_metric(args.metric_for_best_model, grouping.names, run.eval_sets.groups())
+    return run
 
 
 def group_rows(trainer: Any) -> tuple[Grouping, NDArray[np.integer[Any]]]:

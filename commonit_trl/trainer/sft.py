@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from commonit_trl.config import CommonITArguments
 from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN
-from commonit_trl.grouping.fit import fit_grouping
+from commonit_trl.grouping.fit import Grouping, fit_grouping
 from commonit_trl.grouping.tracing import (
     TracedRows,
     missing_rows,
@@ -53,6 +53,16 @@ class CommonITSFTTrainer(CommonITMixin, SFTTrainer):
 
     With `packing=True` each group is packed alone, by TRL's strategies; a step then holds packs of one group.
     """
+
+    _commonit_raw_dataset: Dataset | None = None  # while the parent, as it is constructed, prepares the training set
+    _commonit_prepared: tuple[Grouping, NDArray[np.integer[Any]]] | None = None
+
+    def commonit_check(self, options: Any, dataset: Any) -> None:
+        super().commonit_check(options, dataset)
+        self._commonit_raw_dataset = dataset
+
+    def commonit_group(self) -> tuple[Grouping, NDArray[np.integer[Any]]]:
+        return self._commonit_prepared or super().commonit_group()
 
     def commonit_rows(self, dataset: Dataset) -> Rows:
         return sft_rows(self, dataset, self.args)

@@ -6,6 +6,7 @@ All refusals that need only the arguments come before the model is loaded.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -49,48 +50,41 @@ def check_images(options: CommonITArguments, dataset: Dataset) -> None:
 
 def check_settings(args: Any) -> None:
     """Refuse training arguments that would undo group-pure batches."""
-    accelerator_config = args.accelerator_config
-    refused = {
+    uneven = args.world_size > 1 and args.commonit_balance_lengths and not args.average_tokens_across_devices
+    conflicts = {
         "train_sampling_strategy": (
-            args.train_sampling_strategy,
             args.train_sampling_strategy != "random",
             "it is another order of samples; leave it at 'random' (commonit_balance_lengths keeps padding low)",
         ),
         "accelerator_config.split_batches": (
-            accelerator_config.split_batches,
-            accelerator_config.split_batches,
+            args.accelerator_config.split_batches,
             "it would cut micro-batches apart; set it to False",
         ),
         "accelerator_config.dispatch_batches": (
-            accelerator_config.dispatch_batches,
-            accelerator_config.dispatch_batches,
+            args.accelerator_config.dispatch_batches,
             "it would hand one rank's micro-batches to all; set it to False",
         ),
         "dataloader_drop_last": (
-            args.dataloader_drop_last,
             args.dataloader_drop_last,
             "the plan decides about remainders; use commonit_remainder='drop'",
         ),
         "ignore_data_skip": (
             args.ignore_data_skip,
-            args.ignore_data_skip,
             "a resumed epoch would start over and repeat samples; set it to False",
         ),
         "auto_find_batch_size": (
-            args.auto_find_batch_size,
             args.auto_find_batch_size and args.commonit_resume == "replan",
             "commonit_resume='replan' plans for one batch size; set it to False, or commonit_resume to 'exact'",
         ),
         "average_tokens_across_devices": (
-            args.average_tokens_across_devices,
-            not args.average_tokens_across_devices and args.world_size > 1 and args.commonit_balance_lengths,
+            uneven,
             "each rank's tokens would weigh differently, and balancing by length would change the gradient; set it to "
             "True, or commonit_balance_lengths to False",
         ),
     }
-    for name, (value, conflicts, fix) in refused.items():
-        if conflicts:
-            raise ValueError(f"{name}={value!r} does not go with commonit_metric: {fix}.")
+    for name, (conflict, fix) in conflicts.items():
+        if conflict:
+            raise ValueError(f"{name}={attrgetter(name)(args)!r} does not go with commonit_metric: {fix}.")
 
 
 def check_loss_type(args: Any) -> None:

@@ -14,7 +14,7 @@ import pytest
 from helpers.axolotl_recipes import recipe, write_recipe, write_rows
 from test_axolotl_labels import prepare, tokens
 
-from axolotl_plugin.dropped import DUPLICATE, NOT_TOKENIZED, dropped_rows, trained_counts
+from axolotl_plugin.dropped import DUPLICATE, NOT_TOKENIZED, dropped_rows
 from axolotl_plugin.recipe import read_recipe
 from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN, UNKNOWN_GROUP
 
@@ -138,7 +138,7 @@ def test_inspect_drops_rows_without_trained_tokens(directory: Path) -> None:
         keys |= {"dataset_prepared_path": str(directory / f"prepared-truncated-{metric}")}
         read = read_recipe(str(write_recipe(directory / "truncated.yml", recipe(directory, [entry(path)], **keys))))
         assert len(read.rows) == len(read.lengths) == 8
-        assert (trained_counts(read.rows.dataset) > 0).all()
+        assert (read.rows.trained_counts(shifted=False) > 0).all()
         assert dict(read.dropped.counts) == {(NO_TRAINED_TOKEN, group): 4}
     every = [alpaca(number, "long", 128) for number in range(4)]
     keys["dataset_prepared_path"] = str(directory / "prepared-nothing")

@@ -123,7 +123,11 @@ def test_bin_capacity_matches_axolotl(tmp_path: Path, real_batches: bool) -> Non
     args.commonit_metric = "task"
     args.commonit_task_column = ["task"]
     ours = CommonITAxolotlTrainer(model=tiny_model(), args=args, **given)
-    assert ours.commonit_bins.capacity == sampler.batch_max_len == (64 if real_batches else 256)
+    assert ours.commonit.bins.capacity == sampler.batch_max_len == (64 if real_batches else 256)
     assert ours.commonit_plan().micro_batch_size == sampler.batch_size == (4 if real_batches else 1)
+    ours._train_batch_size = 2  # as `auto_find_batch_size` sets it
+    ours.get_train_dataloader()
+    assert ours.commonit.bins.capacity == (64 if real_batches else 128)
+    assert ours.commonit_plan().micro_batch_size == (2 if real_batches else 1)
     taken = inspect.signature(type(sampler)).parameters
     assert {"group_size", "bin_size", "sequential", "num_processes", "mp_start_method"} <= set(taken)

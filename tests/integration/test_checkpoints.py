@@ -4,6 +4,7 @@ Exact resumes are in faults/test_faults.py, incomplete checkpoints and replans b
 """
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -86,47 +87,43 @@ def test_embedding_groups_are_saved_with_their_centroids(tmp_path, minilm):
 
 
 DIFFERENCES = {
-    "seed": ({"seed": 8}, ["data seed (7 in the checkpoint, 8 now)", "order of samples"]),
+    "seed": ({"seed": 8}, ["data seed: 7 -> 8"]),
+    "batch size": ({"per_device_train_batch_size": 1}, ["per_device_train_batch_size: 2 -> 1"]),
+    "accumulation": ({"gradient_accumulation_steps": 1}, ["gradient_accumulation_steps: 2 -> 1"]),
     "metric": (
         {"commonit_metric": "length", "commonit_weights": "proportional"},
-        ["commonit_metric ('task' in the checkpoint, 'length' now)", "names of groups ("],
+        ["commonit_metric: 'task' -> 'length'", "commonit_weights: {'g000': 2"],
     ),
-    "every other option": (
-        {
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "commonit_purity": "micro",
-            "commonit_remainder": "drop",
-            "commonit_weights": "proportional",
-            "commonit_balance_lengths": False,
-        },
-        [
-            "per-device batch size (2 in the checkpoint, 1 now)",
-            "gradient accumulation steps (2 in the checkpoint, 1 now)",
-            "commonit_purity ('step' in the checkpoint, 'micro' now)",
-            "commonit_remainder ('keep' in the checkpoint, 'drop' now)",
-            "commonit_weights ({'g000': 2",
-            "commonit_balance_lengths (True in the checkpoint",
-        ],
+    "purity": ({"commonit_purity": "micro"}, ["commonit_purity: 'step' -> 'micro'"]),
+    "remainder": ({"commonit_remainder": "drop"}, ["commonit_remainder: 'keep' -> 'drop'"]),
+    "balance": ({"commonit_balance_lengths": False}, ["commonit_balance_lengths: True -> False"]),
+    "grouping option": (
+        {"commonit_min_group_size": 8, "commonit_weights": "proportional"},
+        ["commonit_min_group_size: 1 -> 8", "number of groups: 3 -> 2"],
     ),
-    "rows": ({"rows": id_rows([9, 6, 6])}, ["rows (20 in the checkpoint, 21 now)"]),
+    "truncation": ({"max_length": 12}, ["max_length: None -> 12"]),
+    "rows": ({"rows": id_rows([9, 6, 6])}, ["rows: 20 -> 21"]),
     "groups": (
         {"rows": id_rows([9, 6, 4, 1]), "commonit_weights": "proportional"},
-        ["number of groups (3 in the checkpoint, 4 now)", "assignment of rows to groups ("],
+        ["number of groups: 3 -> 4"],
     ),
-    "assignment": ({"rows": relabelled(ROWS)}, ["assignment of rows to groups ("]),
-    "lengths": ({"rows": longer(ROWS)}, ["token lengths ("]),
+    "assignment": ({"rows": relabelled(ROWS)}, ["assignment of rows to groups: "]),
+    "lengths": ({"rows": longer(ROWS)}, ["token lengths: "]),
 }
+HASH = re.compile(r"'[0-9a-f]{16}'")
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_resume_of_another_run_names_the_differences(run, tmp_path, name):
+    """Settings with both values; hashes only where no setting differs, and then those of the part that differs."""
     options, parts = DIFFERENCES[name]
     with pytest.raises(ValueError) as error:
         resume(tmp_path, str(run[0] / "out" / "checkpoint-5"), **options)
     message = str(error.value)
-    assert all(part in message for part in [*parts, "start a new run"]) and "\n" not in message, message
-    unchanged = {"lengths": "groups (", "assignment": "rows ("}.get(name, "commonit_cache_dir")
+    assert all(part in message for part in [*parts, "Resume with the same settings and data, or start a new run"])
+    assert "\n" not in message
+    assert bool(HASH.search(message)) == (name in ("assignment", "lengths")), message
+    unchanged = {"lengths": "groups: ", "assignment": "rows: "}.get(name, "commonit_cache_dir")
     assert f" {unchanged}" not in message
 
 

@@ -1,4 +1,4 @@
-"""I1 to I4 through a real DeepSpeed engine, ZeRO-2 and ZeRO-3, on two CPU ranks started by torchrun.
+"""I1 to I4 and I8 through a real DeepSpeed engine, ZeRO-2 and ZeRO-3, on two CPU ranks started by torchrun.
 
 The stage is asserted on the engine itself: with `use_cpu=True` transformers would silently train plain DDP.
 """
@@ -7,8 +7,10 @@ import json
 from collections import Counter
 
 import pytest
+import torch
 from helpers.launch import launch
-from helpers.toys import id_rows, plan_of, recorded
+from helpers.toys import id_rows, plan_of, recorded, row_losses, tiny_model
+from safetensors.torch import load_file
 
 SIZES = [1, 5, 6, 12, 13, 30]  # W*A = 6, S = 12
 
@@ -61,3 +63,28 @@ def test_zero_trains_the_plan(stage, tmp_path):
     assert per_epoch < 10 < 2 * per_epoch
     assert resumed == {step: seen for step, seen in steps.items() if step >= 10}
     assert last_loss(json.loads((tmp_path / "resumed.json").read_text())) == pytest.approx(last_loss(result))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_i8_group_losses_under_zero_are_those_of_the_rows(stage, tmp_path):
+    """I8: evaluation by a real engine of the stage gives the token-weighted loss of each group, although ranks fill
+    their last batches with rows of the first ones; one group is not in the training set."""
+    sizes = [9, 6, 2]
+    options = {"commonit_metric": "task", "eval_strategy": "epoch", "per_device_eval_batch_size": 3}
+    run = {"name": "zero", "group_sizes": [8, 4], "eval_group_sizes": sizes, "deepspeed": config_of(stage)}
+    launch([{**run, "options": options}], tmp_path, world_size=2)
+
+    result = json.loads((tmp_path / "zero.json").read_text())
+    assert (result["engine"], result["stage"], result["world_size"]) == ("DeepSpeedEngine", stage, 2)
+    model = tiny_model().eval()
+    model.load_state_dict(load_file(tmp_path / "zero.safetensors"))
+    sums = {name: [0.0, 0] for name in ("g000", "g001", "(unseen task)")}
+    for row in id_rows(sizes, seed=1):
+        (loss,), (trained,) = row_losses(model, {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")})
+        group = sums[row["task"] if row["task"] in sums else "(unseen task)"]
+        group[0] += loss
+        group[1] += trained
+    logged = [entry for entry in result["log"] if "eval_loss" in entry][-1]
+    for group, (loss, trained) in sums.items():
+        assert logged[f"eval_{group}_loss"] == pytest.approx(loss / trained, rel=1e-5)

@@ -9,6 +9,7 @@ import pytest
 from helpers.toys import id_rows, plan_of
 from helpers.trainers import make_trainer
 from transformers import TrainerCallback
+from transformers.utils import logging as verbosity
 
 from commonit_trl import load_grouper
 from commonit_trl.grouping.dropped import DroppedRows
@@ -87,6 +88,31 @@ def test_the_log_has_the_summary_once_and_repeats_are_a_warning(tmp_path, caplog
     ]
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "repeats 2 of 23 samples" in warning and "'g002'" in warning
+
+
+@pytest.mark.parametrize(
+    "options, level, shown",
+    [
+        ({"disable_tqdm": False}, logging.WARNING, True),
+        ({"disable_tqdm": False}, logging.INFO, False),  # the log has it
+        ({"disable_tqdm": True}, logging.WARNING, False),
+        ({"disable_tqdm": False, "log_level": "error"}, logging.WARNING, False),
+        ({"disable_tqdm": False}, logging.ERROR, False),
+    ],
+)
+def test_the_epoch_summary_is_printed_once_unless_it_is_logged_or_silenced(
+    options, level, shown, tmp_path, caplog, capsys
+):
+    with caplog.at_level(level, logger="commonit_trl"):
+        trainer = make_trainer(tmp_path, id_rows(SIZES), max_steps=1, **options)
+        trainer.train()
+    verbosity.set_verbosity_warning()  # `log_level` sets it for the process
+    printed = capsys.readouterr().out
+    assert printed.count("steps per epoch") == shown
+    logged = [record for record in caplog.records if "steps per epoch" in record.getMessage()]
+    assert len(logged) == (level == logging.INFO)
+    if shown:
+        assert re.search(r"^g002 +1 +1 +0 +0 +0$", printed, re.MULTILINE), printed
 
 
 def test_the_report_is_there_before_the_first_step_and_gets_the_logged_losses(run):

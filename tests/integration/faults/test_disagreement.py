@@ -15,8 +15,8 @@ EVERY_OTHER_OPTION = {
     "gradient_accumulation_steps": 1,
 }
 DIFFERENT = (
-    "commonit_purity, commonit_remainder, commonit_weights, commonit_balance_lengths, per-device batch size, "
-    "gradient accumulation steps, token lengths, order of samples"
+    "commonit_weights, commonit_balance_lengths, per_device_train_batch_size, commonit_purity, commonit_remainder, "
+    "gradient_accumulation_steps, token lengths, order of samples"
 )
 CASES = {  # options of rank 1, the change of its data (see train_worker.py), the error
     "seed": ({"seed": 8}, None, PLANS.format("data seed, order of samples")),

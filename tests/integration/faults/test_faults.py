@@ -235,7 +235,7 @@ def test_zero2_replan(tmp_path):
 
     refused = attempt(tmp_path, 2, **{**kind, **changed(), "world_size": 1})
     assert refused.codes == [1]
-    error = "ValueError: commonit_resume='replan': world size (2 in the checkpoint, 1 now): DeepSpeed's checkpoints"
+    error = "ValueError: commonit_resume='replan': world size: 2 -> 1: DeepSpeed's checkpoints"
     assert error in refused.stderr
 
 
