@@ -333,11 +333,11 @@ COMMANDS = {
     "group data.jsonl --load saved --commonit_metric length --output x": "commonit_metric=length | --load saved",
     "group data.jsonl --load saved --commonit_min_group_size 3 --output x": "commonit_min_group_size=3 | --load saved",
     "group data.jsonl --load saved --commonit_length_of total --output x": "commonit_length_of='total' | 'length'",
-    "demo --max_steps 0": "--max_steps 0 | 1 or more",
+    "demo --max_steps 0": "max_steps=0 | at least 1",
     "demo --max_steps many": "--max_steps | 'many' | invalid int",
-    "demo --seed -1": "--seed -1 | give 0 to",
-    "demo --output_dir data.jsonl": "--output_dir data.jsonl | name a dir",
-    "demo --output_dir data.jsonl/out": "--output_dir data.jsonl/out | cannot be written",
+    "demo --seed -1": "seed=-1 | at least 0",
+    "demo --output_dir data.jsonl": "output_dir='data.jsonl' | name a dir",
+    "demo --output_dir data.jsonl/out": "output_dir='data.jsonl/out' | cannot be written",
     "demo --steps 3": "--steps | unrecognized",
 }
 TASK = ("--commonit_metric", "task")

@@ -179,8 +179,8 @@ def test_the_entries_of_a_mixture_are_its_tasks(flags, tmp_path):
 
 
 def splits_of(*argv, **options):
-    (script, training, _, mixture), _ = cli.parse_sft([*argv, *as_argv({"use_cpu": True, "bf16": False, **options})])
-    return *data.load_splits(script, mixture, training), training
+    parsed, _ = cli.parse_sft([*argv, *as_argv({"use_cpu": True, "bf16": False, **options})])
+    return *data.load_splits(parsed), parsed.training
 
 
 def test_a_mixture_takes_columns_splits_and_fractions(tmp_path):
