@@ -25,6 +25,7 @@ import copy
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -43,6 +44,7 @@ _MASKS = ("assistant_masks", "completion_mask")
 _MASKED = {"labels": -100, "attention_mask": 0, **dict.fromkeys(_MASKS, 0)}  # the value of tokens that do not count
 
 
+@dataclass(eq=False)
 class Rows:
     """A dataset as the groupers see it.
 
@@ -55,29 +57,23 @@ class Rows:
         chat_template: the template that training uses; default, the tokenizer's.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        tokenizer: Any = None,
-        *,
-        max_length: int | None = None,
-        keep_end: bool = False,
-        text_field: str = "text",
-        chat_template: str | None = None,
-    ) -> None:
-        self.dataset = dataset
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.keep_end = keep_end
-        self.text_field = text_field
-        self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
-        self.columns = list(dataset.column_names)
+    dataset: Dataset
+    tokenizer: Any = None
+    _: KW_ONLY
+    max_length: int | None = None
+    keep_end: bool = False
+    text_field: str = "text"
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        self.chat_template = self.chat_template or getattr(self.tokenizer, "chat_template", None)
+        self.columns = list(self.dataset.column_names)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def select(self, numbers: NDArray[np.integer[Any]]) -> Self:
-        """The rows of these numbers, in this order."""
+        """Return the rows with these numbers, in this order."""
         selected = copy.copy(self)
         selected.dataset = self.dataset.select(numbers)
         return selected
@@ -331,7 +327,7 @@ class Rows:
     # --- texts ----------------------------------------------------------------------------------------------
 
     def texts(self, of: str = "prompt") -> list[str]:
-        """The text of each row's `prompt`, `response` or `both`.
+        """Return the text of each row's `prompt`, `response` or `both`.
 
         Raises:
             ValueError: when the rows hold neither text nor tokens, or tokens without a tokenizer.
@@ -339,27 +335,23 @@ class Rows:
         return [text for chunk in self.text_chunks(of) for text in chunk.to_pylist()]
 
     def text_chunks(self, of: str = "prompt") -> Iterator[pa.Array]:
-        """The same in Arrow arrays of some thousand rows, one after another.
-
-        Raises:
-            ValueError: as `texts`.
-        """
+        """Yield the result of `texts` in Arrow arrays of at most `_ROWS_AT_ONCE` rows."""
         columns, read = self._reader()
         eos = getattr(self.tokenizer, "eos_token", None)  # TRL writes it at the end of the text
         for values in zip(*map(self._chunks, columns), strict=True):
             prompt, response = (_without_ending(text, eos) if eos else text for text in read(*values))
-            if of == "both":  # a text that is prompt and response at once is wanted once
+            if of == "both":  # not twice, if the text is both prompt and response
                 yield pc.if_else(pc.equal(prompt, response), prompt, _joined(prompt, response))
             else:
                 yield prompt if of == "prompt" else response
 
     def _reader(self) -> tuple[list[str], Callable[..., tuple[pa.Array, pa.Array]]]:
-        """The columns to read, and a function from arrays of them to the text of prompts and of responses."""
+        """Return the columns to read, and a function from their arrays to the texts of prompts and of responses."""
         present = set(self.columns)
-        if "chosen_ids" in present and "chosen" in present:
+        if {"chosen", "chosen_ids"} <= present:
             return self._preference_reader()  # these rows may also have the messages that `chosen` was made of
         if {"prompt", "completion"} <= present:
-            return ["prompt", "completion"], lambda prompt, completion: (_text(prompt), _text(completion))
+            return ["prompt", "completion"], _two_columns
         conversation = self._conversation_column()
         if conversation is not None:
             return [conversation], _split_conversations
@@ -369,7 +361,7 @@ class Rows:
                 _text(output),
             )
         if {"instruction", "output"} <= present:
-            return ["instruction", "output"], lambda instruction, output: (_text(instruction), _text(output))
+            return ["instruction", "output"], _two_columns
         if "chosen" in present:
             return self._preference_reader()
         if self.text_field in present:
@@ -388,7 +380,7 @@ class Rows:
         # TRL's reward trainer puts the prompt in front of both answers and keeps its column.
         joined = "chosen_ids" in self.columns and "prompt_ids" not in self.columns
         if "prompt" in self.columns and not joined:
-            return ["prompt", "chosen"], lambda prompt, chosen: (_text(prompt), _text(chosen))
+            return ["prompt", "chosen"], _two_columns
         if "rejected" in self.columns:
             return ["chosen", "rejected"], _split_preferences
         return ["chosen"], lambda chosen: (_text(chosen),) * 2
@@ -430,14 +422,14 @@ class Rows:
     # --- reading --------------------------------------------------------------------------------------------
 
     def _column(self, column: str) -> tuple[pa.ChunkedArray, NDArray[np.int64] | None]:
-        """The values as they are stored, and which of them the rows are; None where they are all, in their order."""
-        # The public ways through an indices mapping, which TRL's own filter leaves behind, gather row by row.
+        """Return the stored values, and the (rows,) index of each row in them; None if they are the rows in order."""
+        # The public ways through an indices mapping, which TRL's filter leaves, gather row by row.
         indices = self.dataset._indices
         order = None if indices is None else indices.column(0).to_numpy().astype(np.int64)
         return self.dataset.data.column(column), order
 
     def _chunks(self, column: str) -> Iterator[pa.Array]:
-        """The column in Arrow arrays, in row order; never as Python lists."""
+        """Yield the column in Arrow arrays, in row order."""
         values, order = self._column(column)
         starts = np.cumsum([0, *map(len, values.chunks)])
         for low in range(0, len(self), _ROWS_AT_ONCE):
@@ -447,20 +439,20 @@ class Rows:
                 yield _gathered(values, starts, order[low : low + _ROWS_AT_ONCE])
 
     def _per_row(self, columns: Sequence[str], measure: Callable[..., NDArray[Any]]) -> NDArray[Any]:
-        """(rows,) what `measure` gives for arrays of these columns."""
+        """Return the (rows,) results of `measure` on arrays of these columns."""
         nothing = np.empty(0, dtype=np.int64)
         stored, orders = zip(*map(self._column, columns), strict=True)
         size, order = len(stored[0]), orders[0]
         if order is None or len(order) * 16 < size:
             return np.concatenate([nothing, *map(measure, *map(self._chunks, columns))])
-        # To measure all that is stored, and then to pick, is faster than to gather lists.
+        # Measuring all stored values and then selecting is faster than gathering lists.
         slices = ([values.slice(low, _ROWS_AT_ONCE) for values in stored] for low in range(0, size, _ROWS_AT_ONCE))
         measured = (measure(*(part.combine_chunks() for part in parts)) for parts in slices)
         return np.concatenate([nothing, *measured])[order]
 
 
 def _gathered(values: pa.ChunkedArray, starts: NDArray[np.int64], order: NDArray[np.int64]) -> pa.Array:
-    """The values of these numbers; `starts` are the numbers at which the chunks of `values` start."""
+    """Return the values at these indices; `starts` are the indices at which the chunks of `values` start."""
     chunk_of = np.searchsorted(starts, order, side="right") - 1
     by_chunk = np.argsort(chunk_of, kind="stable")
     chunks, firsts = np.unique(chunk_of[by_chunk], return_index=True)
@@ -492,6 +484,10 @@ def _text(values: pa.Array) -> pa.Array:
         messages = pc.list_flatten(values)
         return _joined_per_row(values, _field(messages, _CONTENT_FIELDS), np.ones(len(messages), dtype=bool))
     return pa.array([_plain_text(value) for value in _python_values(values)], pa.string())
+
+
+def _two_columns(prompt: pa.Array, response: pa.Array) -> tuple[pa.Array, pa.Array]:
+    return _text(prompt), _text(response)
 
 
 def _split_conversations(values: pa.Array) -> tuple[pa.Array, pa.Array]:

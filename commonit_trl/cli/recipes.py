@@ -195,14 +195,10 @@ def _trainable(rows: Dataset, text_field: str) -> Dataset:
         "TRL does not train on the columns instruction and output. They are read as prompt and completion here; "
         "rename them before training."
     )
-    read = [column for column in ("instruction", "input", "output") if column in present]
-    return rows.map(_as_prompt_completion, batched=True, remove_columns=read, desc="Reading instruction and output")
-
-
-def _as_prompt_completion(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
-    inputs = batch.get("input") or [None] * len(batch["instruction"])
-    prompts = ("\n".join(filter(None, parts)) for parts in zip(batch["instruction"], inputs, strict=True))
-    return {"prompt": [f"{prompt}\n" for prompt in prompts], "completion": [text or "" for text in batch["output"]]}
+    texts = Rows(rows)
+    rest = rows.remove_columns([name for name in ("instruction", "input", "output") if name in present])
+    prompts = [f"{prompt}\n" for prompt in texts.texts("prompt")]
+    return rest.add_column("prompt", prompts).add_column("completion", texts.texts("response"))
 
 
 def _prepare(recipe: Recipe, train: Dataset, model: Any, tokenizer: Any) -> Recipe:

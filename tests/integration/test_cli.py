@@ -241,22 +241,16 @@ def test_entry_labels(entries, labels):
 # --- data and options ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv"])
+@pytest.mark.parametrize(
+    "suffix", ["jsonl", "json", "parquet", "csv", "jsonl.gz", "json.gz", "csv.gz", "jsonl.bz2", "jsonl.xz"]
+)
 def test_local_files(suffix, tmp_path):
     rows = Dataset.from_list(rows_of("add", 3))
-    write = {"parquet": rows.to_parquet, "csv": rows.to_csv}.get(suffix, rows.to_json)
-    write(tmp_path / f"rows.{suffix}")
-    train, _, _ = splits_of(dataset_name=f"rows.{suffix}", commonit_metric="length")
-    assert train.to_list() == rows.to_list()
-
-
-@pytest.mark.parametrize("suffix", ["jsonl.gz", "json.gz", "csv.gz", "jsonl.bz2", "jsonl.xz"])
-def test_compressed_files(suffix, tmp_path):
-    rows = Dataset.from_list(rows_of("add", 3))
-    kind, compression = suffix.split(".")
-    (rows.to_csv if kind == "csv" else rows.to_json)(tmp_path / "plain")
-    compress = {"gz": gzip, "bz2": bz2, "xz": lzma}[compression].compress
-    (tmp_path / f"rows.{suffix}").write_bytes(compress((tmp_path / "plain").read_bytes()))
+    kind, _, compression = suffix.partition(".")
+    plain = tmp_path / "plain"
+    {"parquet": rows.to_parquet, "csv": rows.to_csv}.get(kind, rows.to_json)(plain)
+    compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}.get(compression, bytes)
+    (tmp_path / f"rows.{suffix}").write_bytes(compress(plain.read_bytes()))
     train, _, _ = splits_of(dataset_name=f"rows.{suffix}", commonit_metric="length")
     assert train.to_list() == rows.to_list()
 
