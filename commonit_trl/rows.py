@@ -114,8 +114,6 @@ class Rows:
         indices = encoded.indices if order is None else encoded.indices.take(pa.array(order))
         return pa.array(names, pa.large_string()).take(indices)
 
-    # --- tokens ---------------------------------------------------------------------------------------------
-
     # --- numbers and vectors --------------------------------------------------------------------------------
 
     def numbers(self, column: str) -> NDArray[np.float64]:
