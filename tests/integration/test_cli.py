@@ -333,11 +333,11 @@ def test_launch_options_come_from_flags_and_file(tmp_path):
 
 def test_flags_override_the_file_in_both_spellings(tmp_path):
     config = config_file(
-        tmp_path / "c.yaml", commonit_metric="length", commonit_num_groups=8, learning_rate=0.5, max_steps=3
+        tmp_path / "c.yaml", commonit_metric="length", commonit_min_group_size=8, learning_rate=0.5, max_steps=3
     )
-    argv = [f"--config={config}", "--commonit-num-groups", "2", "--max_steps=7", "--use_cpu", "--bf16", "no"]
+    argv = [f"--config={config}", "--commonit-min-group-size", "2", "--max_steps=7", "--use_cpu", "--bf16", "no"]
     (_, training, _, _), _ = cli.parse_sft(argv)
-    assert (training.commonit_num_groups, training.max_steps, training.learning_rate) == (2, 7, 0.5)
+    assert (training.commonit_min_group_size, training.max_steps, training.learning_rate) == (2, 7, 0.5)
 
 
 @pytest.mark.parametrize(
