@@ -11,15 +11,14 @@ Cost: that of `axolotl preprocess`; training then loads the prepared rows.
 import contextlib
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import yaml
 from datasets.exceptions import DatasetsError
 from pydantic import ValidationError
 
+from commonit_trl.cli.options import read_yaml
 from commonit_trl.cli.recipes import Recipe
 from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN, UNKNOWN_GROUP, DroppedRows
 from commonit_trl.grouping.task import NO_LABEL
@@ -58,14 +57,7 @@ def read_recipe(path: str) -> Recipe:
 
 
 def _check_file(path: str) -> None:
-    try:
-        keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--axolotl {path} cannot be read ({error.strerror}): name a recipe's YAML file.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
-        raise ValueError(f"--axolotl {path} is not YAML: {error}") from error
-    if not isinstance(keys, dict):
-        raise ValueError(f"--axolotl {path} holds no keys: write lines such as 'commonit_metric: length'.")
+    keys = read_yaml("--axolotl", path)
     plugins = keys.get("plugins")
     if not isinstance(plugins, list) or not _PLUGINS & {*map(str, plugins)}:
         raise ValueError(

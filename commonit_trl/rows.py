@@ -23,27 +23,28 @@ a prompt. Conversations that are trained on every turn are rendered again, to fi
 
 import copy
 import functools
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Features
 from numpy.typing import NDArray
+
+from commonit_trl.turns import ASSISTANT_ROLES, count_assistant_tokens
 
 logger = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 10_000
-_ASSISTANT_ROLES = ("assistant", "gpt", "model")
 _ROLE_FIELDS, _CONTENT_FIELDS = ("role", "from"), ("content", "value")
 _MASKS = ("assistant_masks", "completion_mask")
 _MASKED = {"labels": -100, "attention_mask": 0, **dict.fromkeys(_MASKS, 0)}  # the value of tokens that do not count
-_MARK = "\ue000"  # a private-use character: no conversation contains it
 
 
+@dataclass(eq=False)
 class Rows:
     """A dataset as the groupers see it.
 
@@ -56,29 +57,23 @@ class Rows:
         chat_template: the template that training uses; default, the tokenizer's.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        tokenizer: Any = None,
-        *,
-        max_length: int | None = None,
-        keep_end: bool = False,
-        text_field: str = "text",
-        chat_template: str | None = None,
-    ) -> None:
-        self.dataset = dataset
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.keep_end = keep_end
-        self.text_field = text_field
-        self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
-        self.columns = list(dataset.column_names)
+    dataset: Dataset
+    tokenizer: Any = None
+    _: KW_ONLY
+    max_length: int | None = None
+    keep_end: bool = False
+    text_field: str = "text"
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        self.chat_template = self.chat_template or getattr(self.tokenizer, "chat_template", None)
+        self.columns = list(self.dataset.column_names)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def select(self, numbers: NDArray[np.integer[Any]]) -> Self:
-        """The rows of these numbers, in this order."""
+        """Return the rows with these numbers, in this order."""
         selected = copy.copy(self)
         selected.dataset = self.dataset.select(numbers)
         return selected
@@ -86,57 +81,38 @@ class Rows:
     # --- labels ---------------------------------------------------------------------------------------------
 
     def labels(self, columns: Sequence[str]) -> list[str | None]:
-        """The task label of each row: its columns' text, joined by " / "; None where one is missing or empty.
+        """Return the task label of each row: its columns' text, joined by " / "; None if one is missing or empty.
 
         Raises:
             ValueError: on a column that the dataset lacks or whose values are lists or mappings.
         """
-        codes, names = self.label_codes(columns)
-        return [None if code < 0 else names[code] for code in codes.tolist()]
+        return self._labels(columns).to_pylist()
 
     def label_codes(self, columns: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
-        """The same as (rows,) numbers of names, -1 for None, and the names, each once, in alphabetical order.
+        """Return `labels` as (rows,) numbers of names, -1 for None, and the names, each once, in alphabetical order."""
+        labels = self._labels(columns)
+        names = sorted(labels.unique().drop_null().to_pylist())
+        codes = pc.index_in(labels, pa.array(names, labels.type)).fill_null(-1)
+        return codes.to_numpy().astype(np.int64), names
 
-        Raises:
-            ValueError: as `labels`.
-        """
-        codes, names = self._label_column(columns[0])
-        for column in columns[1:]:
-            more, endings = self._label_column(column)
-            labelled = (codes >= 0) & (more >= 0)
-            pairs, numbers = np.unique(codes[labelled] * len(endings) + more[labelled], return_inverse=True)
-            codes = np.full(len(codes), -1)
-            codes[labelled] = numbers
-            starts_and_ends = (divmod(pair, len(endings)) for pair in pairs.tolist())
-            names = [f"{names[start]} / {endings[end]}" for start, end in starts_and_ends]
-        return _each_once(codes, names)
+    def _labels(self, columns: Sequence[str]) -> pa.Array:
+        return pc.binary_join_element_wise(*map(self._label_column, columns), pa.scalar(" / ", pa.large_string()))
 
-    def _label_column(self, column: str) -> tuple[NDArray[np.int64], list[str]]:
+    def _label_column(self, column: str) -> pa.Array:
         if column not in self.columns:
             raise ValueError(
                 f"commonit_task_column={column!r} is not a column of the dataset, which has: {', '.join(self.columns)}."
             )
-        feature = self.dataset.features[column]
         values, order = self._column(column)
-        if pa.types.is_nested(values.type) or isinstance(values.type, pa.BaseExtensionType):
+        if _is_nested(values.type):
             raise ValueError(
                 f"commonit_task_column={column!r} holds {values.type} values: name a column of text, numbers "
                 "or class labels."
             )
         encoded = values.dictionary_encode().combine_chunks()
-        names = [self._label_name(value, feature) for value in encoded.dictionary.to_pylist()]
-        codes = encoded.indices.fill_null(-1).to_numpy().astype(np.int64)
-        return _each_once(codes if order is None else codes[order], names)
-
-    @staticmethod
-    def _label_name(value: Any, feature: Any) -> str | None:
-        if isinstance(feature, ClassLabel):
-            return feature.int2str(value) if value >= 0 else None  # -1 is how ClassLabel says "no label"
-        if isinstance(value, float) and np.isnan(value):
-            return None
-        return str(value).strip() or None
-
-    # --- tokens ---------------------------------------------------------------------------------------------
+        names = [_label(value, self.dataset.features[column]) for value in encoded.dictionary.to_pylist()]
+        indices = encoded.indices if order is None else encoded.indices.take(pa.array(order))
+        return pa.array(names, pa.large_string()).take(indices)
 
     # --- numbers and vectors --------------------------------------------------------------------------------
 
@@ -265,7 +241,14 @@ class Rows:
                 return self._count([mask, "input_ids", *self._padding])
         conversation = self._conversation_column()
         if conversation is not None and self.chat_template is not None:
-            return self._count_assistant_tokens(conversation)
+            return count_assistant_tokens(
+                self.dataset,
+                conversation,
+                self._count(["input_ids"]),
+                tokenizer=self.tokenizer,
+                chat_template=self.chat_template,
+                keep_end=self.keep_end,
+            )
         logger.info("Nothing separates prompt from response in these rows: the response is the whole row.")
         return total
 
@@ -339,30 +322,10 @@ class Rows:
 
         return self._per_row(columns, count)
 
-    def _count_assistant_tokens(self, conversation: str) -> NDArray[np.int64]:
-        """(rows,) tokens of the assistant's turns that remain after truncation."""
-        columns = [conversation, *({"tools", "chat_template_kwargs"} & set(self.columns))]
-        rows = self.dataset.select_columns(columns).with_format(None)
-        counted = rows.map(
-            _count_assistant_tokens,
-            with_indices=True,
-            batched=True,
-            fn_kwargs={
-                "conversation": conversation,
-                "remaining": self._count(["input_ids"]),
-                "tokenizer": self.tokenizer,
-                "chat_template": self.chat_template,
-                "keep_end": self.keep_end,
-            },
-            remove_columns=columns,
-            desc="Measuring response lengths",
-        )
-        return np.asarray(counted.with_format("numpy")["assistant_tokens"][:], dtype=np.int64)
-
     # --- texts ----------------------------------------------------------------------------------------------
 
     def texts(self, of: str = "prompt") -> list[str]:
-        """The text of each row's `prompt`, `response` or `both`.
+        """Return the text of each row's `prompt`, `response` or `both`.
 
         Raises:
             ValueError: when the rows hold neither text nor tokens, or tokens without a tokenizer.
@@ -370,27 +333,23 @@ class Rows:
         return [text for chunk in self.text_chunks(of) for text in chunk.to_pylist()]
 
     def text_chunks(self, of: str = "prompt") -> Iterator[pa.Array]:
-        """The same in Arrow arrays of some thousand rows, one after another.
-
-        Raises:
-            ValueError: as `texts`.
-        """
+        """Yield the result of `texts` in Arrow arrays of at most `_ROWS_AT_ONCE` rows."""
         columns, read = self._reader()
         eos = getattr(self.tokenizer, "eos_token", None)  # TRL writes it at the end of the text
         for values in zip(*map(self._chunks, columns), strict=True):
             prompt, response = (_without_ending(text, eos) if eos else text for text in read(*values))
-            if of == "both":  # a text that is prompt and response at once is wanted once
+            if of == "both":  # not twice, if the text is both prompt and response
                 yield pc.if_else(pc.equal(prompt, response), prompt, _joined(prompt, response))
             else:
                 yield prompt if of == "prompt" else response
 
     def _reader(self) -> tuple[list[str], Callable[..., tuple[pa.Array, pa.Array]]]:
-        """The columns to read, and a function from arrays of them to the text of prompts and of responses."""
+        """Return the columns to read, and a function from their arrays to the texts of prompts and of responses."""
         present = set(self.columns)
-        if "chosen_ids" in present and "chosen" in present:
+        if {"chosen", "chosen_ids"} <= present:
             return self._preference_reader()  # these rows may also have the messages that `chosen` was made of
         if {"prompt", "completion"} <= present:
-            return ["prompt", "completion"], lambda prompt, completion: (_text(prompt), _text(completion))
+            return ["prompt", "completion"], _two_columns
         conversation = self._conversation_column()
         if conversation is not None:
             return [conversation], _split_conversations
@@ -400,7 +359,7 @@ class Rows:
                 _text(output),
             )
         if {"instruction", "output"} <= present:
-            return ["instruction", "output"], lambda instruction, output: (_text(instruction), _text(output))
+            return ["instruction", "output"], _two_columns
         if "chosen" in present:
             return self._preference_reader()
         if self.text_field in present:
@@ -419,7 +378,7 @@ class Rows:
         # TRL's reward trainer puts the prompt in front of both answers and keeps its column.
         joined = "chosen_ids" in self.columns and "prompt_ids" not in self.columns
         if "prompt" in self.columns and not joined:
-            return ["prompt", "chosen"], lambda prompt, chosen: (_text(prompt), _text(chosen))
+            return ["prompt", "chosen"], _two_columns
         if "rejected" in self.columns:
             return ["chosen", "rejected"], _split_preferences
         return ["chosen"], lambda chosen: (_text(chosen),) * 2
@@ -461,14 +420,14 @@ class Rows:
     # --- reading --------------------------------------------------------------------------------------------
 
     def _column(self, column: str) -> tuple[pa.ChunkedArray, NDArray[np.int64] | None]:
-        """The values as they are stored, and which of them the rows are; None where they are all, in their order."""
-        # The public ways through an indices mapping, which TRL's own filter leaves behind, gather row by row.
+        """Return the stored values, and the (rows,) index of each row in them; None if they are the rows in order."""
+        # The public ways through an indices mapping, which TRL's filter leaves, gather row by row.
         indices = self.dataset._indices
         order = None if indices is None else indices.column(0).to_numpy().astype(np.int64)
         return self.dataset.data.column(column), order
 
     def _chunks(self, column: str) -> Iterator[pa.Array]:
-        """The column in Arrow arrays, in row order; never as Python lists."""
+        """Yield the column in Arrow arrays, in row order."""
         values, order = self._column(column)
         starts = np.cumsum([0, *map(len, values.chunks)])
         for low in range(0, len(self), _ROWS_AT_ONCE):
@@ -478,20 +437,20 @@ class Rows:
                 yield _gathered(values, starts, order[low : low + _ROWS_AT_ONCE])
 
     def _per_row(self, columns: Sequence[str], measure: Callable[..., NDArray[Any]]) -> NDArray[Any]:
-        """(rows,) what `measure` gives for arrays of these columns."""
+        """Return the (rows,) results of `measure` on arrays of these columns."""
         nothing = np.empty(0, dtype=np.int64)
         stored, orders = zip(*map(self._column, columns), strict=True)
         size, order = len(stored[0]), orders[0]
         if order is None or len(order) * 16 < size:
             return np.concatenate([nothing, *map(measure, *map(self._chunks, columns))])
-        # To measure all that is stored, and then to pick, is faster than to gather lists.
+        # Measuring all stored values and then selecting is faster than gathering lists.
         slices = ([values.slice(low, _ROWS_AT_ONCE) for values in stored] for low in range(0, size, _ROWS_AT_ONCE))
         measured = (measure(*(part.combine_chunks() for part in parts)) for parts in slices)
         return np.concatenate([nothing, *measured])[order]
 
 
 def _gathered(values: pa.ChunkedArray, starts: NDArray[np.int64], order: NDArray[np.int64]) -> pa.Array:
-    """The values of these numbers; `starts` are the numbers at which the chunks of `values` start."""
+    """Return the values at these indices; `starts` are the indices at which the chunks of `values` start."""
     chunk_of = np.searchsorted(starts, order, side="right") - 1
     by_chunk = np.argsort(chunk_of, kind="stable")
     chunks, firsts = np.unique(chunk_of[by_chunk], return_index=True)
@@ -500,12 +459,12 @@ def _gathered(values: pa.ChunkedArray, starts: NDArray[np.int64], order: NDArray
     return taken[0] if len(taken) == 1 else pa.concat_arrays(taken).take(pa.array(np.argsort(by_chunk)))
 
 
-def _each_once(codes: NDArray[np.int64], names: Sequence[str | None]) -> tuple[NDArray[np.int64], list[str]]:
-    """The names that are used, each once and in order, and the codes that go with them, -1 for None."""
-    used = [names[code] for code in np.flatnonzero(np.bincount(codes[codes >= 0], minlength=len(names))).tolist()]
-    kept = sorted({name for name in used if name is not None})
-    numbers: dict[str | None, int] = {name: number for number, name in enumerate(kept)}
-    return np.array([*(numbers.get(name, -1) for name in names), -1], dtype=np.int64)[codes], kept
+def _label(value: Any, feature: Any) -> str | None:
+    if isinstance(feature, ClassLabel):
+        return feature.int2str(value) if value >= 0 else None  # ClassLabel stores -1 for "no label"
+    if isinstance(value, float) and np.isnan(value):
+        return None
+    return str(value).strip() or None
 
 
 def _list_lengths(lists: pa.Array) -> NDArray[np.int64]:
@@ -517,12 +476,16 @@ def _list_lengths(lists: pa.Array) -> NDArray[np.int64]:
 
 def _text(values: pa.Array) -> pa.Array:
     """Text, or the contents of messages, of each row."""
-    if not pa.types.is_nested(values.type) and not _has_json(values.type):
+    if not _is_nested(values.type):
         return values.cast(pa.string()).fill_null("")
     if _messages_of_text(values.type):
         messages = pc.list_flatten(values)
         return _joined_per_row(values, _field(messages, _CONTENT_FIELDS), np.ones(len(messages), dtype=bool))
     return pa.array([_plain_text(value) for value in _python_values(values)], pa.string())
+
+
+def _two_columns(prompt: pa.Array, response: pa.Array) -> tuple[pa.Array, pa.Array]:
+    return _text(prompt), _text(response)
 
 
 def _split_conversations(values: pa.Array) -> tuple[pa.Array, pa.Array]:
@@ -531,7 +494,7 @@ def _split_conversations(values: pa.Array) -> tuple[pa.Array, pa.Array]:
         return _two_texts(map(split_conversation, _python_values(values)))
     messages = pc.list_flatten(values)
     contents, roles = _field(messages, _CONTENT_FIELDS), _field(messages, _ROLE_FIELDS)
-    assistants = pc.is_in(roles, pa.array(_ASSISTANT_ROLES)).to_numpy(zero_copy_only=False)
+    assistants = pc.is_in(roles, pa.array(ASSISTANT_ROLES)).to_numpy(zero_copy_only=False)
     return _joined_per_row(values, contents, ~assistants), _joined_per_row(values, contents, assistants)
 
 
@@ -561,28 +524,13 @@ def _two_texts(pairs: Iterable[tuple[str, str]]) -> tuple[pa.Array, pa.Array]:
 
 
 def _python_values(values: pa.Array) -> list[Any]:
-    """The values as Python objects, with JSON decoded.
-
-    The datasets library stores values that differ in type or keys from row to row as JSON source.
-    """
-    found = values.to_pylist()
-    return [_from_json(value, values.type) for value in found] if _has_json(values.type) else found
+    """Return the values as Python objects; `datasets` stores values of several types or keys as JSON, decoded here."""
+    return Features.from_arrow_schema(pa.schema({"values": values.type})).decode_column(values.to_pylist(), "values")
 
 
-def _has_json(kind: pa.DataType) -> bool:
-    if isinstance(kind, pa.BaseExtensionType):
-        return True
-    return any(_has_json(kind.field(number).type) for number in range(kind.num_fields))
-
-
-def _from_json(value: Any, kind: pa.DataType) -> Any:
-    if value is None or not _has_json(kind):
-        return value
-    if isinstance(kind, pa.BaseExtensionType):
-        return json.loads(value)
-    if pa.types.is_struct(kind):
-        return {field.name: _from_json(value[field.name], field.type) for field in kind}
-    return [_from_json(item, kind.value_type) for item in value]
+def _is_nested(kind: pa.DataType) -> bool:
+    """Return whether values are lists or mappings, or JSON."""
+    return pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)
 
 
 def _messages_of_text(kind: pa.DataType) -> bool:
@@ -628,7 +576,7 @@ def split_conversation(messages: list[dict[str, Any]]) -> tuple[str, str]:
     response: list[str] = []
     for message in messages or ():
         role = message.get("role", message.get("from"))
-        (response if role in _ASSISTANT_ROLES else prompt).append(_content(message))
+        (response if role in ASSISTANT_ROLES else prompt).append(_content(message))
     return "\n".join(filter(None, prompt)), "\n".join(filter(None, response))
 
 
@@ -685,92 +633,3 @@ def _have_own_labels(labels: pa.Array, input_ids: pa.Array, attention: pa.Array 
     rows = np.repeat(np.arange(len(lengths)), lengths)
     own[rows[(attended == 0) & (label != -100) & (label != token)]] = True
     return own
-
-
-# --- the assistant's tokens in rendered conversations -----------------------------------------------------------------
-
-
-def _count_assistant_tokens(
-    batch: dict[str, list[Any]],
-    numbers: list[int],
-    conversation: str,
-    remaining: NDArray[np.int64],
-    tokenizer: Any,
-    chat_template: str,
-    keep_end: bool,
-) -> dict[str, list[int]]:
-    wholes, spans = [], []
-    for row, messages in enumerate(batch[conversation]):
-        tools = batch["tools"][row] if "tools" in batch else None
-        render = functools.partial(
-            tokenizer.apply_chat_template,
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
-            chat_template=chat_template,
-            tokenize=False,
-            **((batch["chat_template_kwargs"][row] if "chat_template_kwargs" in batch else None) or {}),
-        )
-        whole, turns = _assistant_spans([_as_chatml(message) for message in messages or ()], render)
-        wholes.append(whole)
-        spans += [(row, start, end) for start, end in turns]
-    edges = [wholes[row][:edge] for row, start, end in spans for edge in (start, end)]
-    tokens = tokenizer([*wholes, *edges], add_special_tokens=False)["input_ids"]
-    places = list(map(len, tokens[len(wholes) :]))
-    special, counts = set(tokenizer.all_special_ids), [0] * len(wholes)
-    for (row, _, _), start, end in zip(spans, places[::2], places[1::2], strict=True):
-        whole, left = tokens[row], remaining[numbers[row]]
-        end += end < len(whole) and whole[end] in special  # the token that ends the turn
-        first = len(whole) - left if keep_end else 0
-        counts[row] += max(0, min(end, first + left) - max(start, first))
-    return {"assistant_tokens": counts}
-
-
-def _assistant_spans(
-    turns: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str]
-) -> tuple[str, list[tuple[int, int]]]:
-    """Render a conversation and find the assistant's turns in it.
-
-    A template may render a turn differently at the end of a conversation (Qwen3 drops earlier thoughts), so a
-    conversation is not the sum of its parts. Each turn is therefore found where the rendering of the whole changes when
-    the turn is put in: all assistant turns start as a mark and are put in one after the other. Some templates refuse
-    tool results without their calls; there, turns that call tools do not count.
-
-    Returns:
-        The text of the whole conversation, and the start and end, in characters, of each turn that it shows.
-    """
-    numbers = [number for number, turn in enumerate(turns) if turn["role"] in _ASSISTANT_ROLES]
-    try:
-        given = _marked(turns, numbers)
-        text = render(given)
-    except Exception:  # templates raise errors of any kind
-        numbers = [number for number in numbers if not turns[number].get("tool_calls")]
-        given = _marked(turns, numbers)
-        text = render(given)
-    spans = []
-    for number in numbers:
-        given[number] = turns[number]
-        before, text = text, render(given)
-        if text != before:
-            spans.append((_common_start(before, text), len(text) - _common_start(before[::-1], text[::-1])))
-    return text, spans
-
-
-def _marked(turns: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, Any]]:
-    """The turns, with a mark instead of those of these numbers."""
-    marked = list(turns)
-    for number in numbers:
-        in_parts = isinstance(turns[number].get("content"), list)
-        content = [{"type": "text", "text": _MARK}] if in_parts else _MARK
-        marked[number] = {"role": turns[number]["role"], "content": content}
-    return marked
-
-
-def _common_start(one: str, other: str) -> int:
-    """Characters with which both texts start."""
-    size = min(len(one), len(other))
-    codes = (np.frombuffer(text[:size].encode("utf-32-le", "surrogatepass"), np.uint32) for text in (one, other))
-    differ = np.flatnonzero(np.not_equal(*codes))
-    return int(differ[0]) if len(differ) else size
-
-
-def _as_chatml(message: dict[str, Any]) -> dict[str, Any]:
-    return message if "role" in message else {"role": message["from"], "content": message["value"]}

@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from rich.console import Console
@@ -18,8 +17,9 @@ from xxhash import xxh3_128
 
 from commonit_trl.cli import quiet
 from commonit_trl.cli.data import check_rows, load_all_splits, named_data, split_of
+from commonit_trl.cli.options import Options, check_number
 from commonit_trl.cli.quiet import Screen
-from commonit_trl.cli.sft import check_model
+from commonit_trl.cli.sft import model_config
 from commonit_trl.compare.comparison import compare
 from commonit_trl.compare.runs import RunResult, claimed, directory_of, execute, read_result
 from commonit_trl.compare.strategies import parse_strategies, runs_of
@@ -39,21 +39,16 @@ _NOT_COMPARED = {"output_dir", "logging_dir", "run_name", "local_rank", "hub_tok
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that only `commonit compare` has."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--metrics",
         metavar="METRIC[:OPTION=VALUE],...",
         default="none,task,length,embedding",
         help="strategies, such as none,task,length:num_groups=16,task:purity=micro (default: %(default)s)",
     )
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        metavar="N",
-        default=3,
-        help="runs per strategy (default: %(default)s)",
-    )
-    parser.add_argument("--train_rows", type=int, metavar="N", help="train on N random rows (default: all)")
-    parser.add_argument(
+    add("--seeds", type=int, metavar="N", default=3, help="runs per strategy (default: %(default)s)")
+    add("--train_rows", type=int, metavar="N", help="train on N random rows (default: all)")
+    add(
         "--held_out_rows",
         type=int,
         metavar="N",
@@ -61,34 +56,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure on at most N random rows of the test split; without that split, hold out N training rows "
         "(default: %(default)s)",
     )
-    parser.add_argument(
-        "--eval_generate", metavar="COLUMN", help="also generate answers, and count those that equal this column"
-    )
-    parser.add_argument("--jobs", type=int, metavar="N", default=1, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    parser.add_argument("--only", metavar="RUN", help="do one run, such as length@0, in this process")
+    add("--eval_generate", metavar="COLUMN", help="also generate answers, and count those that equal this column")
+    add("--jobs", type=int, metavar="N", default=1, help="runs at a time (default: %(default)s)")
+    add("--json", action="store_true", help="print the numbers as JSON")
+    add("--only", metavar="RUN", help="do one run, such as length@0, in this process")
     quiet.add_arguments(parser)
 
 
 def run(
-    asked: argparse.Namespace,
-    script_args: Any,
-    training_args: Any,
-    model_args: Any,
-    mixture: Any,
-    *,
-    launch_flags: Sequence[str],
-    argv: Sequence[str],
-    screen: Screen,
+    asked: argparse.Namespace, given: Options, launch_flags: Sequence[str], argv: Sequence[str], screen: Screen
 ) -> int:
     """Do the runs that have not finished, and print the comparison of all; return the exit code.
 
     Args:
         asked: the options of `add_arguments`.
-        script_args: TRL's `ScriptArguments`.
-        training_args: an `SFTRecipeConfig`.
-        model_args: TRL's `ModelConfig`.
-        mixture: TRL's `DatasetMixtureConfig`.
+        given: the options of `commonit sft`; the training arguments are an `SFTRecipeConfig`.
         launch_flags: for `accelerate launch`.
         argv: the arguments of `commonit compare`, for the processes of its runs.
         screen: where to print.
@@ -96,21 +78,20 @@ def run(
     Raises:
         ValueError: on options, data or a model that cannot be used, and on results of other settings.
     """
-    _check(asked, script_args, training_args, mixture)
+    _check(asked, given)
+    args = given.training
     strategies = parse_strategies(asked.metrics)
-    output_dir = Path(training_args.output_dir) / COMPARE_DIR
-    runs = {each.name: each for each in runs_of(strategies, training_args.seed, asked.seeds)}
+    output_dir = Path(args.output_dir) / COMPARE_DIR
+    runs = {each.name: each for each in runs_of(strategies, args.seed, asked.seeds)}
     # If one strategy groups by task, a mixture has its column of entries in all runs, so that all have the same rows.
-    training_args.commonit_metric = (
-        "task" if any("task" in parts_of(strategy.metric) for strategy in strategies) else "none"
-    )
-    check_model(model_args, training_args)
-    train, held_out = _load(asked, script_args, training_args, mixture)
+    args.commonit_metric = "task" if any("task" in parts_of(strategy.metric) for strategy in strategies) else "none"
+    model_config(given.model, args)
+    train, held_out = _load(asked, given)
     shared = {  # what all runs share and affects their results; `seed` draws the rows
-        **{name: value for name, value in training_args.to_dict().items() if name not in _NOT_COMPARED},
-        **vars(script_args),
-        **vars(model_args),
-        **vars(mixture),
+        **{name: value for name, value in args.to_dict().items() if name not in _NOT_COMPARED},
+        **vars(given.script),
+        **vars(given.model),
+        **vars(given.mixture),
         **{name: getattr(asked, name) for name in ("train_rows", "held_out_rows", "eval_generate")},
         **{f"version of {name}": version(name) for name in ("commonit-trl", "torch", "transformers", "trl")},
         "options of the launcher": launch_flags,
@@ -118,21 +99,19 @@ def run(
     }
     settings = {}
     for name, each in runs.items():
-        values = shared | each.strategy.settings(training_args) | {"seed of the run": each.seed}
+        values = shared | each.strategy.settings(args) | {"seed of the run": each.seed}
         settings[name] = json.loads(json.dumps(values, default=str))
     if asked.only is not None:
         if asked.only not in runs:
             raise ValueError(f"--only {asked.only}: no such run. Name one of {', '.join(runs)}.")
         each, directory = runs[asked.only], directory_of(output_dir, runs[asked.only])
-        for name, value in each.strategy.settings(training_args).items():
-            setattr(training_args, name, value)
-        training_args.output_dir, training_args.seed, training_args.data_seed = str(directory), each.seed, None
+        for name, value in each.strategy.settings(args).items():
+            setattr(args, name, value)
+        args.output_dir, args.seed, args.data_seed = str(directory), each.seed, None
         from commonit_trl.compare.one_run import train_and_measure
 
         with claimed(directory):
-            train_and_measure(
-                model_args, training_args, train, held_out, directory, settings[each.name], asked.eval_generate
-            )
+            train_and_measure(given.model, args, train, held_out, directory, settings[each.name], asked.eval_generate)
         return 0
 
     results = {name: read_result(output_dir, each, settings[name]) for name, each in runs.items()}
@@ -154,18 +133,16 @@ def run(
     return 1 if failed else 0
 
 
-def _check(asked: argparse.Namespace, script_args: Any, training_args: Any, mixture: Any) -> None:
+def _check(asked: argparse.Namespace, given: Options) -> None:
     for name, least in (("seeds", 1), ("jobs", 1), ("train_rows", 1), ("held_out_rows", 2)):
-        value = getattr(asked, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} {value} must be at least {least}.")
-    if training_args.max_steps > 0:
+        check_number(name, getattr(asked, name), least)
+    if given.training.max_steps > 0:
         raise ValueError(
-            f"max_steps={training_args.max_steps}: the size of steps depends on the metric, so the runs would see "
+            f"max_steps={given.training.max_steps}: the size of steps depends on the metric, so the runs would see "
             "different numbers of samples. Set num_train_epochs, and --train_rows N for a shorter comparison."
         )
-    if script_args.dataset_streaming or mixture.streaming:
-        option = "streaming" if mixture.streaming else "dataset_streaming"
+    if given.script.dataset_streaming or given.mixture.streaming:
+        option = "streaming" if given.mixture.streaming else "dataset_streaming"
         raise ValueError(f"{option}=True: a comparison needs every row beforehand. Set it to False.")
     if "RANK" in os.environ and asked.only is None:
         raise ValueError(
@@ -174,19 +151,19 @@ def _check(asked: argparse.Namespace, script_args: Any, training_args: Any, mixt
         )
 
 
-def _load(asked: argparse.Namespace, script_args: Any, training_args: Any, mixture: Any) -> tuple[Dataset, Dataset]:
+def _load(asked: argparse.Namespace, given: Options) -> tuple[Dataset, Dataset]:
     """Return the training rows and the held-out rows, which are the same for all runs."""
-    splits, train_split, test_split, _ = load_all_splits(script_args, mixture, training_args)
-    data, seed = named_data(script_args, mixture), training_args.seed
+    splits, train_split, test_split, _ = load_all_splits(given)
+    seed = given.training.seed
     train = split_of(splits, train_split, "Training", "dataset_train_split")
     for rows in (train, splits.get(test_split)):
-        check_rows(rows, data, training_args.dataset_text_field)
+        check_rows(rows, given)
     if test_split in splits:
         held_out = _some(splits[test_split], asked.held_out_rows, seed)
     elif len(train) <= asked.held_out_rows:
         raise ValueError(
-            f"--held_out_rows {asked.held_out_rows}: no training row would remain, since {data} has {len(train)} rows "
-            f"and no split {test_split!r}. Hold out fewer rows, or give data with that split."
+            f"--held_out_rows {asked.held_out_rows}: no training row would remain, since {named_data(given)} has "
+            f"{len(train)} rows and no split {test_split!r}. Hold out fewer rows, or give data with that split."
         )
     else:
         parts = train.train_test_split(test_size=asked.held_out_rows, seed=seed)

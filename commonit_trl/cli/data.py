@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDatasetDict, concatenate_datasets
 
+from commonit_trl.cli.options import Options
 from commonit_trl.config import parts_of
 from commonit_trl.loading import file_stem, load_rows
 
@@ -33,131 +34,122 @@ _FORMS = (("input_ids",), ("prompt", "completion"), ("messages",), ("conversatio
 logger = logging.getLogger(__name__)
 
 
-def load_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple[Any, Any]:
-    """Load the training rows, and the evaluation rows that `eval_strategy` needs.
+def load_splits(given: Options) -> tuple[Any, Any]:
+    """Load the training rows, and the evaluation rows if `eval_strategy` needs them, else None.
 
-    Sets `training_args.commonit_task_column` where the entries of a mixture are the tasks.
-
-    Args:
-        script_args: TRL's `ScriptArguments`.
-        mixture: TRL's `DatasetMixtureConfig`.
-        training_args: a `CommonITSFTConfig`.
-
-    Returns:
-        The training rows, and the evaluation rows or None.
+    Sets `commonit_task_column` if the entries of a mixture are the tasks.
 
     Raises:
         ValueError: on data that is missing or unreadable, naming the option.
     """
-    splits, train_split, test_split, test_option = load_all_splits(script_args, mixture, training_args)
+    splits, train_split, test_split, test_option = load_all_splits(given)
     train = split_of(splits, train_split, "Training", "dataset_train_split")
-    if training_args.eval_strategy == "no":
+    strategy = given.training.eval_strategy
+    if strategy == "no":
         return train, None
-    evaluation = f"eval_strategy={training_args.eval_strategy.value!r}"
-    return train, split_of(splits, test_split, evaluation, f"{test_option}, or eval_strategy='no'")
+    return train, split_of(
+        splits, test_split, f"eval_strategy={strategy.value!r}", f"{test_option}, or eval_strategy='no'"
+    )
 
 
-def load_all_splits(script_args: Any, mixture: Any, training_args: Any) -> tuple[Any, str, str, str]:
-    """Load all splits; arguments and errors are those of `load_splits`.
+def load_all_splits(given: Options) -> tuple[Any, str, str, str]:
+    """Load all splits, as `load_splits` does.
 
     Returns:
         The splits by name, the names of the training and the evaluation split, and the option that sets the second.
     """
-    name, metric = script_args.dataset_name, training_args.commonit_metric
+    script, args, _, mixture = given
+    name, metric = script.dataset_name, args.commonit_metric
     if bool(mixture.datasets) == bool(name):
         raise ValueError(
             f"dataset_name={name!r} and {len(mixture.datasets)} entries in datasets: give one of the two, a "
             "name or file, or the entries of a mixture."
         )
-    streaming = mixture.streaming or script_args.dataset_streaming
-    if streaming and training_args.commonit_on:
+    streaming = mixture.streaming or script.dataset_streaming
+    if streaming and args.commonit_on:
         raise ValueError(
             f"{'streaming' if mixture.streaming else 'dataset_streaming'}=True does not go with "
             f"commonit_metric={metric!r}, which needs every row beforehand: set it to False, or "
             "commonit_metric to 'none'."
         )
-    if mixture.datasets:
-        labelled = training_args.commonit_task_column is not None or training_args.commonit_task_file is not None
-        entries_are_tasks = "task" in parts_of(metric) and not labelled
-        if entries_are_tasks:
-            training_args.commonit_task_column = [ENTRY_COLUMN]
-        splits = load_mixture(mixture, ENTRY_COLUMN if entries_are_tasks else None, training_args.seed)
-        return splits, "train", "test", "test_split_size"
-    splits = load_rows("dataset_name", name, name=script_args.dataset_config, streaming=streaming)
-    return splits, script_args.dataset_train_split, script_args.dataset_test_split, "dataset_test_split"
+    if not mixture.datasets:
+        splits = load_rows("dataset_name", name, name=script.dataset_config, streaming=streaming)
+        return splits, script.dataset_train_split, script.dataset_test_split, "dataset_test_split"
+    labelled = args.commonit_task_column is not None or args.commonit_task_file is not None
+    entries_are_tasks = "task" in parts_of(metric) and not labelled
+    if entries_are_tasks:
+        args.commonit_task_column = [ENTRY_COLUMN]
+    return _load_mixture(mixture, entries_are_tasks, args.seed), "train", "test", "test_split_size"
 
 
-def named_data(script_args: Any, mixture: Any) -> str:
+def named_data(given: Options) -> str:
     """Describe the data by the option that names it, and its value."""
-    if mixture.datasets:
-        return f"datasets: {', '.join(map(repr, entry_labels(mixture.datasets)))}"
-    return f"dataset_name={script_args.dataset_name!r}"
+    if given.mixture.datasets:
+        return f"datasets: {', '.join(map(repr, entry_labels(given.mixture.datasets)))}"
+    return f"dataset_name={given.script.dataset_name!r}"
 
 
 def split_of(splits: Any, name: str, reader: str, way_out: str) -> Any:
-    """Return the split `name`.
-
-    Raises:
-        ValueError: where it is missing, naming `reader`, which needs it, and `way_out`, the options to set.
-    """
+    """Return the split `name`, or raise an error that names its reader and the options to set."""
     if name not in splits:
         raise ValueError(f"{reader} needs the split {name!r}, and the data has: {', '.join(splits)}. Set {way_out}.")
     return splits[name]
 
 
-def check_rows(rows: Any, option: str, text_field: str) -> None:
-    """Refuse rows that TRL's preparation cannot read.
+def check_rows(rows: Any, given: Options) -> None:
+    """Refuse rows of a split that TRL's preparation cannot read; streams are not checked.
 
-    Checks columns, types, missing values and encoding, in one pass over the columns that TRL reads. Streams are not
-    checked.
-
-    Args:
-        rows: the rows of a split.
-        option: that names the data, and its value.
-        text_field: `dataset_text_field`, for rows of plain text.
+    Checks columns, types, missing values and encoding, in one pass over the columns that TRL reads.
 
     Raises:
         ValueError: naming the column and the row.
     """
     if not isinstance(rows, Dataset):
         return
-    read = next((form for form in _FORMS if form[0] in rows.column_names), (text_field,))
-    missing = [column for column in read if column not in rows.column_names]
+    try:
+        _check_columns(rows, given.training.dataset_text_field)
+    except ValueError as error:
+        raise ValueError(f"{named_data(given)}: {error}") from error
+
+
+def _check_columns(rows: Dataset, text_field: str) -> None:
+    columns = {name: rows.data.column(name) for name in rows.column_names}
+    read = next((form for form in _FORMS if form[0] in columns), (text_field,))
+    missing = [name for name in read if name not in columns]
     if missing:
         raise ValueError(
-            f"{option}: there is no column {missing[0]!r} among {', '.join(map(repr, rows.column_names))}: give prompt "
-            "and completion, messages, or text in the column that dataset_text_field names."
+            f"there is no column {missing[0]!r} among {', '.join(map(repr, columns))}: give prompt and completion, "
+            "messages, or text in the column that dataset_text_field names."
         )
-    for column in rows.column_names:
-        values = rows.data.column(column)
-        if column in (*read, "labels"):
-            _check_values(values, column, option)
-        if column in read or _kind_of(values.type) == "text":
+    for name, values in columns.items():
+        if name in (*read, "labels"):
+            _check_values(values, name)
+        if name in read or _kind_of(values.type) == "text":
             try:
                 values.validate(full=True)
             except pa.ArrowInvalid as error:
-                raise ValueError(f"{option}: the column {column!r} is damaged ({error}): save it as UTF-8.") from error
-    if {"input_ids", "labels"} <= {*rows.column_names}:
-        tokens, labels = (pc.list_value_length(rows.data.column(column)) for column in ("input_ids", "labels"))
+                raise ValueError(f"the column {name!r} is damaged ({error}): save it as UTF-8.") from error
+    if {"input_ids", "labels"} <= {*columns}:
+        tokens, labels = (pc.list_value_length(columns[name]) for name in ("input_ids", "labels"))
         row = pc.index(pc.equal(tokens, labels), False).as_py()
         if row >= 0:
-            raise ValueError(f"{option}: in row {row}, input_ids and labels differ in length: give each token a label.")
+            raise ValueError(f"in row {row}, input_ids and labels differ in length: give each token a label.")
 
 
-def _check_values(values: pa.ChunkedArray, column: str, option: str) -> None:
-    found, wanted = _kind_of(values.type), _KINDS.get(column, ("text",))
+def _check_values(values: pa.ChunkedArray, name: str) -> None:
+    found, expected = _kind_of(values.type), _KINDS.get(name, ("text",))
     if values.null_count:
         row = pc.index(pc.is_null(values), True).as_py()
         raise ValueError(
-            f"{option}: the column {column!r} has no value in {values.null_count} of {len(values)} rows, first in row "
-            f"{row}: fill or remove them."
+            f"the column {name!r} has no value in {values.null_count} of {len(values)} rows, first in row {row}: fill "
+            "or remove them."
         )
-    if found not in (*wanted, "JSON"):
-        raise ValueError(f"{option}: the column {column!r} holds {found}: make that {' or '.join(wanted)}.")
+    if found not in (*expected, "JSON"):
+        raise ValueError(f"the column {name!r} holds {found}: make that {' or '.join(expected)}.")
     if found == "messages" and len(values[0]) == 0:  # TRL looks at the first row
-        raise ValueError(f"{option}: the column {column!r} has no message in row 0: remove it.")
-    if column == "input_ids" and pc.any(pc.less(pc.list_flatten(values), 0)).as_py():
-        raise ValueError(f"{option}: the column 'input_ids' has numbers below 0: make them token ids.")
+        raise ValueError(f"the column {name!r} has no message in row 0: remove it.")
+    if name == "input_ids" and pc.any(pc.less(pc.list_flatten(values), 0)).as_py():
+        raise ValueError("the column 'input_ids' has numbers below 0: make them token ids.")
 
 
 def _kind_of(kind: pa.DataType) -> str:
@@ -172,50 +164,18 @@ def _kind_of(kind: pa.DataType) -> str:
     return "JSON" if isinstance(kind, pa.BaseExtensionType) else f"values of type {kind}"
 
 
-def load_mixture(mixture: Any, entry_column: str | None, seed: int) -> DatasetDict | IterableDatasetDict:
-    """Load the entries of a TRL `DatasetMixtureConfig` and join them as TRL's `get_dataset` does.
-
-    Args:
-        mixture: the `DatasetMixtureConfig`.
-        entry_column: a column to add, with the name of each row's entry; None to add none.
-        seed: of the train-test split.
-
-    Returns:
-        The splits: `train`, and `test` where `test_split_size` is set.
-
-    Raises:
-        ValueError: naming the option, where entries cannot be loaded or joined.
-    """
+def _load_mixture(mixture: Any, entries_are_tasks: bool, seed: int) -> DatasetDict | IterableDatasetDict:
+    """Load the entries and join them as TRL's `get_dataset` does, with a column `ENTRY_COLUMN` if they are tasks."""
     entries, streaming, test_size = mixture.datasets, mixture.streaming, mixture.test_split_size
     if streaming and test_size is not None:
         raise ValueError(f"test_split_size={test_size} does not go with streaming=True: remove one.")
     labels = entry_labels(entries)
-    if entry_column is not None:
+    parts = [_load_entry(entry, streaming) for entry in entries]
+    if entries_are_tasks:
         logger.info("commonit_metric='task': the tasks are the entries of datasets: %s.", ", ".join(labels))
-    parts = []
-    for entry, label in zip(entries, labels, strict=True):
-        part = load_rows(
-            "datasets: path",
-            entry.path,
-            name=entry.name,
-            data_dir=entry.data_dir,
-            data_files=entry.data_files,
-            split=entry.split or "train",
-            streaming=streaming,
-        )
-        if entry.columns is not None:
-            unknown = [column for column in entry.columns if column not in part.column_names]
-            if unknown or len({*entry.columns}) < len(entry.columns):
-                raise ValueError(
-                    f"datasets: columns={entry.columns!r} of {entry.path!r} must be some of "
-                    f"{', '.join(part.column_names)}, each once."
-                )
-            part = part.select_columns(entry.columns)
-        if entry_column is not None:
-            if entry_column in part.column_names:
-                part = part.remove_columns(entry_column)
-            part = part.add_column(entry_column, [label] * len(part))
-        parts.append(part)
+        for place, label in enumerate(labels):
+            part = parts[place].select_columns([name for name in parts[place].column_names if name != ENTRY_COLUMN])
+            parts[place] = part.add_column(ENTRY_COLUMN, [label] * len(part))
     if any(entry.fraction is not None for entry in entries):
         parts = _take_fractions(parts, [entry.fraction for entry in entries], streaming)
     try:
@@ -227,8 +187,21 @@ def load_mixture(mixture: Any, entry_column: str | None, seed: int) -> DatasetDi
     return (IterableDatasetDict if streaming else DatasetDict)({"train": joined})
 
 
+def _load_entry(entry: Any, streaming: bool) -> Any:
+    options = {name: getattr(entry, name) for name in ("name", "data_dir", "data_files")}
+    part = load_rows("datasets: path", entry.path, split=entry.split or "train", streaming=streaming, **options)
+    if entry.columns is None:
+        return part
+    if not {*entry.columns} <= {*part.column_names} or len({*entry.columns}) < len(entry.columns):
+        raise ValueError(
+            f"datasets: columns={entry.columns!r} of {entry.path!r} must be some of {', '.join(part.column_names)}, "
+            "each once."
+        )
+    return part.select_columns(entry.columns)
+
+
 def _take_fractions(parts: list[Dataset], fractions: list[float | None], streaming: bool) -> list[Dataset]:
-    """The first rows of each part, in these proportions and as many as there are without repeating any."""
+    """Return the first rows of each part, in these proportions, as many as possible without repeating any."""
     given = [fraction for fraction in fractions if fraction is not None and 0 <= fraction < math.inf]
     if len(given) < len(parts) or not any(given) or streaming:
         raise ValueError(

@@ -41,12 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def quiet_libraries(*, verbose: bool = False, bars: bool = True) -> Iterator[Screen]:
+def quiet_libraries(*, verbose: bool = False) -> Iterator[Screen]:
     """Log what libraries print; at the end, name the log on stderr if it is not empty.
 
     Args:
         verbose: print the messages of libraries to stderr instead; stdout holds the command's own output either way.
-        bars: show the progress bars of libraries if stderr is a terminal.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -62,7 +61,7 @@ def quiet_libraries(*, verbose: bool = False, bars: bool = True) -> Iterator[Scr
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
             os.close(descriptor)
-            stack.enter_context(_one_bar(screen.stderr, show=bars))
+            stack.enter_context(_one_bar(screen.stderr))
         try:
             yield screen
         finally:
@@ -97,12 +96,12 @@ def _duplicate(stream: TextIO, stack: contextlib.ExitStack) -> TextIO:
 
 
 @contextlib.contextmanager
-def _one_bar(stderr: TextIO, *, show: bool) -> Iterator[None]:
-    """Show the outermost tqdm bar alone, on `stderr`; bars that other bars contain stay hidden."""
+def _one_bar(stderr: TextIO) -> Iterator[None]:
+    """Show the outermost tqdm bar alone, on `stderr` if it is a terminal; bars that other bars contain stay hidden."""
     from tqdm import tqdm
 
     make = tqdm.__init__
-    show = show and stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    show = stderr.isatty() and os.environ.get("RANK", "0") == "0"
     bars: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def make_one(bar: Any, *args: Any, **options: Any) -> None:

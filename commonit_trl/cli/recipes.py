@@ -26,6 +26,8 @@ from trl import SFTConfig
 
 from commonit_trl.cli import quiet
 from commonit_trl.cli.data import check_rows, load_splits, named_data
+from commonit_trl.cli.options import Options
+from commonit_trl.cli.sft import found_at, model_config, model_source
 from commonit_trl.config import parts_of, wrap_lists
 from commonit_trl.grouping import Grouper
 from commonit_trl.grouping.dropped import NONE_DROPPED, DroppedRows
@@ -41,25 +43,14 @@ from commonit_trl.trainer.validate import check_settings
 logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "commonit.recipes"
-
-
-# Options that need the run's hardware or write files, and affect neither rows nor batches. They come last, so they win.
-_OFF = {
-    "use_cpu": "true",
-    "bf16": "false",
-    "fp16": "false",
-    "tf32": "false",
-    "deepspeed": "",
-    "fsdp": "",
-    "torch_compile": "false",
-    "use_liger_kernel": "false",
-    "activation_offloading": "false",
-    "eval_strategy": "no",
-    "save_strategy": "no",
-    "load_best_model_at_end": "false",
-    "push_to_hub": "false",
-    "report_to": "none",
-}
+# They switch off what needs the run's hardware or writes files, and affects neither rows nor batches. They come last,
+# so they win.
+FLAGS = (
+    *("--use_cpu", "true", "--bf16", "false", "--fp16", "false", "--tf32", "false", "--deepspeed", "", "--fsdp", ""),
+    *("--torch_compile", "false", "--use_liger_kernel", "false", "--activation_offloading", "false"),
+    *("--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false", "--push_to_hub", "false"),
+    *("--report_to", "none", "--output_dir", tempfile.gettempdir()),
+)
 
 
 @dataclass(kw_only=True)
@@ -132,18 +123,9 @@ def num_processes(launch_flags: list[str]) -> int:
     return parser.parse_known_args(launch_flags)[0].num_processes
 
 
-def sft_flags(data: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the flags of `commonit sft` that go before and after the user's own.
-
-    Args:
-        data: names of data; several are the entries of a mixture.
-
-    Returns:
-        The flags that name the data, and those that switch off what needs the run's hardware.
-    """
-    named = (["--dataset_name", *data] if len(data) == 1 else ["--datasets", *data]) if data else []
-    off = {**_OFF, "output_dir": tempfile.gettempdir()}
-    return named, [part for name, value in off.items() for part in (f"--{name}", value)]
+def data_flags(data: Sequence[str]) -> list[str]:
+    """Return the flags of `commonit sft` that name the data; several names are the entries of a mixture."""
+    return (["--dataset_name", *data] if len(data) == 1 else ["--datasets", *data]) if data else []
 
 
 def read_foreign_recipe(front_end: str, path: str) -> Recipe:
@@ -163,20 +145,11 @@ def read_foreign_recipe(front_end: str, path: str) -> Recipe:
     return read(path)
 
 
-def sft_recipe(
-    script_args: Any,
-    training_args: Any,
-    model_args: Any,
-    mixture: Any,
-    *,
-    metrics: Sequence[str],
-    tokenizer: str | None = None,
-    world_size: int = 1,
-) -> Recipe:
-    """Return the recipe of `commonit sft` with these arguments.
+def sft_recipe(given: Options, *, metrics: Sequence[str], tokenizer: str | None = None, world_size: int = 1) -> Recipe:
+    """Return the recipe of `commonit sft` with these options.
 
     Args:
-        training_args: a `PreparationConfig`.
+        given: the options; the training arguments are a `PreparationConfig`.
         metrics: the metrics to group by; with `task` among them, the entries of a mixture become the tasks.
         tokenizer: name or directory; default: the model's. Without either, rows stay raw.
         world_size: data-parallel ranks.
@@ -185,30 +158,31 @@ def sft_recipe(
         ValueError: on data, a model or a tokenizer that cannot be read, naming the option, on settings that
             training refuses, and when no row has a token to train on.
     """
+    args = given.training
     by_task = [metric for metric in metrics if "task" in parts_of(metric)]
-    training_args.commonit_metric = (by_task or metrics)[0]
-    train, _ = load_splits(script_args, mixture, training_args)
-    if training_args.commonit_task_file is not None:
-        train = with_task_file(train, training_args.commonit_task_file)
-    data = named_data(script_args, mixture)
+    args.commonit_metric = (by_task or metrics)[0]
+    train, _ = load_splits(given)
+    if args.commonit_task_file is not None:
+        train = with_task_file(train, args.commonit_task_file)
     if len(train) == 0:
-        raise ValueError(f"{data}: the training split has no rows. Give data that has rows.")
-    name = tokenizer or model_args.model_name_or_path
+        raise ValueError(f"{named_data(given)}: the training split has no rows. Give data that has rows.")
     recipe = Recipe(
-        options=training_args,
-        rows=Rows(train, text_field=training_args.dataset_text_field),
-        seed=data_seed(training_args),
-        micro_batch_size=training_args.per_device_train_batch_size,
-        accumulation_steps=training_args.gradient_accumulation_steps,
+        options=args,
+        rows=Rows(train, text_field=args.dataset_text_field),
+        seed=data_seed(args),
+        micro_batch_size=args.per_device_train_batch_size,
+        accumulation_steps=args.gradient_accumulation_steps,
         world_size=world_size,
         source_rows=np.arange(len(train)),
     )
+    name = tokenizer or given.model.model_name_or_path
     if name is None:
         lengths = recipe.rows.token_counts() if recipe.rows.tokenized else None
-        return replace(recipe, lengths=lengths, balanced=lengths is not None and training_args.commonit_balance_lengths)
-    train = _trainable(train, training_args.dataset_text_field)
-    check_rows(train, data, training_args.dataset_text_field)
-    return _prepare(recipe, train, name, model_args)
+        return replace(recipe, lengths=lengths, balanced=lengths is not None and args.commonit_balance_lengths)
+    train = _trainable(train, args.dataset_text_field)
+    check_rows(train, given)
+    check_settings(args)
+    return _prepare(recipe, train, *_meta_model(name, given.model, args))
 
 
 def _trainable(rows: Dataset, text_field: str) -> Dataset:
@@ -221,27 +195,21 @@ def _trainable(rows: Dataset, text_field: str) -> Dataset:
         "TRL does not train on the columns instruction and output. They are read as prompt and completion here; "
         "rename them before training."
     )
-    read = [column for column in ("instruction", "input", "output") if column in present]
-    return rows.map(_as_prompt_completion, batched=True, remove_columns=read, desc="Reading instruction and output")
+    texts = Rows(rows)
+    rest = rows.remove_columns([name for name in ("instruction", "input", "output") if name in present])
+    prompts = [f"{prompt}\n" for prompt in texts.texts("prompt")]
+    return rest.add_column("prompt", prompts).add_column("completion", texts.texts("response"))
 
 
-def _as_prompt_completion(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
-    inputs = batch.get("input") or [None] * len(batch["instruction"])
-    prompts = ("\n".join(filter(None, parts)) for parts in zip(batch["instruction"], inputs, strict=True))
-    return {"prompt": [f"{prompt}\n" for prompt in prompts], "completion": [text or "" for text in batch["output"]]}
-
-
-def _prepare(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: Any) -> Recipe:
+def _prepare(recipe: Recipe, train: Dataset, model: Any, tokenizer: Any) -> Recipe:
     """Return `recipe` with the rows that `CommonITSFTTrainer` groups, and its batching of them.
 
     TRL's preparation takes the tokenizer, chat template, masks and padding from the trainer's construction, so a
     trainer is constructed on the first row: without CommonIT, without packing, and with a model on the meta device.
     """
     args = recipe.options
-    check_settings(args)
     unpacked = copy.copy(args)
     unpacked.commonit_metric, unpacked.packing, unpacked.max_length = "none", False, None
-    model, tokenizer = _meta_model(tokenizer_name, model_args, args)
     trainer = CommonITSFTTrainer(
         model=model, args=unpacked, train_dataset=train.select(range(1)), processing_class=tokenizer
     )
@@ -260,9 +228,7 @@ def _prepare(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: An
             "or check the rows."
         )
 
-    def pack(
-        grouper: Grouper, group_ids: NDArray[np.int64], world_size: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def pack(grouper: Grouper, group_ids: NDArray[np.int64], _: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         packs, pack_groups = pack_by_group(prepared.dataset, group_ids, grouper.names, args)
         return pack_groups, Rows(packs).token_counts()
 
@@ -282,24 +248,15 @@ def _prepare(recipe: Recipe, train: Dataset, tokenizer_name: str, model_args: An
 def _meta_model(tokenizer_name: str, model_args: Any, args: Any) -> tuple[Any, Any]:
     """Return a model without weights, of the run's architecture if it has one, and the tokenizer."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-    trust = {"trust_remote_code": args.trust_remote_code}
-    source = {"revision": model_args.model_revision, **trust}
-    model_name = model_args.model_name_or_path
-    is_models = tokenizer_name == model_name
-    option = "model_name_or_path" if is_models else "--tokenizer"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **(source if is_models else trust))
-        config = (
-            LlamaConfig(vocab_size=len(tokenizer))
-            if model_name is None
-            else AutoConfig.from_pretrained(model_name, **source)
-        )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{option}={tokenizer_name!r}: not found or not valid. Give a hub name or a directory. {reason}"
-        ) from error
+    is_models = tokenizer_name == model_args.model_name_or_path
+    source = model_source(model_args, args) if is_models else {"trust_remote_code": args.trust_remote_code}
+    with found_at("model_name_or_path" if is_models else "--tokenizer", tokenizer_name):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **source)
+    if model_args.model_name_or_path is None:
+        config = LlamaConfig(vocab_size=len(tokenizer))
+    else:
+        config = model_config(model_args, args)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **trust), tokenizer
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code), tokenizer

@@ -1,5 +1,7 @@
 """The model check and the trainer of `commonit sft`; `commonit compare` shares both."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import TrainerCallback
@@ -16,14 +18,20 @@ class TrainingStarted(TrainerCallback):
         self.value = True
 
 
-def check_model(model_args: Any, training_args: Any) -> None:
-    """Refuse a model that cannot be found, before the data are loaded.
+@contextlib.contextmanager
+def found_at(option: str, name: str) -> Iterator[None]:
+    """Name the option in errors of the hub, which may not even name the model."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{option}={name!r}: not found or not valid. Give a hub name or a directory. {reason}"
+        ) from error
 
-    The hub's own error may not name the model.
 
-    Args:
-        model_args: TRL's `ModelConfig`.
-        training_args: a `CommonITSFTConfig`.
+def model_config(model_args: Any, training_args: Any) -> Any:
+    """Return the config of the model, which fails before the data are loaded if the model cannot be found.
 
     Raises:
         ValueError: naming `model_name_or_path`.
@@ -33,12 +41,8 @@ def check_model(model_args: Any, training_args: Any) -> None:
     model = model_args.model_name_or_path
     if model is None:
         raise ValueError("model_name_or_path is not set. Give a hub name or a directory.")
-    try:
-        AutoConfig.from_pretrained(model, **_model_source(model_args, training_args))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model_name_or_path={model!r}: no model found. Give a hub name or a directory. {error}"
-        ) from error
+    with found_at("model_name_or_path", model):
+        return AutoConfig.from_pretrained(model, **model_source(model_args, training_args))
 
 
 def make_trainer(model_args: Any, training_args: Any, train: Any, evaluation: Any) -> CommonITSFTTrainer:
@@ -53,7 +57,7 @@ def make_trainer(model_args: Any, training_args: Any, train: Any, evaluation: An
     from trl import get_peft_config, get_quantization_config
 
     training_args.model_init_kwargs = {
-        **_model_source(model_args, training_args),
+        **model_source(model_args, training_args),
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
@@ -68,5 +72,6 @@ def make_trainer(model_args: Any, training_args: Any, train: Any, evaluation: An
     )
 
 
-def _model_source(model_args: Any, training_args: Any) -> dict[str, Any]:
+def model_source(model_args: Any, training_args: Any) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that select the model's files."""
     return {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}

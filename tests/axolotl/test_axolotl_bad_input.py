@@ -42,7 +42,7 @@ def data(name: str) -> dict[str, Any]:
 NO_PLUGIN = "--axolotl bad.yml | Add axolotl_plugin.CommonITPlugin"
 RECIPES: dict[str, tuple[Any, str]] = {
     # name: (the file, or changed keys, parts of the line)
-    "no such file": (None, "--axolotl bad.yml | name a recipe's YAML file"),
+    "no such file": (None, "--axolotl bad.yml | name a YAML file"),
     "an empty file": (b"", "--axolotl bad.yml | write lines such as"),
     "bytes that are no text": (b"\xff\xfe\x00", "--axolotl bad.yml | not YAML"),
     "a Python object": (b"plugins: !!python/object/apply:pathlib.Path.touch [ran]", "--axolotl bad.yml | not YAML"),

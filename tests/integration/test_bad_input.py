@@ -49,7 +49,7 @@ def weightless(model, tmp_path_factory):
 @pytest.fixture
 def files(tmp_path):
     """The files that the tables name."""
-    for name in ("dir", "d.jsonl", "empty", "script", "strange"):
+    for name in ("dir", "d.jsonl", "script", "strange"):
         (tmp_path / name).mkdir()
     write_jsonl(tmp_path / "data.jsonl", ROWS)
     write_jsonl(tmp_path / "types.jsonl", [{"prompt": 1, "completion": 2, "task": [3]}] * 3)
@@ -119,16 +119,12 @@ FLAGS = {
         "--model_name_or_path ''": "model_name_or_path='' | Give a hub name",
         "-model_name_or_path": "model_name_or_path is not set",
         "--model_name_or_path data.jsonl": "model_name_or_path='data.jsonl' | Give a hub name",
-        "--model_name_or_path empty": "model_name_or_path='empty' | Give a hub name",
         "--model_name_or_path strange": "model_name_or_path='strange' | Give a hub name",
         "--model_name_or_path '\x1b[2Jx'": "model_name_or_path='\\x1b[2Jx' | Give a hub name",
         "--output_dir data.jsonl": "output_dir='data.jsonl' | that this user may write",
         "--output_dir data.jsonl/out": "output_dir='data.jsonl/out' | that this user may write",
-        f"--output_dir {LONG}": f"output_dir='{LONG}' | that this user may write",
         "--resume_from_checkpoint gone": "resume_from_checkpoint='gone' | Name a checkpoint",
-        "--resume_from_checkpoint data.jsonl": "resume_from_checkpoint='data.jsonl' | Name a checkpoint",
         "--per_device_train_batch_size 0": "per_device_train_batch_size=0 | at least 1",
-        "--gradient_accumulation_steps -1": "gradient_accumulation_steps=-1 | at least 1",
         "--max_length 0": "max_length=0 | at least 1",
         "--seed -1": "seed=-1 | at least 0",
         f"--data_seed {2**32}": "data_seed=4294967296 | at most 4294967295",
@@ -139,8 +135,6 @@ FLAGS = {
         "--config gone.yaml": "--config gone.yaml | name a YAML file",
         "--config dir": "--config dir | name a YAML file",
         "--config '\x1b[2J.yaml'": "u001b[2J | name a YAML file",
-        "--config 'a\nb.yaml'": "--config a b.yaml | name a YAML file",
-        f"--config {LONG}": f"--config {LONG} | name a YAML file",
         "--config": "--config | expected one argument",
     },
     MODEL: {
@@ -156,10 +150,8 @@ FLAGS = {
         "--dataset_name split --dataset_config en": "dataset_name='split' | name='en' | save_to_disk",
         "--dataset_name no/where": "dataset_name='no/where' | give a hub name",
         "--dataset_name gone.jsonl": "dataset_name='gone.jsonl' | no such file | give a hub name",
-        "--dataset_name gone.csv.gz": "dataset_name='gone.csv.gz' | no such file",
         "--dataset_name 'gone/*.jsonl'": "dataset_name='gone/*.jsonl' | no such file",
         "--dataset_name bad.jsonl.gz": "dataset_name='bad.jsonl.gz' | give a hub name",
-        "--dataset_name 'a\nb.jsonl'": "dataset_name='a\\nb.jsonl' | no such file",
         "--dataset_name '\x1b[2J.jsonl'": "dataset_name='\\x1b[2J.jsonl' | give a hub name",
         "--dataset_name d.jsonl": "dataset_name='d.jsonl' | give a hub name",
         "--dataset_name dir": "dataset_name='dir' | give a hub name",
@@ -310,34 +302,24 @@ COMMANDS = {
     "inspect data.jsonl TASK --world_size 0": "world_size=0 | >= 1",
     "inspect data.jsonl TASK --world_size 1000000000": "world_size=1000000000 | 24 samples | fewer ranks",
     "inspect data.jsonl TASK --html dir": "--html dir | Name a file",
-    "inspect data.jsonl TASK --html data.jsonl/x.html": "--html data.jsonl/x.html | Name a file",
-    f"inspect data.jsonl TASK --html {LONG}": f"--html {LONG} | Name a file",
     "inspect data.jsonl TASK --tokenizer no/where": "--tokenizer='no/where' | Give a hub name",
-    "inspect data.jsonl TASK --tokenizer dir": "--tokenizer='dir' | Give a hub name",
     "inspect data.jsonl --commonit_metric length": "commonit_metric='length' | add --tokenizer",
     "inspect data.jsonl --load dir": "dir/groups.json | groups again",
-    "inspect data.jsonl --load '\x1b[2J'": "\\u001b[2J | groups again",
     "inspect data.jsonl --axolotl r.yml": "--axolotl r.yml | data.jsonl | Remove one",
     "inspect data.jsonl gone.jsonl TASK": "datasets: path='gone.jsonl' | give a hub name",
-    "inspect gone.jsonl TASK": "dataset_name='gone.jsonl' | no such file",
     "inspect TASK": "dataset_name=None | datasets | give one",
-    "inspect --config gone.yaml": "gone.yaml | name a YAML file",
     "inspect data.jsonl TASK --htm x": "htm | did you mean",
-    "inspect data.jsonl TASK --commonit_task_column kind": "commonit_task_column='kind' | Name one",
     "inspect data.jsonl TASK --commonit_length_of total": "commonit_length_of='total' | 'length' | remove it",
     "group data.jsonl TASK": "--output | required",
     "group data.jsonl TASK --output data.jsonl": "--output data.jsonl | that this user may write",
-    "group data.jsonl TASK --output data.jsonl/x": "--output data.jsonl/x | that this user may write",
     "group data.jsonl TASK --output x --world_size 2": "Unknown option world_size",
     "group walk.jsonl --load saved --output x": "--load saved | all 5 rows are unassigned",
     "group data.jsonl --load saved --commonit_metric length --output x": "commonit_metric=length | --load saved",
     "group data.jsonl --load saved --commonit_min_group_size 3 --output x": "commonit_min_group_size=3 | --load saved",
     "group data.jsonl --load saved --commonit_length_of total --output x": "commonit_length_of='total' | 'length'",
-    "demo --max_steps 0": "--max_steps 0 | 1 or more",
-    "demo --max_steps many": "--max_steps | 'many' | invalid int",
-    "demo --seed -1": "--seed -1 | give 0 to",
-    "demo --output_dir data.jsonl": "--output_dir data.jsonl | name a dir",
-    "demo --output_dir data.jsonl/out": "--output_dir data.jsonl/out | cannot be written",
+    "demo --max_steps 0": "max_steps=0 | at least 1",
+    "demo --seed -1": "seed=-1 | at least 0",
+    "demo --output_dir data.jsonl": "output_dir='data.jsonl' | name a dir",
     "demo --steps 3": "--steps | unrecognized",
 }
 TASK = ("--commonit_metric", "task")

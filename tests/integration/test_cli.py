@@ -179,8 +179,8 @@ def test_the_entries_of_a_mixture_are_its_tasks(flags, tmp_path):
 
 
 def splits_of(*argv, **options):
-    (script, training, _, mixture), _ = cli.parse_sft([*argv, *as_argv({"use_cpu": True, "bf16": False, **options})])
-    return *data.load_splits(script, mixture, training), training
+    parsed, _ = cli.parse_sft([*argv, *as_argv({"use_cpu": True, "bf16": False, **options})])
+    return *data.load_splits(parsed), parsed.training
 
 
 def test_a_mixture_takes_columns_splits_and_fractions(tmp_path):
@@ -241,22 +241,16 @@ def test_entry_labels(entries, labels):
 # --- data and options ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv"])
+@pytest.mark.parametrize(
+    "suffix", ["jsonl", "json", "parquet", "csv", "jsonl.gz", "json.gz", "csv.gz", "jsonl.bz2", "jsonl.xz"]
+)
 def test_local_files(suffix, tmp_path):
     rows = Dataset.from_list(rows_of("add", 3))
-    write = {"parquet": rows.to_parquet, "csv": rows.to_csv}.get(suffix, rows.to_json)
-    write(tmp_path / f"rows.{suffix}")
-    train, _, _ = splits_of(dataset_name=f"rows.{suffix}", commonit_metric="length")
-    assert train.to_list() == rows.to_list()
-
-
-@pytest.mark.parametrize("suffix", ["jsonl.gz", "json.gz", "csv.gz", "jsonl.bz2", "jsonl.xz"])
-def test_compressed_files(suffix, tmp_path):
-    rows = Dataset.from_list(rows_of("add", 3))
-    kind, compression = suffix.split(".")
-    (rows.to_csv if kind == "csv" else rows.to_json)(tmp_path / "plain")
-    compress = {"gz": gzip, "bz2": bz2, "xz": lzma}[compression].compress
-    (tmp_path / f"rows.{suffix}").write_bytes(compress((tmp_path / "plain").read_bytes()))
+    kind, _, compression = suffix.partition(".")
+    plain = tmp_path / "plain"
+    {"parquet": rows.to_parquet, "csv": rows.to_csv}.get(kind, rows.to_json)(plain)
+    compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}.get(compression, bytes)
+    (tmp_path / f"rows.{suffix}").write_bytes(compress(plain.read_bytes()))
     train, _, _ = splits_of(dataset_name=f"rows.{suffix}", commonit_metric="length")
     assert train.to_list() == rows.to_list()
 
@@ -339,11 +333,11 @@ def test_launch_options_come_from_flags_and_file(tmp_path):
 
 def test_flags_override_the_file_in_both_spellings(tmp_path):
     config = config_file(
-        tmp_path / "c.yaml", commonit_metric="length", commonit_num_groups=8, learning_rate=0.5, max_steps=3
+        tmp_path / "c.yaml", commonit_metric="length", commonit_min_group_size=8, learning_rate=0.5, max_steps=3
     )
-    argv = [f"--config={config}", "--commonit-num-groups", "2", "--max_steps=7", "--use_cpu", "--bf16", "no"]
+    argv = [f"--config={config}", "--commonit-min-group-size", "2", "--max_steps=7", "--use_cpu", "--bf16", "no"]
     (_, training, _, _), _ = cli.parse_sft(argv)
-    assert (training.commonit_num_groups, training.max_steps, training.learning_rate) == (2, 7, 0.5)
+    assert (training.commonit_min_group_size, training.max_steps, training.learning_rate) == (2, 7, 0.5)
 
 
 @pytest.mark.parametrize(

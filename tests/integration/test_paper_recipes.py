@@ -176,7 +176,7 @@ def test_a_recipe_trains_steps_of_one_group(tmp_path, data, minilm):
     tiny_model("qwen2").save_pretrained("model")
     tiny_tokenizer().save_pretrained("model")
     recipe = write(tmp_path / "recipe.yaml", "trl", "qwen2-7b", "alpaca", "embedding")
-    (script, training, model_arguments, mixture), _ = parse(
+    options, _ = parse(
         recipe,
         **WITHOUT_GPU,
         model_name_or_path="model",
@@ -189,7 +189,7 @@ def test_a_recipe_trains_steps_of_one_group(tmp_path, data, minilm):
         disable_tqdm=True,
         report_to="none",
     )
-    trainer = make_trainer(model_arguments, training, *load_splits(script, mixture, training))
+    trainer = make_trainer(options.model, options.training, *load_splits(options))
     seen = Seen(trainer)
     trainer.train()
 

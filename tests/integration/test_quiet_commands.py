@@ -57,6 +57,10 @@ def logged(lines, directory):
 
 
 def test_inspect(commonit, model, tmp_path):
+    out, lines = commonit("inspect", "--help")
+    assert "--html FILE" in out and "--verbose" in out
+    check_own(lines)
+
     options = ("inspect", "data", "--commonit_metric", "length", "--tokenizer", model, "--json")
     out, lines = commonit(*options)
     assert json.loads(out)["inspections"][0]["rows"] == 30
@@ -68,12 +72,6 @@ def test_inspect(commonit, model, tmp_path):
     assert json.loads(out)["inspections"][0]["rows"] == 30
     assert any(map(LIBRARIES.search, lines))
     assert not any(line.startswith("Library messages") for line in lines)
-
-
-def test_help_reaches_stdout(commonit):
-    out, lines = commonit("group", "--help")
-    assert "--output DIR" in out and "--verbose" in out
-    check_own(lines)
 
 
 def test_group_with_an_encoder_and_packing(commonit, model, minilm, tmp_path):

@@ -21,7 +21,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 COMMAND_LINE = {"cli", "compare", "__main__"}
 CORE = {
     "config": set(),
-    "rows": {"config"},
+    "rows": {"config", "turns"},
+    "turns": set(),
     "files": set(),
     "loading": set(),
     "sanitize": set(),

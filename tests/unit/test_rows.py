@@ -20,7 +20,7 @@ from helpers.toys import tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from commonit_trl.rows import Rows, split_conversation
+from commonit_trl.rows import Rows
 
 
 def texts(dataset: Dataset, tokenizer: Any = None, **options: Any) -> list[tuple[str, str]]:
@@ -133,12 +133,8 @@ def test_prompt_and_response_of_every_format(form: str) -> None:
 
 
 def test_both_joins_prompt_and_response() -> None:
-    assert Rows(Dataset.from_list(FORMS["instruction, input and output"][0])).texts("both") == [
-        "I\nX\nO",
-        "I\nO",
-        "I",
-    ]
-    assert Rows(Dataset.from_list(FORMS["text"][0])).texts("both") == ["all of it", ""]
+    for form, expected in (("instruction, input and output", ["I\nX\nO", "I\nO", "I"]), ("text", ["all of it", ""])):
+        assert Rows(Dataset.from_list(FORMS[form][0])).texts("both") == expected
 
 
 def test_custom_text_field() -> None:
@@ -213,10 +209,6 @@ def test_other_columns_beside_tokens_are_ignored() -> None:
     assert texts(Dataset.from_dict(rows), tokenizer) == [("both", "both")]
 
 
-def test_empty_conversation_splits_into_empty_texts() -> None:
-    assert split_conversation([]) == ("", "")
-
-
 # --- order and format ---------------------------------------------------------------------------------------
 
 
@@ -285,11 +277,8 @@ def test_token_counts_equal_a_count_by_hand(
     rows: Any, kind: str, column: str, max_length: int | None, keep_end: bool, truncated: bool, data: Any
 ) -> None:
     ids, masks = rows
-    if column == "labels":
-        truncated, kind = (
-            False,
-            "list" if kind == "bool" else kind,
-        )  # TRL truncates labels with the tokens, but not masks
+    if column == "labels":  # TRL truncates labels with the tokens, but not masks
+        truncated, kind = False, "list" if kind == "bool" else kind
         masks = [None if mask is None else [5 if bit else -100 for bit in mask] for mask in masks]
     value = Value({"int32": "int32", "bool": "bool"}.get(kind, "int64"))
 
@@ -316,6 +305,9 @@ def test_token_counts_equal_a_count_by_hand(
     assert counted.token_counts("total").tolist() == total
     assert counted.token_counts("response").tolist() == response
     assert (counted.token_counts("prompt") + counted.token_counts("response")).tolist() == total
+    for shifted in (False, True):
+        trained = [unmasked(cut(masks[row], limit)[shifted:]) for row in order]
+        assert counted.trained_counts(shifted).tolist() == trained
 
 
 def test_token_counts_of_lists_of_fixed_size() -> None:
@@ -341,9 +333,10 @@ def test_unmasked_rows_count_as_response(caplog: pytest.LogCaptureFixture) -> No
     assert "the response is the whole row" in caplog.text
 
 
-def test_token_counts_of_raw_rows_raise_with_the_columns() -> None:
+@pytest.mark.parametrize("count", [Rows.token_counts, Rows.trained_counts])
+def test_token_counts_of_raw_rows_raise_with_the_columns(count: Any) -> None:
     with pytest.raises(ValueError, match=r"input_ids.*has only: text\."):
-        Rows(Dataset.from_dict({"text": ["x"]})).token_counts()
+        count(Rows(Dataset.from_dict({"text": ["x"]})))
 
 
 def test_empty_dataset_has_no_texts_labels_or_counts() -> None:
@@ -382,19 +375,13 @@ def conversational(limit: int | None = None, keep_end: bool = False, **columns: 
 @pytest.mark.parametrize("limit", [None, 5, 12, 20, 25, 40, 60])
 @pytest.mark.parametrize("keep_end", [False, True])
 def test_assistant_tokens_equal_the_template_mask(limit: int | None, keep_end: bool) -> None:
-    order = [3, 0, 4, 1, 2]
+    order = [2, 0, 4, 1, 3]  # the first row has no assistant turn
     dataset, expected = conversational(limit, keep_end)
     rows = Rows(dataset.select(order), tiny_tokenizer(), keep_end=keep_end)
     assert rows.token_counts("response").tolist() == [expected[row] for row in order]
     whole, _ = conversational()  # later truncation, as before packing, gives the same
     rows = Rows(whole.select(order), tiny_tokenizer(), keep_end=keep_end, max_length=limit)
     assert rows.token_counts("response").tolist() == [expected[row] for row in order]
-
-
-def test_first_rows_may_lack_assistant_turns() -> None:
-    dataset, expected = conversational()
-    rows = Rows(dataset.select([2, 2]), tiny_tokenizer())
-    assert rows.token_counts("response").tolist() == [0, 0] == [expected[2]] * 2
 
 
 def test_truncation_is_detected_per_conversation() -> None:
@@ -647,26 +634,6 @@ def test_trained_tokens_exclude_the_first_label(columns: dict[str, Any], expecte
     assert counts.dtype == np.int64
 
 
-@settings(max_examples=40, deadline=None)
-@given(rows=masked_rows(), max_length=st.one_of(st.none(), st.integers(1, 7)), keep_end=st.booleans())
-def test_trained_tokens_equal_the_tokens_of_the_loss(rows: Any, max_length: int | None, keep_end: bool) -> None:
-    ids, masks = rows
-    labels = [None if mask is None else [5 if bit else -100 for bit in mask] for mask in masks]
-    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int64"))})
-    dataset = Dataset.from_dict({"input_ids": ids, "labels": labels}, features=features)
-    cut = slice(None) if max_length is None else slice(-max_length, None) if keep_end else slice(max_length)
-    counted = Rows(dataset, max_length=max_length, keep_end=keep_end).trained_counts()
-    remaining = [(row or [])[cut] for row in labels]
-    assert counted.tolist() == [sum(label != -100 for label in row[1:]) for row in remaining]
-    unshifted = Rows(dataset, max_length=max_length, keep_end=keep_end).trained_counts(shifted=False)
-    assert unshifted.tolist() == [sum(label != -100 for label in row) for row in remaining]
-
-
-def test_trained_tokens_of_raw_rows_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"input_ids.*has only: text\."):
-        Rows(Dataset.from_dict({"text": ["x"]})).trained_counts()
-
-
 # --- values that datasets stores as JSON --------------------------------------------------------------------
 
 USER, ANSWER = turn("user", "U"), turn("assistant", "A")
@@ -712,8 +679,3 @@ def test_json_values_are_decoded(form: str, tmp_path: Path) -> None:
     assert "Json" in str(dataset.features), "datasets stores these values as JSON"
     assert texts(dataset) == expected
     assert texts(dataset.select([len(rows) - 1, 0])) == [expected[-1], expected[0]]
-
-
-def test_counts_are_numpy_integers() -> None:
-    for of in ("total", "response", "prompt"):
-        assert Rows(numbered()).token_counts(of).dtype == np.int64
