@@ -33,6 +33,7 @@ _CHOICES = {
     "commonit_small_groups": ("merge", "mix", "drop"),
     "commonit_resume": ("exact", "replan"),
 }
+_WRAPPED = ("commonit_task_column", "commonit_num_groups", "commonit_pure_fraction")
 _LARGEST_WEIGHT = 1e100  # keeps the sum of weights finite
 WEIGHT_NAMES = ("proportional", "uniform", "sqrt")
 READ_BY = {
@@ -276,10 +277,15 @@ def check_metric(option: str, metric: str) -> None:
 
 def wrap_lists(options: Any) -> None:
     """Make lists of options that take one and were given a single value, in place."""
-    for name in ("commonit_task_column", "commonit_num_groups", "commonit_pure_fraction"):
+    for name in _WRAPPED:
         value = getattr(options, name)
         if value is not None and not isinstance(value, list | tuple):
             setattr(options, name, [value])
+
+
+def _as_given(value: Any) -> Any:
+    """Return the value of a list of one, which `wrap_lists` may have made."""
+    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
 def check_choice(option: str, value: Any, choices: Iterable[str]) -> None:
@@ -310,7 +316,8 @@ def validate_options(options: CommonITArguments) -> None:
             setattr(options, name, _VALIDATORS[name].validate_python(value))
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
-            raise ValueError(f"{name}={value!r}: {reason}. {option.metadata['help']}") from None
+            given = _as_given(value) if name in _WRAPPED else value
+            raise ValueError(f"{name}={given!r}: {reason}. {option.metadata['help']}") from None
     check_metric("commonit_metric", options.commonit_metric)
     for name, choices in _CHOICES.items():
         check_choice(name, getattr(options, name), choices)
@@ -393,16 +400,19 @@ def _check_num_groups(options: CommonITArguments) -> None:
     if given is None:
         return
     if not given or min(given) < 1:
-        raise ValueError(f"commonit_num_groups={given} must be at least 1.")
+        raise ValueError(f"commonit_num_groups={_as_given(given)} must be at least 1.")
     counted = [part for part in parts if _makes_a_number_of_groups(options, part)]
     if not counted:
         other = "commonit_length_edges" if options.commonit_length_edges else "commonit_reference_dataset"
-        raise ValueError(f"commonit_num_groups={given} has no use with {other}, which makes the groups: remove one.")
+        raise ValueError(
+            f"commonit_num_groups={_as_given(given)} has no use with {other}={getattr(options, other)!r}, which makes "
+            "the groups: remove one."
+        )
     if len(given) != len(counted):
         example = [DEFAULT_NUM_GROUPS[part] for part in counted]
         raise ValueError(
-            f"commonit_num_groups={given}: commonit_metric={options.commonit_metric!r} takes {len(counted)}, for "
-            f"{' and '.join(counted)}. Write for example {example}."
+            f"commonit_num_groups={_as_given(given)}: commonit_metric={options.commonit_metric!r} takes "
+            f"{len(counted)}, for {' and '.join(counted)}. Write for example {example}."
         )
 
 
@@ -410,11 +420,11 @@ def _check_composition(options: CommonITArguments) -> None:
     fractions, remainder = options.commonit_pure_fraction, options.commonit_remainder
     if fractions is not None:
         if not fractions or not all(0 <= fraction <= 1 for fraction in fractions):
-            raise ValueError(f"commonit_pure_fraction={fractions} must be one or more numbers from 0 to 1.")
+            raise ValueError(f"commonit_pure_fraction={_as_given(fractions)} must be one or more numbers from 0 to 1.")
         if remainder == "keep" and min(fractions) < 1:
             raise ValueError(
-                f"commonit_pure_fraction={fractions} mixes samples, and commonit_remainder='keep' mixes none: set "
-                "commonit_remainder='mix'."
+                f"commonit_pure_fraction={_as_given(fractions)} mixes samples, and commonit_remainder='keep' mixes "
+                "none: set commonit_remainder='mix'."
             )
     small, least = options.commonit_small_groups, options.commonit_min_group_size
     if small != "merge" and least == 1:

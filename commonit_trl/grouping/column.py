@@ -71,6 +71,8 @@ class ColumnGrouper(Grouper):
         self.lowest, self.has_missing = float(numbers["lowest"]), bool(numbers["has_missing"])
         if len(self.edges) + 1 + self.has_missing != len(self.names):
             raise ValueError(f"{len(self.edges)} edges do not make {len(self.names)} groups")
+        if not np.isfinite([self.lowest, *self.edges]).all():
+            raise ValueError("the edges are not finite")
 
     # --- what `length` has of its own -------------------------------------------------------------------------------
 

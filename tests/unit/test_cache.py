@@ -131,9 +131,9 @@ def print_of(grouper: Grouper, dataset: Dataset) -> str:
 def test_fingerprints_are_stable() -> None:
     """A release that changes them must also change `_VERSION`."""
     dataset = some_rows().dataset
-    assert print_of(TaskGrouper(columns=["task"]), dataset) == "6138015abef20ab698f098b653d60b00"
-    assert print_of(LengthGrouper(num_groups=6), dataset) == "4dd33b6e11a693b9eff031bea4dd88ef"
-    assert print_of(EmbeddingGrouper(model="org/x", dtype="float32"), dataset) == "abb99bbaf07b5db54de4771df88734bd"
+    assert print_of(TaskGrouper(columns=["task"]), dataset) == "f59d5cbe163e04c9010f8ea22a239959"
+    assert print_of(LengthGrouper(num_groups=6), dataset) == "b1fb2729c94f37317013e1fb2ce59baa"
+    assert print_of(EmbeddingGrouper(model="org/x", dtype="float32"), dataset) == "3019a12c3aebf58da367d98074a23f7b"
 
 
 def test_the_fingerprint_depends_on_the_read_values_alone() -> None:
@@ -298,17 +298,17 @@ def test_a_damaged_saved_grouper_is_an_error_with_its_path(file: str, damage: An
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"format": 2}, "format 2, this version reads 1"),
-        ({"format": "2\n"}, "format 2 , this version reads 1"),
+        ({"format": 1}, "format 1, this version reads 2"),
+        ({"format": "1\n"}, "format 1 , this version reads 2"),
         ({"metric": "colour"}, "KeyError: 'colour'"),
         ({"metric": ["length"]}, "TypeError"),
         ({"options": {"sides": 4}}, "KeyError: 'sides'"),
         ({"options": {"min_size": "few"}}, "Input should be a valid integer"),
-        ({"options": None}, "AttributeError"),
+        ({"options": None}, "TypeError"),
         ({"names": ["only one"]}, "2 edges do not make 1 groups"),
         ({"names": None}, "Input should be a valid list"),
         ({"fitted": {}}, "KeyError: 'edges'"),
-        ({"fitted": {"edges": [3, 1e400]}}, "OverflowError"),
+        ({"fitted": {"edges": [3, 1e400], "lowest": 0, "has_missing": False}}, "not finite"),
     ],
 )
 def test_invalid_content_of_saved_groups_is_an_error(change: dict[str, Any], reason: str, tmp_path: Path) -> None:

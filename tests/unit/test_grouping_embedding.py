@@ -63,9 +63,8 @@ class FromVectors(EmbeddingGrouper):
     def __init__(self, vectors: Any, reference: dict[str, Any] | None = None, **options: Any) -> None:
         super().__init__(model="none", reference="not a file" if reference else None, **options)
         self.vectors = [*np.asarray(vectors), *(reference or {}).values()]
-        self._reference = (
-            ([str(len(vectors) + task) for task in range(len(reference))], [*reference]) if reference else None
-        )
+        if reference:
+            self._held["reference"] = [str(len(vectors) + task) for task in range(len(reference))], [*reference]
         self.encoded = 0
         self.group_ids = self.fit_assign(self.read(rows_of([str(row) for row in range(len(vectors))]))).tolist()
 
@@ -429,7 +428,12 @@ def test_build_grouper_passes_the_options() -> None:
         return build_grouper(CommonITArguments(commonit_metric="embedding", **given), ["text"]).options
 
     options = {"num_groups": 32, "reference": None, "reference_task_column": "task", "seed": 0, "min_size": 1}
-    default = {"model": "sentence-transformers/all-MiniLM-L6-v2", "text": "prompt", "dtype": "auto", **options}
+    default = {
+        "model": "sentence-transformers/all-MiniLM-L6-v2",
+        "column": None,
+        "text": "prompt",
+        "dtype": "auto",
+    } | options
     assert built() == default
     assert built(num_groups=4) == default | {"num_groups": 4}
     expected = {"model": "m", "text": "both", "dtype": "float32", "reference": "r.csv", "min_size": 7}
