@@ -22,7 +22,7 @@ from commonit_trl.cli.quiet import Screen
 from commonit_trl.cli.sft import model_config
 from commonit_trl.compare.comparison import compare
 from commonit_trl.compare.runs import RunResult, claimed, directory_of, execute, read_result
-from commonit_trl.compare.strategies import parse_strategies, runs_of
+from commonit_trl.compare.strategies import BASELINE, parse_strategies, runs_of
 from commonit_trl.compare.view import print_comparison, write_html
 from commonit_trl.config import OPTIONS, parts_of
 from commonit_trl.files import write_text
@@ -80,7 +80,9 @@ def run(
     """
     _check(asked, given)
     args = given.training
-    strategies = parse_strategies(asked.metrics)
+    strategies = parse_strategies("--metrics", asked.metrics)
+    if BASELINE not in (strategy.name for strategy in strategies):
+        raise ValueError(f"--metrics {asked.metrics}: the baseline {BASELINE!r} is missing. Add it.")
     output_dir = Path(args.output_dir) / COMPARE_DIR
     runs = {each.name: each for each in runs_of(strategies, args.seed, asked.seeds)}
     # If one strategy groups by task, a mixture has its column of entries in all runs, so that all have the same rows.

@@ -17,9 +17,9 @@ Fitting also fills the cache of groups, so a training run on the same rows and o
 import argparse
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,7 @@ from rich.console import Console
 
 from commonit_trl.cli.quiet import Screen
 from commonit_trl.cli.recipes import Recipe
+from commonit_trl.compare.strategies import Strategy, parse_strategies
 from commonit_trl.config import (
     METRICS,
     NO_METRIC,
@@ -42,6 +43,7 @@ from commonit_trl.config import (
 from commonit_trl.files import replacing
 from commonit_trl.grouping import Grouper, build_grouper, fit_assign_cached, load_grouper
 from commonit_trl.grouping.dropped import DroppedRows
+from commonit_trl.grouping.joined import JoinedGrouper
 from commonit_trl.report import print_sizes
 from commonit_trl.sanitize import sanitize
 
@@ -51,7 +53,9 @@ ASSIGNMENT_FILE = "assignment.parquet"
 # The options that affect how groups are fitted -> the groupers' names for them.
 FITTED_WITH = {
     "commonit_task_column": "columns",
+    "commonit_task_file": "columns",
     "commonit_column": "column",
+    "commonit_embedding_column": "column",
     "commonit_num_groups": "num_groups",
     "commonit_length_of": "of",
     "commonit_length_edges": "edges",
@@ -83,8 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(recipe: Recipe, asked: argparse.Namespace, screen: Screen) -> int:
     """Fit or load the groups, assign the rows, save both; return the exit code."""
-    (metric,) = asked_metrics(recipe.options.commonit_metric, load=asked.load)
-    grouped = group_rows(recipe, metric, load=asked.load)
+    (strategy,) = asked_strategies(recipe.options.commonit_metric, load=asked.load)
+    grouped = group_rows(recipe, options_of(recipe, strategy), asked.load)
     if os.environ.get("RANK", "0") != "0":
         return 0
     directory = Path(asked.output)
@@ -129,12 +133,12 @@ def assignment(recipe: Recipe, grouped: Grouped) -> pa.Table:
     return table if recipe.source_rows is None else table.sort_by("row")
 
 
-def asked_metrics(given: str | None, compare: str | None = None, load: str | None = None) -> list[str]:
-    """Return the metrics that the options select.
+def asked_strategies(given: str | None, compare: str | None = None, load: str | None = None) -> list[Strategy]:
+    """Return what the options select: one metric, or the strategies of `--compare`.
 
     Args:
         given: `commonit_metric`.
-        compare: `--compare`, metrics separated by commas.
+        compare: `--compare`.
         load: `--load`, a directory of saved groups, whose metric is used.
     """
     if load is not None:
@@ -142,40 +146,40 @@ def asked_metrics(given: str | None, compare: str | None = None, load: str | Non
         for option, other in (("commonit_metric", given), ("compare", compare)):
             if other not in (None, metric):
                 raise ValueError(f"{option}={other}: --load {load} has groups of {metric!r}. Remove one of the two.")
-        return [metric]
+        return [Strategy(name=metric, metric=metric)]
     if compare is not None:
-        metrics = list(dict.fromkeys(name.strip() for name in compare.split(",")))
-        for metric in metrics:
-            check_metric("--compare", metric)
-        return metrics
+        strategies = parse_strategies("--compare", compare)
+        for strategy in strategies:
+            if strategy.metric == NO_METRIC:
+                check_choice("--compare", strategy.metric, METRICS)
+        return strategies
     if given is None:
         raise ValueError(f"commonit_metric is not set. Write --commonit_metric {', '.join(METRICS)}.")
     check_metric("commonit_metric", given)
     if given == NO_METRIC:
         check_choice("commonit_metric", given, METRICS)
-    return [given]
+    return [Strategy(name=given, metric=given)]
 
 
-def options_for(given: Any, metric: str, *, compared: bool = False) -> CommonITArguments:
-    """Return the checked options of one metric.
+def options_of(recipe: Recipe, strategy: Strategy, *, compared: bool = False) -> CommonITArguments:
+    """Return the checked options of a strategy.
 
     Args:
-        given: has the `commonit_*` options as attributes.
-        compared: whether other metrics share the options; this metric then ignores the options that only they read.
+        compared: whether others share the recipe's options; it then ignores those that its metric does not read.
     """
-    values = {name: getattr(given, name) for name in OPTIONS} | {"commonit_metric": metric}
     if compared:
-        values = {name: value for name, value in values.items() if is_read(name, metric)}
-    return CommonITArguments(**values)
+        return strategy.arguments(recipe.options)
+    values = {name: getattr(recipe.options, name) for name in OPTIONS}
+    return CommonITArguments(**values | {"commonit_metric": strategy.metric})
 
 
-def group_rows(recipe: Recipe, metric: str, *, compared: bool = False, load: str | None = None) -> Grouped:
-    """Fit the groups of `metric` as training does, or load groups, and assign the rows.
+def group_rows(recipe: Recipe, options: CommonITArguments, load: str | None = None) -> Grouped:
+    """Fit groups as training does, or load groups, and assign the rows.
 
     Raises:
         ValueError: when the rows lack what the metric reads, or the options contradict the loaded groups.
     """
-    options, rows = options_for(recipe.options, metric, compared=compared), recipe.rows
+    rows, metric = recipe.rows, options.commonit_metric
     if "length" in parts_of(metric) and not rows.tokenized:
         raise ValueError(
             f"commonit_metric={metric!r}: the rows are not tokenised. Add --tokenizer with a hub name or a directory."
@@ -186,7 +190,7 @@ def group_rows(recipe: Recipe, metric: str, *, compared: bool = False, load: str
         grouper.log_notices()
         return Grouped(options=options, grouper=grouper, group_ids=group_ids, dropped=recipe.count_dropped(grouper))
     grouper = load_grouper(load)
-    _check_loaded(grouper, load, options)
+    _check_loaded(grouper, load, options, rows.columns)
     group_ids = grouper.assign(rows)
     unassigned = int(np.count_nonzero(group_ids < 0))
     if unassigned == len(group_ids):
@@ -204,12 +208,20 @@ def group_rows(recipe: Recipe, metric: str, *, compared: bool = False, load: str
     return Grouped(options=options, grouper=grouper, group_ids=group_ids, dropped=recipe.count_dropped(grouper))
 
 
-def _check_loaded(grouper: Grouper, load: str, options: CommonITArguments) -> None:
+def _check_loaded(grouper: Grouper, load: str, options: CommonITArguments, columns: Sequence[str]) -> None:
     """Refuse an option that contradicts how the loaded groups were fitted."""
+    if all(getattr(options, name) == OPTIONS[name].default for name in FITTED_WITH):
+        return
+    asked = build_grouper(options, columns)
     for name, key in FITTED_WITH.items():
-        value = getattr(options, name)
-        if value != OPTIONS[name].default and value != grouper.options[key]:
-            raise ValueError(
-                f"{name}={value!r}: the groups of --load {load} were fitted with {grouper.options[key]!r}. Remove one "
-                "of the two."
-            )
+        for wanted, fitted in zip(_parts(asked), _parts(grouper), strict=True):
+            is_given = getattr(options, name) != OPTIONS[name].default and is_read(name, wanted.metric)
+            if is_given and wanted.options[key] != fitted.options[key]:
+                raise ValueError(
+                    f"{name}={getattr(options, name)!r}: the groups of --load {load} were fitted with "
+                    f"{fitted.options[key]!r}. Remove one of the two."
+                )
+
+
+def _parts(grouper: Grouper) -> tuple[Grouper, ...]:
+    return grouper.parts if isinstance(grouper, JoinedGrouper) else (grouper,)

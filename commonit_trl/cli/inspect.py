@@ -9,8 +9,9 @@ from typing import TextIO
 import numpy as np
 from rich.console import Console
 
-from commonit_trl.cli.group import asked_metrics, group_rows
+from commonit_trl.cli.group import asked_strategies, group_rows, options_of
 from commonit_trl.cli.recipes import Recipe
+from commonit_trl.config import CommonITArguments
 from commonit_trl.plan import PlanSpec
 from commonit_trl.report import Inspection, inspect_groups, print_inspections, write_html
 
@@ -18,19 +19,23 @@ from commonit_trl.report import Inspection, inspect_groups, print_inspections, w
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that only `commonit inspect` has."""
     parser.add_argument("--world_size", type=int, metavar="W", help="data-parallel ranks to plan for")
-    parser.add_argument("--compare", metavar="METRIC,...", help="show these metrics side by side")
+    parser.add_argument("--compare", metavar="METRIC[:OPTION=VALUE...],...", help="show these side by side")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--html", metavar="FILE", help="write a report with charts, one self-contained file")
 
 
 def run(recipe: Recipe, asked: argparse.Namespace, stdout: TextIO) -> int:
     """Inspect `recipe`, print the numbers to `stdout` and return the exit code."""
-    metrics = asked_metrics(recipe.options.commonit_metric, asked.compare, asked.load)
+    strategies = asked_strategies(recipe.options.commonit_metric, asked.compare, asked.load)
     if asked.world_size is not None:
         recipe = replace(recipe, world_size=asked.world_size)
     compared, embed = asked.compare is not None, asked.html is not None
     inspections = [
-        inspect_recipe(recipe, metric, compared=compared, load=asked.load, embed=embed) for metric in metrics
+        replace(
+            inspect_recipe(recipe, options_of(recipe, strategy, compared=compared), load=asked.load, embed=embed),
+            name=strategy.name,
+        )
+        for strategy in strategies
     ]
     if asked.html is not None:
         try:
@@ -47,14 +52,14 @@ def run(recipe: Recipe, asked: argparse.Namespace, stdout: TextIO) -> int:
 
 
 def inspect_recipe(
-    recipe: Recipe, metric: str, *, compared: bool = False, load: str | None = None, embed: bool = False
+    recipe: Recipe, options: CommonITArguments, *, load: str | None = None, embed: bool = False
 ) -> Inspection:
-    """Return the numbers of one metric's groups and of their first epoch.
+    """Return the numbers of the groups and of their first epoch.
 
     The arguments are those of `group_rows` and `inspect_groups`.
     """
-    grouped = group_rows(recipe, metric, compared=compared, load=load)
-    options, grouper = grouped.options, grouped.grouper
+    grouped = group_rows(recipe, options, load)
+    grouper = grouped.grouper
     assigned = np.flatnonzero(grouped.group_ids >= 0)
     rows, lengths = recipe.rows, recipe.lengths
     unassigned = len(rows) - len(assigned)

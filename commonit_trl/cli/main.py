@@ -71,6 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"commonit: error: {sanitize(str(error))}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes at its end
+        return 1
 
 
 def _sft(argv: list[str]) -> int:
@@ -209,7 +212,7 @@ def read_recipe(
 ) -> tuple[argparse.Namespace, "Recipe"]:
     """Return the options of `command` itself, and the recipe that the data and the other options describe."""
     from commonit_trl.cli import recipes
-    from commonit_trl.cli.group import asked_metrics
+    from commonit_trl.cli.group import asked_strategies
 
     parser = Parser(
         prog=f"commonit {command}",
@@ -230,9 +233,10 @@ def read_recipe(
         return asked, recipes.read_foreign_recipe("axolotl", asked.axolotl)
     flags = [*recipes.data_flags(data), *flags, *recipes.FLAGS]
     options, launch_flags = parse_sft(flags, recipes.PreparationConfig, f"commonit {command}")
+    strategies = asked_strategies(options.training.commonit_metric, asked.compare, asked.load)
     return asked, recipes.sft_recipe(
         options,
-        metrics=asked_metrics(options.training.commonit_metric, asked.compare, asked.load),
+        metrics=[strategy.metric for strategy in strategies],
         tokenizer=asked.tokenizer,
         world_size=recipes.num_processes(launch_flags),
     )

@@ -1,5 +1,6 @@
 """Strategies to compare, such as `length` or `length:num_groups=16`; each trains once with every seed."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ import yaml
 from commonit_trl.config import NO_METRIC, OPTIONS, CommonITArguments, check_metric, check_option_names, is_read
 
 BASELINE = NO_METRIC
+_COMMAS = re.compile(r",(?![^\[]*\])")  # outside of lists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +21,8 @@ class Strategy:
     metric: str
     options: dict[str, Any] = field(default_factory=dict)
 
-    def settings(self, recipe: Any) -> dict[str, Any]:
-        """Return all `commonit_*` options of the strategy, checked.
+    def arguments(self, recipe: Any) -> CommonITArguments:
+        """Return the checked options of the strategy.
 
         Args:
             recipe: has the user's options as attributes; those that the metric reads apply.
@@ -29,7 +31,11 @@ class Strategy:
             ValueError: on options that contradict each other.
         """
         read = {name: getattr(recipe, name) for name in OPTIONS if is_read(name, self.metric)}
-        checked = CommonITArguments(**{**read, "commonit_metric": self.metric, **self.options})
+        return CommonITArguments(**{**read, "commonit_metric": self.metric, **self.options})
+
+    def settings(self, recipe: Any) -> dict[str, Any]:
+        """Return `arguments` as option -> value."""
+        checked = self.arguments(recipe)
         return {name: getattr(checked, name) for name in OPTIONS}
 
 
@@ -46,33 +52,32 @@ class Run:
         return f"{self.strategy.name}@{self.seed}"
 
 
-def parse_strategies(text: str) -> list[Strategy]:
-    """Parse the strategies of `--metrics`.
+def parse_strategies(option: str, text: str) -> list[Strategy]:
+    """Parse strategies that a command line lists.
 
     Args:
+        option: that lists them, for messages.
         text: `METRIC[:OPTION=VALUE...]`, separated by commas; values as in YAML, names with or without `commonit_`.
 
     Raises:
-        ValueError: on an unknown metric or option, on a repeated strategy, and without the baseline `none`.
+        ValueError: on an unknown metric or option, and on a repeated strategy.
     """
     strategies: dict[str, Strategy] = {}
-    for name in (part.strip() for part in text.split(",")):
+    for name in (part.strip() for part in _COMMAS.split(text)):
         metric, *given = name.split(":")
-        check_metric("--metrics", metric)
-        options = dict(_option(part, name) for part in given)
+        check_metric(option, metric)
+        options = dict(_parse_option(option, part, name) for part in given)
         check_option_names(options)
         if name in strategies:
-            raise ValueError(f"--metrics {text}: {name!r} appears twice. Remove one.")
+            raise ValueError(f"{option} {text}: {name!r} appears twice. Remove one.")
         strategies[name] = Strategy(name=name, metric=metric, options=options)
-    if BASELINE not in strategies:
-        raise ValueError(f"--metrics {text}: the baseline {BASELINE!r} is missing. Add it.")
     return list(strategies.values())
 
 
-def _option(part: str, strategy: str) -> tuple[str, Any]:
+def _parse_option(option: str, part: str, strategy: str) -> tuple[str, Any]:
     name, equals, value = part.partition("=")
     if not equals or not name.strip() or "/" in value:
-        raise ValueError(f"--metrics {strategy}: {part!r} is not an option. Write for example length:num_groups=16.")
+        raise ValueError(f"{option} {strategy}: {part!r} is not an option. Write for example length:num_groups=16.")
     return f"commonit_{name.strip().removeprefix('commonit_')}", yaml.safe_load(value)
 
 

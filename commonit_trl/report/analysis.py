@@ -120,6 +120,8 @@ class Inspection:
     """All numbers of one metric on one dataset, for tables, JSON and HTML."""
 
     metric: str
+    name: str
+    """Its name beside others: the metric, or a strategy of `--compare`."""
     rows: int
     samples: int
     """Samples of the plan: the rows, or packs of them."""
@@ -137,11 +139,15 @@ class Inspection:
     left_out: int
     """Samples that remainder or weights leave out of the epoch."""
     repeated: int
+    mixed_samples: int
+    """Samples in steps that the plan mixes."""
     micro_batch_size: int
     world_size: int
     accumulation_steps: int
     purity: str
     remainder: str
+    pure_fraction: list[float] | None
+    order: str
     weights: Any
     seed: int
     warnings: tuple[str, ...]
@@ -231,6 +237,7 @@ def inspect_groups(
     runs = (len(list(steps)) for group, steps in itertools.groupby(plan.step_groups.tolist()) if group >= 0)
     inspection = Inspection(
         metric=grouper.metric,
+        name=grouper.metric,
         rows=len(group_ids),
         samples=samples,
         possible_groups=count,
@@ -242,11 +249,14 @@ def inspect_groups(
         dropped=summary["dropped"],
         left_out=summary["left_out"],
         repeated=summary["repeated"],
+        mixed_samples=summary["mixed_samples"],
         micro_batch_size=plan.micro_batch_size,
         world_size=plan.world_size,
         accumulation_steps=plan.accumulation_steps,
         purity=options.commonit_purity,
         remainder=options.commonit_remainder,
+        pure_fraction=options.commonit_pure_fraction,
+        order=options.commonit_order,
         weights=options.commonit_weights,
         seed=seed,
         warnings=(),
@@ -381,12 +391,13 @@ def _advice(inspection: Inspection) -> list[str]:
     if small and inspection.remainder == "keep":
         advice.append(
             f"{small} of {len(groups)} groups have fewer than the {capacity} samples of a full {whole}, and train in "
-            f"smaller ones at the full learning rate: commonit_min_group_size={capacity} merges them."
+            f"smaller ones at the full learning rate: commonit_remainder='mix' fills full ones of several groups, "
+            f"commonit_min_group_size={capacity} merges groups."
         )
     if planned > _FAR_ABOVE * baseline:
         advice.append(
-            f"An epoch takes {planned} steps, {planned / baseline:.1f} times the baseline's {baseline}: larger groups "
-            "(commonit_min_group_size) take fewer."
+            f"An epoch takes {planned} steps, {planned / baseline:.1f} times the baseline's {baseline}: "
+            "commonit_remainder='mix' takes as many, larger groups (commonit_min_group_size) take fewer."
         )
     if count := inspection.dropped["rows"]:
         reasons = "; ".join(f"{reason}: {rows:,}" for reason, rows in inspection.dropped["by_reason"].items())
@@ -398,13 +409,14 @@ def _advice(inspection: Inspection) -> list[str]:
     if inspection.left_out:
         advice.append(
             f"An epoch leaves out {inspection.left_out} of {samples} samples (commonit_remainder="
-            f"{inspection.remainder}, commonit_weights={inspection.weights}): commonit_remainder='keep' with "
-            "commonit_weights='proportional' trains all of them."
+            f"{inspection.remainder}, commonit_weights={inspection.weights}): commonit_remainder='keep' or 'mix' with "
+            "commonit_weights='proportional' trains all of them, but groups that commonit_small_groups drops."
         )
     if inspection.repeated > _MANY_REPEATS * samples:
         advice.append(
             f"An epoch repeats samples {inspection.repeated:,} times, {inspection.repeated / samples:.0%} of "
-            f"{samples:,}: larger groups (commonit_min_group_size) or fewer micro-batches a step reduce repeats."
+            f"{samples:,}: commonit_remainder='mix', larger groups (commonit_min_group_size) or fewer micro-batches a "
+            "step reduce repeats."
         )
     return advice
 

@@ -63,12 +63,13 @@ def render_html(inspections: Sequence[Inspection], losses: Losses | None = None)
                 "not_shown": len(inspection.groups) - len(kept),
             }
         )
+    metrics, lines = tables.overview(inspections)
     return render_page(
         "page.html",
         charts,
         title="CommonIT report",
-        metrics=["", *(inspection.metric for inspection in inspections)],
-        overview=tables.overview(inspections),
+        metrics=metrics,
+        overview=lines,
         geometry=tables.geometry(inspections[0]),
         headings=[heading.replace("-\n", "") for heading in tables.GROUP_HEADINGS],
         sections=sections,

@@ -37,10 +37,10 @@ def epoch_summary(plan: EpochPlan, names: Sequence[str], dropped: DroppedRows = 
         dropped: rows that training cannot use.
 
     Returns:
-        `samples`, `steps`, `baseline_steps`, `left_out` and `repeated`, as in `PlanSummary`, and `dropped` (`rows`,
-        `by_reason`, `by_group`). `groups` has the same counts for each group with samples or dropped rows; `dropped` is
-        a number there, and `steps` a fraction where a step holds micro-batches of several groups. Mixed micro-batches
-        count for no group.
+        `samples`, `steps`, `pure_steps`, `mixed_samples`, `baseline_steps`, `left_out` and `repeated`, as in
+        `PlanSummary`, and `dropped` (`rows`, `by_reason`, `by_group`). `groups` has the same counts for each group with
+        samples or dropped rows; `dropped` is a number there, and `steps` a fraction where a step holds micro-batches of
+        several groups. Mixed micro-batches count for no group.
     """
     summary = plan.summary()
     groups_of = plan.micro_batch_groups
@@ -63,6 +63,8 @@ def epoch_summary(plan: EpochPlan, names: Sequence[str], dropped: DroppedRows = 
     return {
         "samples": summary.num_samples,
         "steps": summary.num_steps,
+        "pure_steps": summary.pure_steps,
+        "mixed_samples": summary.mixed_samples,
         "baseline_steps": summary.baseline_steps,
         "left_out": summary.left_out,
         "repeated": summary.repeated,
@@ -110,9 +112,10 @@ def model_card_section(summary: Mapping[str, Any], settings: Mapping[str, Any]) 
     reasons = "; ".join(f"{reason}: {count:,}" for reason, count in summary["dropped"]["by_reason"].items())
     return (
         "## CommonIT\n\n"
-        "Trained with [CommonIT](https://arxiv.org/abs/2410.03077): every optimizer step holds samples of one group of "
-        f"the data. {options}.\n\n{rows}\n\n"
+        "Trained with [CommonIT](https://arxiv.org/abs/2410.03077): optimizer steps hold samples of one group of the "
+        f"data. {options}.\n\n{rows}\n\n"
         f"{summary['steps']:,} steps per epoch (baseline batches: {summary['baseline_steps']:,}), "
+        f"{summary['pure_steps']:,} of them of one group, "
         f"{summary['samples']:,} samples, {summary['left_out']:,} left out, {summary['repeated']:,} repeated. Rows "
         f"dropped before training: {summary['dropped']['rows']:,}"
         f"{_markdown(f' ({sanitize(reasons)})') if reasons else ''}.\n\n```bibtex\n{CITATION}\n```\n"

@@ -3,7 +3,8 @@
 Text of the data is sanitized and printed as `rich.text.Text`, which does not interpret markup.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,34 +23,46 @@ MOST_GROUPS = 30  # per table
 NAME_CHARACTERS = 120
 
 
-def overview(inspections: Sequence[Inspection]) -> list[tuple[str, ...]]:
-    """Return lines that compare the metrics: a label and one cell per inspection."""
-    share, ratio = "{:.1%}".format, "{:.2f}".format
-    lines: list[tuple[str, Callable[[Inspection], str]]] = [
-        (
-            "Groups that have rows",
-            lambda one: f"{sum(x.rows > 0 for x in one.groups)} of {one.possible_groups}",
-        ),
-        ("Steps per epoch (random batches)", lambda one: f"{one.planned.steps:,} ({one.random.steps:,})"),
-        ("Steps of one group (random)", lambda one: _beside(one, share, "pure_steps")),
-        ("Micro-steps of one group (random)", lambda one: _beside(one, share, "pure_micro_steps")),
-        ("Micro-batches of one group (random)", lambda one: _beside(one, share, "pure_micro_batches")),
-        ("Padding ratio (random; by length)", lambda one: _beside(one, ratio, "padding_ratio")),
-        ("Straggler ratio (random; by length)", lambda one: _beside(one, ratio, "straggler_ratio")),
-        ("Longest run of one group, steps", lambda one: f"{one.longest_run:,}"),
-        ("Rows dropped", lambda one: f"{one.dropped['rows']:,}"),
-        ("Samples left out; repeats", lambda one: f"{one.left_out:,}; {one.repeated:,}"),
+def overview(inspections: Sequence[Inspection]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Return headings and lines that compare inspections with each other and with the baselines of the first one.
+
+    A line is a label, one cell per inspection, and one per baseline: random batches and, where the rows have token
+    counts, batches by length. Cells of measures that a baseline lacks are empty.
+    """
+    first = inspections[0]
+    baselines = {"random\nbatches": first.random, "by\nlength": first.by_length}
+    baselines = {name: numbers for name, numbers in baselines.items() if numbers is not None}
+    measures: list[tuple[str, str, Callable[[Any], str]]] = [
+        ("Steps per epoch", "steps", "{:,}".format),
+        ("Steps of one group", "pure_steps", "{:.1%}".format),
+        ("Micro-steps of one group", "pure_micro_steps", "{:.1%}".format),
+        ("Micro-batches of one group", "pure_micro_batches", "{:.1%}".format),
+        ("Padding ratio", "padding_ratio", "{:.2f}".format),
+        ("Straggler ratio", "straggler_ratio", "{:.2f}".format),
     ]
-    return [(label, *map(cell, inspections)) for label, cell in lines]
+    counts: list[tuple[str, Callable[[Inspection], str]]] = [
+        ("Longest run of one group, steps", lambda one: f"{one.longest_run:,}"),
+        ("Samples in mixed steps", lambda one: f"{one.mixed_samples:,}"),
+        ("Samples left out", lambda one: f"{one.left_out:,}"),
+        ("Repeats", lambda one: f"{one.repeated:,}"),
+        ("Rows dropped", lambda one: f"{one.dropped['rows']:,}"),
+    ]
+    empty = [""] * len(baselines)
+    with_rows = [f"{sum(group.rows > 0 for group in one.groups)} of {one.possible_groups}" for one in inspections]
+    lines = [("Groups with rows", *with_rows, *empty), ("Remainder", *map(_composition, inspections), *empty)]
+    for label, name, text in measures:
+        of_all = [*(one.planned for one in inspections), *baselines.values()]
+        values = [getattr(numbers, name) for numbers in of_all]
+        lines.append((label, *("-" if value is None else text(value) for value in values)))
+    lines += [(label, *map(cell, inspections), *empty) for label, cell in counts]
+    return ["", *(inspection.name for inspection in inspections), *baselines], lines
 
 
-def _beside(one: Inspection, text: Callable[[float], str], name: str) -> str:
-    """Return a measure of the planned batches, and in brackets of the baselines: random and, for ratios, by length."""
-    others = [one.random, one.by_length] if name.endswith("ratio") else [one.random]
-    planned = getattr(one.planned, name)
-    if planned is None:
-        return "-"
-    return f"{text(planned)} ({'; '.join(text(getattr(other, name)) for other in others if other is not None)})"
+def _composition(one: Inspection) -> str:
+    """Return remainder, purity, fraction and order, the last three where they are not the default."""
+    fraction = [] if one.pure_fraction is None else [f"pure {'/'.join(f'{part:g}' for part in one.pure_fraction)}"]
+    purity = ["by micro-batch"] if one.purity == "micro" else []
+    return ", ".join([one.remainder, *purity, *fraction, *([one.order] if one.order != "random" else [])])
 
 
 GROUP_HEADINGS = (
@@ -94,7 +107,7 @@ def geometry(inspection: Inspection) -> str:
     one = inspection
     return (
         f"{one.rows:,} rows; a step is {one.accumulation_steps} × {one.world_size} micro-batches of "
-        f"{one.micro_batch_size} samples (accumulation × ranks); purity {one.purity!r}, remainder {one.remainder!r}"
+        f"{one.micro_batch_size} samples (accumulation × ranks)"
     )
 
 
@@ -124,21 +137,45 @@ def make_table(
 def print_inspections(inspections: Sequence[Inspection], console: Console | None = None) -> None:
     """Print a comparison of the metrics, then the groups of each."""
     console = console or Console(highlight=False)
-    headings = ["", *(inspection.metric for inspection in inspections)]
-    table = make_table(headings, overview(inspections), "An epoch by each metric", fold=True)
-    console.print(Text(geometry(inspections[0])), table, sep="\n\n")
-    for inspection in inspections:
-        _print_groups(inspection, console)
+    headings, lines = overview(inspections)
+    console.print(Text(geometry(inspections[0])), end="\n\n")
+    headings = [*map(_heading, headings)]
+    for columns in _columns_that_fit(headings, lines, console.width):
+        picked = [[line[column] for column in columns] for line in [headings, *lines]]
+        console.print(make_table(picked[0], picked[1:], "An epoch by each metric" if 1 in columns else None, fold=True))
+    for number, inspection in enumerate(inspections):
+        shown = {other.metric for other in inspections[:number]}
+        _print_groups(inspection, console, examples=inspection.metric not in shown)
 
 
-def _print_groups(inspection: Inspection, console: Console) -> None:
+def _heading(name: str) -> str:
+    """Break the name of a strategy at its options and their values, so that columns stay narrow."""
+    return name.replace(":", "\n").replace("=", "=\n")
+
+
+def _columns_that_fit(headings: Sequence[str], lines: Sequence[Sequence[str]], width: int) -> Iterator[list[int]]:
+    """Yield the columns of each of the tables that a wide one is cut into; each has the column of labels."""
+    widths = [
+        2 + max(len(part) for cell in column for part in cell.split("\n"))
+        for column in zip(headings, *lines, strict=True)
+    ]
+    columns = [0]
+    for column in range(1, len(headings)):
+        if len(columns) > 1 and sum(widths[kept] for kept in [*columns, column]) > width:
+            yield columns
+            columns = [0]
+        columns.append(column)
+    yield columns
+
+
+def _print_groups(inspection: Inspection, console: Console, *, examples: bool) -> None:
     kept = largest_groups(inspection, MOST_GROUPS)
-    title = f"Groups by {inspection.metric} (tokens: median / 95th percentile)"
+    title = f"Groups by {inspection.name} (tokens: median / 95th percentile)"
     console.print(make_table(GROUP_HEADINGS, map(group_cells, kept), title))
     if others := len(inspection.groups) - len(kept):
         console.print(Text(f"and {others:,} smaller groups, which --json and --html list too.\n"))
-    if any(group.examples for group in kept):
-        console.print(Text(f"Examples of each group, by {inspection.metric}", style="bold"))
+    if examples and any(group.examples for group in kept):
+        console.print(Text(f"Examples of each group, by {inspection.name}", style="bold"))
         for group in kept:
             if group.rows:
                 _line(console, Text(sanitize(group.name)))
@@ -146,7 +183,7 @@ def _print_groups(inspection: Inspection, console: Console) -> None:
                 _line(console, _one_line(example, console.width))
         console.print()
     for warning in inspection.warnings:
-        console.print(Text.assemble((f"{inspection.metric}: ", "yellow"), sanitize(warning)))
+        console.print(Text.assemble((f"{inspection.name}: ", "yellow"), sanitize(warning)))
 
 
 def _one_line(example: dict[str, str], width: int) -> Text:

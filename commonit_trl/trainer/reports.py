@@ -25,7 +25,14 @@ from commonit_trl.trainer.checkpoint import COMMONIT_DIR
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
-_CARD_SETTINGS = ("commonit_metric", "commonit_purity", "commonit_remainder", "commonit_weights")
+_CARD_SETTINGS = (
+    "commonit_metric",
+    "commonit_purity",
+    "commonit_remainder",
+    "commonit_pure_fraction",
+    "commonit_order",
+    "commonit_weights",
+)
 _GROUPS_NAMED = 5
 
 
@@ -36,8 +43,9 @@ def log_summary(trainer: Any) -> None:
         entry = trainer.commonit.summary()
         _show(
             f"commonit_metric={args.commonit_metric}: {len(entry['groups'])} groups, {entry['steps']} steps per epoch "
-            f"(baseline: {entry['baseline_steps']}), {entry['samples']} samples, {entry['left_out']} left out, "
-            f"{entry['repeated']} repeated, {entry['dropped']['rows']} rows dropped.\n{summary_table(entry)}",
+            f"(baseline: {entry['baseline_steps']}), {entry['pure_steps']} of them of one group; {entry['samples']} "
+            f"samples, {entry['left_out']} left out, {entry['repeated']} repeated, {entry['dropped']['rows']} rows "
+            f"dropped.\n{summary_table(entry)}",
             log,
             args,
         )
@@ -53,7 +61,7 @@ def log_summary(trainer: Any) -> None:
             if affected:
                 log.warning(
                     "commonit_remainder=%s, commonit_weights=%s: an epoch %s %d of %d samples, in %d groups (most: "
-                    "%s). commonit_min_group_size merges small groups.",
+                    "%s). commonit_remainder='mix' trains each sample once, commonit_min_group_size merges groups.",
                     args.commonit_remainder,
                     args.commonit_weights,
                     verb,
