@@ -196,9 +196,9 @@ def _trainable(rows: Dataset, text_field: str) -> Dataset:
         "rename them before training."
     )
     texts = Rows(rows)
-    rest = rows.remove_columns([name for name in ("instruction", "input", "output") if name in present])
     prompts = [f"{prompt}\n" for prompt in texts.texts("prompt")]
-    return rest.add_column("prompt", prompts).add_column("completion", texts.texts("response"))
+    added = rows.add_column("prompt", prompts).add_column("completion", texts.texts("response"))
+    return added.remove_columns([name for name in ("instruction", "input", "output") if name in present])
 
 
 def _prepare(recipe: Recipe, train: Dataset, model: Any, tokenizer: Any) -> Recipe:

@@ -143,7 +143,7 @@ def check_commonit(words, monkeypatch):
         assert own_options.axolotl is None or (ROOT / given["recipe"]).is_file()
     elif command == "compare":
         own_options, (_, _, model, _), _ = cli.read_comparison(options)
-        assert parse_strategies(own_options.metrics) and model.model_name_or_path
+        assert parse_strategies("--metrics", own_options.metrics) and model.model_name_or_path
     elif command == "sft":
         (_, training, model, _), launch_flags = cli.parse_sft(options)
         assert training.commonit_on and model.model_name_or_path

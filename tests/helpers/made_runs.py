@@ -7,7 +7,7 @@ from commonit_trl.compare.runs import RunResult
 from commonit_trl.compare.strategies import Run, parse_strategies
 
 ROWS = 60
-STRATEGIES = {strategy.name: strategy for strategy in parse_strategies("none,task,length:num_groups=2")}
+STRATEGIES = {strategy.name: strategy for strategy in parse_strategies("--metrics", "none,task,length:num_groups=2")}
 
 
 def result(strategy, seed, shift=0.0, exact=None, groups=("first", "second"), **written):

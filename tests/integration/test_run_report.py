@@ -66,6 +66,8 @@ def test_the_epoch_summary_in_groups_json_is_that_of_the_batches(run):
         assert entry == {
             "samples": sum(SIZES),
             "steps": trainer.state.global_step / 2,
+            "pure_steps": trainer.state.global_step / 2,
+            "mixed_samples": 0,
             "baseline_steps": -(-sum(SIZES) // 6),
             "left_out": 0,
             "repeated": 2,

@@ -76,16 +76,32 @@ def test_cut_marks_the_cut():
     assert (cut("abc", 3), cut("abcd", 3)) == ("abc", "ab…")
 
 
+LABELS = ("Samples left out", "Samples in mixed", "Remainder")
+
+
 def test_metrics_are_compared_side_by_side():
     inspection = hostile_inspection()
-    other = dataclasses.replace(inspection, metric="length", left_out=7)
+    mixed = {"name": "task:remainder=mix", "remainder": "mix", "order": "ascending", "pure_fraction": [1.0, 0.5]}
+    other = dataclasses.replace(inspection, left_out=7, mixed_samples=1_234, **mixed)
     lines = printed(inspection, other).splitlines()
-    (left_out,) = (line for line in lines if "left out" in line)
-    assert left_out.split()[-4:] == ["0;", "0", "7;", "0"]
-    (padding,) = (line for line in lines if "Padding ratio" in line)
+    cells = {label: next(line.split() for line in lines if label in line) for label in (*LABELS, "Padding ratio")}
+    assert cells["Samples left out"][-2:] == ["0", "7"] and cells["Samples in mixed"][-2:] == ["0", "1,234"]
+    assert "keep" in cells["Remainder"] and " ".join(cells["Remainder"]).endswith("mix, pure 1/0.5, ascending")
     planned, random, by_length = inspection.planned, inspection.random, inspection.by_length
-    cell = f"{planned.padding_ratio:.2f} ({random.padding_ratio:.2f}; {by_length.padding_ratio:.2f})"
-    assert padding.count(cell) == 2
+    ratios = [f"{numbers.padding_ratio:.2f}" for numbers in (planned, planned, random, by_length)]
+    assert cells["Padding ratio"][-4:] == ratios
+    assert sum("Examples of each group" in line for line in lines) == 1  # the groups are the same
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_many_strategies_take_several_tables_that_fit(width):
+    names = [f"task:remainder=mix:pure_fraction=0.{number}" for number in range(6)]
+    many = [dataclasses.replace(hostile_inspection(), name=name, groups=()) for name in names]
+    lines = printed(*many, width=width).splitlines()
+    lines = lines[: next(number for number, line in enumerate(lines) if "Groups by" in line)]
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    assert text.count("Padding ratio") > 1 and all(f"0.{number}" in text for number in range(6))
 
 
 def test_group_cells():
@@ -104,7 +120,7 @@ def test_every_dropped_row_is_counted_in_one_line():
     lines = printed(inspection, width=100).splitlines()
     (gone,) = (line.split() for line in lines if line.split()[:1] == ["gone"])
     assert gone == ["gone", "0", "0.0%", "-", "-", "0", "42", "0", "0"]
-    with_rows, total = (line.split() for line in lines if "Rows dropped" in line or "Groups that have" in line)
+    with_rows, total = (line.split() for line in lines if "Rows dropped" in line or "Groups with" in line)
     assert total[-1] == "45" and with_rows[-3:] == ["11", "of", "11"]
 
 
