@@ -35,9 +35,15 @@ def with_task_file(dataset: Dataset, file: str | Path) -> Dataset:
     try:
         table = pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{option}: not a Parquet file that can be read ({' '.join(str(error).split())}).") from error
+        raise ValueError(
+            f"{option}: not a Parquet file that can be read ({' '.join(str(error).split())}). Write it with `commonit "
+            "group`."
+        ) from error
     if "name" not in table.column_names:
-        raise ValueError(f"{option}: no column 'name', the task of each row; it has {', '.join(table.column_names)}.")
+        raise ValueError(
+            f"{option}: no column 'name', the task of each row; it has {', '.join(table.column_names)}. Write it with "
+            "`commonit group`."
+        )
     names = table["name"].cast(pa.string()).combine_chunks()
     if "row" in table.column_names:
         order = np.argsort(table["row"].to_numpy(), kind="stable")
