@@ -34,21 +34,22 @@ def with_task_file(dataset: Dataset, file: str | Path) -> Dataset:
     option = f"commonit_task_file={str(file)!r}"
     try:
         table = pq.read_table(file)
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{option}: not a Parquet file that can be read ({' '.join(str(error).split())}).") from error
-    if "name" not in table.column_names:
-        raise ValueError(f"{option}: no column 'name', the task of each row; it has {', '.join(table.column_names)}.")
-    names = table["name"].cast(pa.string()).combine_chunks()
-    if "row" in table.column_names:
-        order = np.argsort(table["row"].to_numpy(), kind="stable")
-        if not np.array_equal(table["row"].to_numpy()[order], np.arange(len(dataset))):
-            raise ValueError(
-                f"{option}: its {len(table)} rows do not number the {len(dataset)} rows of the dataset from 0, each "
-                "once. Write it again from this dataset."
-            )
-        names = names.take(pa.array(order))
-    elif len(table) != len(dataset):
-        raise ValueError(f"{option}: {len(table)} rows for a dataset of {len(dataset)}. Write it from this dataset.")
+        names = table["name"].cast(pa.string()).combine_chunks()
+        numbers = np.arange(len(table))
+        if "row" in table.column_names:
+            numbers = table["row"].cast(pa.int64()).fill_null(-1).to_numpy()
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{option}: no Parquet file with the task of each row in 'name' and its number in 'row' "
+            f"({' '.join(str(error).split())}). Write it with `commonit group`."
+        ) from error
+    order = np.argsort(numbers, kind="stable")
+    if not np.array_equal(numbers[order], np.arange(len(dataset))):
+        raise ValueError(
+            f"{option}: its {len(table)} rows do not number the {len(dataset)} rows of the dataset from 0, each once. "
+            "Write it again from this dataset."
+        )
+    names = names.take(pa.array(order))
     if TASK_FILE_COLUMN in dataset.column_names:
         raise ValueError(f"{option}: the dataset has a column {TASK_FILE_COLUMN!r} already: rename or remove it.")
     return dataset.add_column(TASK_FILE_COLUMN, names)

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset
 from transformers import TrainerState
@@ -25,6 +27,9 @@ from transformers import TrainerState
 from commonit_trl.cli import main as cli
 from commonit_trl.config import OPTIONS, CommonITArguments
 from commonit_trl.grouping import EmbeddingGrouper, LengthGrouper, TaskGrouper, fit_assign_cached, load_grouper
+from commonit_trl.grouping.column import ColumnGrouper
+from commonit_trl.grouping.joined import JoinedGrouper
+from commonit_trl.grouping.task import with_task_file
 from commonit_trl.rows import Rows
 from commonit_trl.sanitize import sanitize
 from commonit_trl.trainer.checkpoint import last_checkpoint, load_remaining, read_checkpoint
@@ -46,6 +51,7 @@ ROWS = Rows(
             "text": [*WORDS, "sun"],
             "task": ["sky", "sky", "pets", None, "sky"],
             "input_ids": [[1] * size for size in (2, 9, 4, 7, 2)],
+            "score": [0.5, None, 3.0, 1.0, 2.0],
         }
     )
 )
@@ -97,7 +103,8 @@ class Files:
 def saved_groups(folder: Path) -> Target:
     """`groups.json` of each metric, and `groups.safetensors`."""
     names = []
-    for grouper in (TaskGrouper(columns=["task"]), LengthGrouper(edges=[3, 8]), embedding_grouper()):
+    task, length, column = TaskGrouper(columns=["task"]), LengthGrouper(edges=[3, 8]), ColumnGrouper(column="score")
+    for grouper in (task, length, column, JoinedGrouper(task, column), embedding_grouper()):
         grouper.fit(ROWS).save(folder / grouper.metric)
         names.append(f"{grouper.metric}/groups.json")
     files = Files(folder, [*names, "embedding/groups.safetensors"])
@@ -156,6 +163,23 @@ def run_json(folder: Path) -> Target:
     return Target(files.seeds(), read)
 
 
+def task_file(folder: Path) -> Target:
+    path = folder / "tasks.parquet"
+    dataset = Dataset.from_dict({"text": ["a", "b", "c"]})
+    seeds = []
+    for rows in ([2, 0, 1], [0, None, 1], ["0", None, "1"], [[0], [1], [2]]):
+        for names in (["x", None, "y"], [1, 2, 3], [["x"], [], None]):
+            pq.write_table(pa.table({"row": rows, "name": names}), path)
+            seeds.append(path.read_bytes())
+
+    def run(content: bytes) -> None:
+        path.write_bytes(content)
+        with refusals():
+            assert len(with_task_file(dataset, path)["commonit_task"]) == len(dataset)
+
+    return Target(seeds, run)
+
+
 # --- front ends of the options ----------------------------------------------------------------------------------------
 
 OPTION_VALUES: list[dict[str, Any]] = [
@@ -165,6 +189,15 @@ OPTION_VALUES: list[dict[str, Any]] = [
     {"commonit_metric": "embedding", "commonit_reference_dataset": "a/b", "commonit_reference_task_column": "t"},
     {"commonit_metric": "none", "commonit_remainder": "drop", "commonit_weights": "sqrt", "commonit_resume": "replan"},
     {"commonit_metric": "task", "commonit_balance_lengths": False, "commonit_cache_dir": "~/x", "commonit_report": 1},
+    {"commonit_metric": "task+length", "commonit_remainder": "mix", "commonit_pure_fraction": [1.0, 0.5]},
+    {"commonit_metric": "column", "commonit_column": "c", "commonit_order": "ascending", "commonit_heaviest_first": 1},
+    {
+        "commonit_metric": "task",
+        "commonit_task_file": "f",
+        "commonit_small_groups": "drop",
+        "commonit_min_group_size": 2,
+    },
+    {"commonit_metric": "embedding+length", "commonit_embedding_column": "v", "commonit_num_groups": [4, 2]},
 ]
 
 
@@ -213,7 +246,7 @@ def _parse(argv: list[str]) -> None:
 
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
-    target.__name__: target for target in (saved_groups, cache_entry, run_json, arguments, yaml_file)
+    target.__name__: target for target in (saved_groups, cache_entry, run_json, task_file, arguments, yaml_file)
 }
 
 

@@ -2,11 +2,12 @@
 
     python train_worker.py runs.json            torchrun --nproc_per_node 2 train_worker.py runs.json
 
-`runs.json` is a list of runs with `name`, `dir`, `group_sizes` and any of: `options` (of `CommonITSFTConfig`), `model`,
-`dropout`, `accepts_loss_kwargs` (an attribute of the model), `eval_group_sizes`, `deepspeed` (a config), `resume` (a
-path, or true: the last complete checkpoint, if there is one), `losses` (true: record each row's loss), `logs_alone`
-(true: rank 0 alone logs a loss in each step), `rank_options` and `data` (rank -> its own options, one of `DATA`),
-`kill` (`{"at": event, "count": n, "ranks": [...]}`: these ranks kill themselves at the n-th such event).
+`runs.json` is a list of runs with `name`, `dir`, `group_sizes` and any of: `columns` (name -> value of each row, to add
+or replace), `options` (of `CommonITSFTConfig`), `model`, `dropout`, `accepts_loss_kwargs` (an attribute of the model),
+`eval_group_sizes`, `deepspeed` (a config), `resume` (a path, or true: the last complete checkpoint, if there is one),
+`losses` (true: record each row's loss), `logs_alone` (true: rank 0 alone logs a loss in each step), `rank_options` and
+`data` (rank -> its own options, one of `DATA`), `kill` (`{"at": event, "count": n, "ranks": [...]}`: these ranks kill
+themselves at the n-th such event).
 
 Each run writes `<dir>/<name>.ids.rank*` (see `toys.Recorder`) and, on rank 0, `<name>.start.json` when it begins,
 `<name>.safetensors` (final weights) and `<name>.json` when it ends.
@@ -30,6 +31,7 @@ import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 import transformers.modeling_utils  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from transformers import TrainerCallback, TrainerState  # noqa: E402
 
 import commonit_trl.grouping.fit  # noqa: E402
@@ -137,6 +139,9 @@ def make_trainer(run: dict[str, Any], rank: str) -> CommonITSFTTrainer:
     }
     if run.get("deepspeed"):
         options |= {"deepspeed": run["deepspeed"], "accelerator_config": {"use_configured_state": True}}
+    rows = id_rows(run["group_sizes"])
+    if "columns" in run:
+        rows = Dataset.from_dict({**rows.to_dict(), **run["columns"]})
     change = DATA.get(run.get("data", {}).get(rank), lambda rows: rows)
     model = tiny_model(run.get("model", "llama"), dropout=run.get("dropout", 0.0))
     if "accepts_loss_kwargs" in run:
@@ -144,7 +149,7 @@ def make_trainer(run: dict[str, Any], rank: str) -> CommonITSFTTrainer:
     return CommonITSFTTrainer(
         model=model,
         args=CommonITSFTConfig(**options),
-        train_dataset=change(id_rows(run["group_sizes"])),
+        train_dataset=change(rows),
         eval_dataset=id_rows(run["eval_group_sizes"], seed=1) if "eval_group_sizes" in run else None,
         processing_class=tiny_tokenizer(),
     )
