@@ -111,8 +111,6 @@ def _read(path: str) -> Recipe:
         return Recipe(**recipe, micro_batch_size=cfg.micro_batch_size, lengths=lengths)
     real_batches = cfg.multipack_real_batches
     settings = SimpleNamespace(
-        commonit_purity=options.commonit_purity,
-        commonit_remainder=options.commonit_remainder,
         seed=seed,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         max_seq_length=cfg.sequence_len,
@@ -122,8 +120,9 @@ def _read(path: str) -> Recipe:
         **{key: getattr(AxolotlTrainingMixins, key) if cfg[key] is None else cfg[key] for key in _PACKING},
     )
 
-    def pack(grouper: Any, group_ids: Any, world_size: int) -> tuple[Any, Any]:
-        bins = pack_for_training(settings, group_ids, counts, cfg.micro_batch_size, world_size)
+    def pack(options: Any, _: Any, group_ids: Any, world_size: int) -> tuple[Any, Any]:
+        args = SimpleNamespace(**vars(settings), **vars(options))
+        bins = pack_for_training(args, group_ids, counts, cfg.micro_batch_size, world_size)
         return bins.group_ids, bins.lengths
 
     return Recipe(**recipe, micro_batch_size=bin_shape(settings, cfg.micro_batch_size)[1], lengths=counts, pack=pack)
