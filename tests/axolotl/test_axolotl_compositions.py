@@ -1,4 +1,4 @@
-"""Compositions of an epoch with Axolotl, checked on the model's inputs: mixed steps, schedules, orders, carried columns.
+"""Compositions of an epoch with Axolotl, and carried columns, checked on the model's inputs and prepared rows.
 
 1. Every trained row once per epoch; only pure steps of small groups repeat rows.
 2. Pure steps, and packed bins in mixed steps too, hold one group; as many steps are pure as the composition promises.
@@ -119,7 +119,7 @@ CASES = [
     Case("file", {"commonit_metric": "task", "commonit_task_file": "tasks.parquet"}),
 ]
 TWO_RANKS = [
-    Case("joined-two-ranks", JOINED, world_size=2),
+    Case("fractions-two-ranks", FRACTIONS, world_size=2),
     Case("mix-packed-two-ranks", {**MIX, **PACKED}, world_size=2),
 ]
 ALL = [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in TWO_RANKS)]
@@ -142,6 +142,7 @@ def train(directory: Path, cases: list[Case]) -> Path:
             keys |= {"test_datasets": [{"path": str(tests), "type": FORMAT, "split": "train"}], "evals_per_epoch": 1}
         if "commonit_task_file" in keys:
             keys["commonit_task_file"] = str(directory / keys["commonit_task_file"])
+            keys["dataset_prepared_path"] = str(directory / "prepared-file")
         made = recipe(directory, [{"path": str(path), "type": FORMAT}], **keys)
         runs.append({"name": case.name, "recipe": str(write_recipe(directory / f"{case.name}.yml", made))})
     launch(runs, directory, cases[0].world_size)
@@ -250,12 +251,11 @@ def test_steps_are_in_order(case, epochs):
 @pytest.mark.parametrize("name", ["ordered", "vectors"])
 def test_evaluation_has_loss_of_each_group(one_rank, name):
     names = {key for entry in result(one_rank / name)["log"] for key in entry}
-    losses = {key for key in names if key.startswith("eval_") and key.endswith("_loss")}
+    losses = {key for key in names if key.startswith("eval_") and key.endswith("_loss")} - {"eval_loss"}
     (metric,) = (case.metric for case in CASES if case.name == name)
     assert len(losses) == len(set(GROUPS[metric][:9])), losses
-    assert all(
-        key.startswith("eval_difficulty " if name == "ordered" else "eval_cluster ") or "(no" in key for key in losses
-    )
+    start = {"ordered": "eval_difficulty ", "vectors": "eval_cluster "}[name]
+    assert all(key.startswith(start) for key in losses - {"eval_(no value)_loss"})
 
 
 @pytest.mark.parametrize("name", ["mix-packed", "joined", "ordered"])
@@ -271,14 +271,17 @@ def test_inspect_shows_steps_of_training(one_rank, name):
 # --- carried columns --------------------------------------------------------------------------------------------------
 
 
-def entries_of_three_kinds(directory: Path) -> list[dict[str, Any]]:
+def entries_of_three_kinds(directory: Path, columns: list[str]) -> list[dict[str, Any]]:
     """Rows that Axolotl tokenises, splits in several, and takes as they are."""
     texts = [{"text": f"#{number}#" * (1 + 120 * (number % 2))} for number in range(10, 16)]
     tokens = [tokenized(f"#{number}#ab", masked=4) for number in range(20, 26)]
     alpaca = [{"instruction": f"#{number}#", "output": "ab"} for number in range(6)]
     paths = []
     for first, rows in ((0, alpaca), (10, texts), (20, tokens)):
-        rows = [{**row, **values_of(first + number)} for number, row in enumerate(rows)]
+        rows = [
+            {**row, **{column: values_of(first + number)[column] for column in columns}}
+            for number, row in enumerate(rows)
+        ]
         paths.append(str(directory / f"from-{first}"))
         Dataset.from_list(rows).save_to_disk(paths[-1])
     return [
@@ -298,8 +301,9 @@ def test_values_stay_with_their_rows(tmp_path, packing):
     keys = {"commonit_metric": "task+column", "commonit_task_column": "topic", "commonit_column": "length", **packing}
     vectors = {"commonit_metric": "embedding", "commonit_embedding_column": "vector", **packing}
     for number, ours in enumerate((keys, vectors)):
-        entries = entries_of_three_kinds(tmp_path / str(number))
         metric = ours.pop("commonit_metric")
+        columns = ["vector"] if metric == "embedding" else ["topic", "length"]
+        entries = entries_of_three_kinds(tmp_path / str(number), columns)
         prepared, _ = prepare(tmp_path, entries, metric=metric, sequence_len=256, **ours)
         rows = Rows(with_source_names(prepared))
         numbers = [number_of(row) for row in prepared["input_ids"]]
