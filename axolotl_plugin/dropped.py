@@ -5,7 +5,7 @@ prepared dataset, count other missing rows, as duplicates with `dataset_exact_de
 `dataset.info.description`, which datasets saves with the rows and copies to every split, shard and selection. Cached
 rows therefore have their own counts on every rank, and rows prepared again without CommonIT have none.
 
-Groups are task labels with `commonit_metric: task`, else the entries of `datasets:`. A duplicate's entry is unknown.
+Groups are task labels where the metric reads them, else the entries of `datasets:`. A duplicate's entry is unknown.
 One raw row can become several (`type: completion`); then a row without tokens is counted only if its group shrinks.
 
 Cost: list lengths and labels, read once through Arrow.

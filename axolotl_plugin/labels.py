@@ -1,44 +1,54 @@
-"""Carry task labels through Axolotl's data preparation, and count the rows that it drops.
+"""Carry columns of raw rows through Axolotl's data preparation, and count the rows that it drops.
 
 Axolotl tokenises with `remove_columns=` all raw columns, may split a row in several (completion) or drop it, then
 merges, shuffles, de-duplicates, filters, splits and caches. A column that a strategy's `tokenize_prompt` returns
-survives all of that. With `commonit_metric: task`:
+survives all of that. With the metrics `task` and `column`, and with `commonit_embedding_column`:
 
-1. The raw rows of an entry of `datasets:` get a label column before they are tokenised.
-2. A wrapped strategy copies each raw row's label to its tokenised rows.
-3. De-duplication ignores the labels, so it keeps the rows that Axolotl keeps without them.
-4. Labelled rows have their own cache folder, because Axolotl's packing fails on the label column.
-5. Cached rows must have the label column of this recipe; the column's name holds the source of the labels.
+1. The labels, numbers or vectors of the raw rows of an entry of `datasets:` are read, and the rows are numbered.
+2. A wrapped strategy copies each raw row's number to its tokenised rows.
+3. Tokenised rows get the values of their raw rows, as columns named after the source, such as `commonit_task[topic]`.
+4. De-duplication ignores these columns, so it keeps the rows that Axolotl keeps without them.
+5. Rows with such columns have their own cache folder, because Axolotl's packing fails on them.
+6. Cached rows must have the columns of this recipe.
 
 With every metric, `axolotl_plugin.dropped` counts the rows of the training set that preparation drops.
 
 Axolotl has no hook for this, so `replace_in_axolotl` replaces functions of `axolotl.utils.data` with functions of this
 module, which call the originals. `tests/axolotl/test_axolotl_platform.py` fails when an original changes. Cost: one
-pass over the label column.
+pass over the carried columns, which stay in memory until Axolotl saves the prepared rows.
 """
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import axolotl.utils.data.sft as sft
 import axolotl.utils.data.shared as shared
 import axolotl.utils.data.wrappers as wrappers
+import numpy as np
+import pyarrow as pa
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
 
 from axolotl_plugin.args import read_options
 from axolotl_plugin.dropped import PreparationCount
 from commonit_trl.cli.data import entry_labels
-from commonit_trl.config import DEFAULT_TASK_COLUMNS, CommonITArguments
-from commonit_trl.grouping import resolve_task_columns
-from commonit_trl.grouping.task import NO_LABEL
+from commonit_trl.config import DEFAULT_TASK_COLUMNS, CommonITArguments, parts_of
+from commonit_trl.grouping.registry import existing_column, resolve_task_columns
+from commonit_trl.grouping.task import NO_LABEL, with_task_file
 from commonit_trl.rows import Rows
 
 LOG = get_logger(__name__)
 
-COLUMN_PREFIX = "commonit_task["
-CACHE_SUFFIX = "-commonit-task"
+ROW_COLUMN = "commonit_row"
+_CARRIED = re.compile(r"commonit_(task|column|embedding)\[(.*)\]", re.DOTALL)
+_VECTORS = pa.large_list(pa.float32())
+_OPTIONS = {"column": "commonit_column", "embedding": "commonit_embedding_column"}
+_TOKENS = ("input_ids", "attention_mask", "labels")
+_SHARDS = ("shards", "preprocess_shards")
 
 _REPLACED = {
     (module, name): getattr(module, name)
@@ -58,62 +68,157 @@ _count = PreparationCount()  # of the dataset in preparation; Axolotl prepares o
 
 
 def replace_in_axolotl() -> None:
-    """Replace the functions of Axolotl's data preparation that drop labels or rows."""
+    """Replace the functions of Axolotl's data preparation that drop columns or rows."""
     for module, name in _REPLACED:
         setattr(module, name, globals()[name])
 
 
-class TaskLabels:
-    """The task labels of a recipe.
+class CarriedColumns:
+    """The columns of raw rows that a recipe groups by.
 
-    The labels come from `commonit_task_column`. Without it, each entry of `datasets:` is a task; a single entry has the
-    labels of its first column among `commonit_trl.config.DEFAULT_TASK_COLUMNS`.
+    Task labels come from `commonit_task_column` or `commonit_task_file`. Without them, each entry of `datasets:` is a
+    task; a single entry has the labels of its first column among `commonit_trl.config.DEFAULT_TASK_COLUMNS`.
 
     Attributes:
-        column: name in the prepared dataset, `commonit_task[<source of the labels>]`.
+        names: `task`, `column` or `embedding` -> name in the prepared dataset, `commonit_task[<source of the labels>]`.
+
+    Raises:
+        ValueError: for a task file with more than one entry, and a column that tokens have the name of.
     """
 
     def __init__(self, options: CommonITArguments, cfg: Any) -> None:
         self.options = options
         entries, tests = _expand(cfg.datasets), _expand(cfg.test_datasets)
-        self.entries_are_tasks = options.commonit_task_column is None and len(entries) > 1
         self.label_of_entry = _entry_names(cfg)
         self.only_tests = tests.keys() - entries.keys()
-        source = "datasets" if self.entries_are_tasks else "+".join(options.commonit_task_column or ["default"])
-        self.column = f"{COLUMN_PREFIX}{source}]"
+        by_task, file = "task" in parts_of(options.commonit_metric), options.commonit_task_file
+        self.entries_are_tasks = by_task and options.commonit_task_column is None and file is None and len(entries) > 1
+        sharded = any(name.startswith(_SHARDS) for entry in entries.values() for name, value in entry.items() if value)
+        if file is not None and (len(entries) > 1 or sharded):
+            raise ValueError(
+                f"commonit_task_file={file!r}: it numbers the rows of one whole entry of datasets:, which has "
+                f"{'shards' if sharded else len(entries)}. Join the entries, or set commonit_task_column."
+            )
+        self.names = {}
+        for part, option in _OPTIONS.items():
+            source = getattr(options, option)
+            if source in _TOKENS:
+                raise ValueError(f"{option}={source!r}: Axolotl gives its tokens this name. Rename the column.")
+            if source is not None:
+                self.names[part] = f"commonit_{part}[{source}]"
+        if by_task:
+            self.names["task"] = f"commonit_task[{self._source_of_tasks()}]"
 
     @classmethod
-    def of_recipe(cls, cfg: Any) -> "TaskLabels | None":
-        """Return the labels of a recipe, or None without `commonit_metric: task`."""
-        return cls(read_options(cfg), cfg) if cfg.get("commonit_metric") == "task" else None
+    def of_recipe(cls, cfg: Any) -> "CarriedColumns | None":
+        """Return the carried columns of a recipe, which may be none; None if CommonIT is off."""
+        return cls(read_options(cfg), cfg) if cfg.get("commonit_metric") not in (None, "none") else None
 
-    def of_rows(self, dataset: Dataset, entry: Any) -> list[str]:
-        """Read the label of each raw row of an entry.
+    @property
+    def cache_suffix(self) -> str:
+        return "".join(f"-commonit-{part}" for part in sorted(self.names))
 
-        A test set without labels only lacks evaluation losses by group, so it causes a warning, not an error.
+    def task_options(self) -> dict[str, Any]:
+        """Return the options that name the task of a prepared row."""
+        if "task" not in self.names:
+            return {}
+        return {"commonit_task_column": [self.names["task"]], "commonit_task_file": None}
+
+    def read(self, dataset: Dataset, entry: Any) -> dict[str, pa.Array]:
+        """Read the values of the raw rows of an entry.
+
+        A test set without them only lacks evaluation losses by group, so it causes a warning, not an error.
 
         Returns:
-            (rows,) labels, empty where a row has none.
+            Name in the prepared dataset -> (rows,) values. A label is empty where a row has none.
 
         Raises:
-            ValueError: if an entry of `datasets:` lacks the label column or it has unsupported values.
+            ValueError: if an entry of `datasets:` lacks a column or it has unsupported values.
         """
+        values = {}
+        for part, name in self.names.items():
+            try:
+                values[name] = self._read(part, dataset, entry)
+            except ValueError as error:
+                if _key(entry) not in self.only_tests:
+                    raise ValueError(f"datasets: path={entry.path!r}: {error}") from error
+                self.warn_of_test_set(entry, str(error))
+                values[name] = _missing(part, len(dataset))
+        return values
+
+    def _read(self, part: str, dataset: Dataset, entry: Any) -> pa.Array:
+        options, rows = self.options, Rows(dataset)
+        if part in _OPTIONS:
+            column = existing_column(_OPTIONS[part], getattr(options, _OPTIONS[part]), rows.columns)
+            if part == "column":
+                return pa.array(rows.numbers(column))
+            return pa.concat_arrays([_missing(part, 0), *map(_lists, rows.vector_chunks(column))])
         if self.entries_are_tasks:
-            return [self.label_of_entry[_key(entry)]] * len(dataset)
-        try:
-            columns = resolve_task_columns(self.options, dataset.column_names)
-            return [label or "" for label in Rows(dataset).labels(columns)]
-        except ValueError as error:
+            return pa.repeat(self.label_of_entry[_key(entry)], len(dataset))
+        if options.commonit_task_file is not None:
+            if _key(entry) in self.only_tests:
+                raise ValueError(f"commonit_task_file={options.commonit_task_file!r} names the training rows only.")
+            dataset = with_task_file(dataset, options.commonit_task_file)
+        columns = resolve_task_columns(options, dataset.column_names)
+        return pa.array([label or "" for label in Rows(dataset).labels(columns)], pa.string())
+
+    def without_sources(self, tokenized: Dataset) -> Dataset:
+        """Return rows that were tokenised before without the columns that were read.
+
+        Such rows keep their columns, and collators of packed rows read all columns as numbers.
+        """
+        options = self.options
+        sources = {options.commonit_column, options.commonit_embedding_column}
+        if "task" in self.names and not self.entries_are_tasks:
+            sources |= {*(options.commonit_task_column or DEFAULT_TASK_COLUMNS)}
+        return tokenized.remove_columns([name for name in tokenized.column_names if name in sources])
+
+    def attach(self, tokenized: Dataset, values: dict[str, pa.Array], entry: Any) -> Dataset:
+        """Replace the row numbers of tokenised rows by the values of these raw rows.
+
+        Args:
+            tokenized: rows with `ROW_COLUMN`.
+            values: as `read` returns them.
+
+        Raises:
+            ValueError: if the rows of an entry of `datasets:` have no numbers.
+        """
+        if ROW_COLUMN in tokenized.column_names:
+            numbers = pa.array(tokenized.with_format("numpy")[ROW_COLUMN][:], pa.int64())
+            tokenized = tokenized.remove_columns(ROW_COLUMN)
+            values = {name: column.take(numbers) for name, column in values.items()}
+        elif self.entries_are_tasks and len(values) == 1:
+            values = {name: pa.repeat(column[0], len(tokenized)) for name, column in values.items()}
+        else:
+            problem = f"type={entry.type!r} makes rows that cannot be traced to a raw row."
             if _key(entry) not in self.only_tests:
-                raise ValueError(f"datasets: path={entry.path!r}: {error}") from error
-            self.warn_of_test_set(entry, str(error))
-            return [""] * len(dataset)
+                raise ValueError(
+                    f"datasets: {problem} commonit_metric={self.options.commonit_metric!r} has no values there: give "
+                    "each task an entry of its own in datasets: and remove commonit_task_column, or use "
+                    "commonit_metric='length' or 'embedding'."
+                )
+            self.warn_of_test_set(entry, problem)
+            values = {name: _missing(part, len(tokenized)) for part, name in self.names.items()}
+        for name, column in values.items():
+            tokenized = tokenized.add_column(name, column)
+        return tokenized
+
+    def labels(self, rows: Dataset) -> list[str] | None:
+        """Return the (rows,) task labels of prepared rows, None if the metric does not read them."""
+        if "task" not in self.names:
+            return None
+        return [label or NO_LABEL for label in Rows(rows).labels([self.names["task"]])]
+
+    def groups(self, rows: Dataset, entry: Any) -> list[str]:
+        """Return the (rows,) task labels of the prepared rows of an entry, else the entry's name."""
+        labels = self.labels(rows)
+        return [self.label_of_entry[_key(entry)]] * len(rows) if labels is None else labels
 
     def warn_of_test_set(self, entry: Any, problem: str) -> None:
-        """Warn that the rows of a test set have no task label."""
+        """Warn that the rows of a test set have no group."""
         LOG.warning(
-            "test_datasets: path=%r: %s Its rows have no task label and count in no group's evaluation loss; give the "
-            "test set the label column of the training data.",
+            "test_datasets: path=%r: %s Its rows count in no group's evaluation loss; give the test set the columns of "
+            "the training data.",
             entry.path,
             problem,
         )
@@ -131,19 +236,37 @@ class TaskLabels:
             )
 
     def check(self, prepared: Dataset, source: str, recipe: str) -> None:
-        """Refuse prepared rows without the labels of this recipe."""
-        if self.column not in prepared.column_names:
-            others = label_columns(prepared)
-            was = f"with other task labels ({', '.join(others)})" if others else "without task labels"
+        """Refuse prepared rows without the columns of this recipe."""
+        missing = sorted({*self.names.values()} - {*prepared.column_names})
+        if missing:
+            made = f"with {', '.join(carried_columns(prepared))}" if carried_columns(prepared) else "without"
             raise ValueError(
-                f"commonit_metric='task' needs the task of each row ({self.column}), and the prepared dataset in "
-                f"{source} was made {was}: make it again with `axolotl preprocess {recipe}`."
+                f"commonit_metric={self.options.commonit_metric!r} needs {', '.join(missing)} of each row, and the "
+                f"prepared dataset in {source} was made {made}: make it again with `axolotl preprocess {recipe}`."
             )
 
+    def _source_of_tasks(self) -> str:
+        columns, file = self.options.commonit_task_column, self.options.commonit_task_file
+        if file is None:
+            return "datasets" if self.entries_are_tasks else "+".join(columns or ["default"])
+        try:
+            content = Path(file).read_bytes()
+        except OSError as error:
+            raise ValueError(f"commonit_task_file={file!r} cannot be read ({error.strerror}). Name a file.") from error
+        return f"{Path(file).name} {hashlib.blake2b(content, digest_size=4).hexdigest()}"
 
-def label_columns(dataset: Any) -> list[str]:
-    """Return the label columns of a dataset, of any recipe."""
-    return [name for name in dataset.column_names or () if name.startswith(COLUMN_PREFIX)]
+
+def carried_columns(dataset: Any) -> list[str]:
+    """Return the carried columns of a dataset, of any recipe."""
+    return [name for name in dataset.column_names or () if _CARRIED.fullmatch(name)]
+
+
+def with_source_names(dataset: Dataset) -> Dataset:
+    """Return prepared rows whose numbers and vectors have the names of their raw columns; groups are named by them."""
+    found = {name: match for name in dataset.column_names if (match := _CARRIED.fullmatch(name))}
+    names = {name: match[2] for name, match in found.items() if match[1] != "task"}
+    replaced = [name for name in names.values() if name in dataset.column_names]  # of packing: length, position_ids
+    return dataset.remove_columns(replaced).rename_columns(names)
 
 
 # --- replacements for Axolotl's functions of the same names -----------------------------------------------------------
@@ -158,114 +281,105 @@ def get_dataset_wrapper(
     dataset_prompt_style: str | None = None,
     processor: Any = None,
 ) -> tuple[Any, Any]:
-    """Tokenise an entry with Axolotl's function, carry its labels and count the rows that it drops."""
-    task = TaskLabels.of_recipe(cfg)
+    """Tokenise an entry with Axolotl's function, carry its columns and count the rows that it drops."""
+    carried = CarriedColumns.of_recipe(cfg)
 
     def tokenize(raw: Any) -> tuple[Any, Any]:
         return _ORIGINAL["get_dataset_wrapper"](
             dataset_config, tokenizer, cfg, dataset_base_type, raw, dataset_prompt_style, processor
         )
 
-    if task is None:
-        wrapped, prompter = tokenize(dataset)
-        if _is_on(cfg):
-            name = _entry_names(cfg)[_key(dataset_config)]
-            _count.add_entry([name] * len(dataset), wrapped, [name] * len(wrapped), cfg)
-        return wrapped, prompter
-    labels = task.of_rows(dataset, dataset_config)
-    if wrappers._is_dataset_already_tokenized(dataset) and not task.entries_are_tasks:
-        # Such rows keep their columns, and collators of packed rows read all columns as numbers.
-        read = task.options.commonit_task_column or DEFAULT_TASK_COLUMNS
-        dataset = dataset.remove_columns([name for name in read if name in dataset.column_names])
-    wrapped, prompter = tokenize(dataset.add_column(task.column, labels))
-    if task.column not in wrapped.column_names:
-        problem = f"type={dataset_config.type!r} makes rows that cannot be traced to a raw row and its task."
-        if task.entries_are_tasks:
-            made = labels[:1] * len(wrapped)
-        elif _key(dataset_config) in task.only_tests:
-            task.warn_of_test_set(dataset_config, problem)
-            made = [""] * len(wrapped)
-        else:
-            raise ValueError(
-                f"datasets: {problem} commonit_metric='task' has no labels there: give each task an entry of its own "
-                "in datasets: and remove commonit_task_column, or use commonit_metric='length' or 'embedding'."
-            )
-        wrapped = wrapped.add_column(task.column, made)
-    _count.add_entry([label or NO_LABEL for label in labels], wrapped, _groups(wrapped, task), cfg)
+    if carried is None:
+        return tokenize(dataset)
+    values = carried.read(dataset, dataset_config)
+    raw = dataset
+    if values:
+        if wrappers._is_dataset_already_tokenized(dataset):
+            raw = carried.without_sources(dataset)
+        raw = raw.add_column(ROW_COLUMN, np.arange(len(dataset)))
+    wrapped, prompter = tokenize(raw)
+    if values:
+        wrapped = carried.attach(wrapped, values, dataset_config)
+    raw_groups = carried.groups(Dataset.from_dict(values) if values else dataset, dataset_config)
+    _count.add_entry(raw_groups, wrapped, carried.groups(wrapped, dataset_config), cfg)
     return wrapped, prompter
 
 
 def wrap_dataset_for_tokenized_prompt(prompt_tokenizer: Any, dataset: Any, **kwargs: Any) -> Any:
-    """Tokenise with Axolotl's function and a strategy that carries the labels."""
-    for column in label_columns(dataset):
-        prompt_tokenizer = _LabelledStrategy(prompt_tokenizer, column)
+    """Tokenise with Axolotl's function and a strategy that carries the row numbers."""
+    if ROW_COLUMN in (dataset.column_names or ()):
+        prompt_tokenizer = _NumberedStrategy(prompt_tokenizer)
     return _ORIGINAL["wrap_dataset_for_tokenized_prompt"](prompt_tokenizer, dataset, **kwargs)
 
 
 def deduplicate_and_log_datasets(
     dataset: Any, other_dataset: Any = None, dataset_name: str | None = "train", other_name: str | None = "eval"
 ) -> tuple[Any, Any]:
-    """De-duplicate with Axolotl's function, ignoring labels: the first of equal rows remains, with its task."""
-    other = None if other_dataset is None else _WithoutLabels(other_dataset)
-    return _ORIGINAL["deduplicate_and_log_datasets"](_WithoutLabels(dataset), other, dataset_name, other_name)
+    """De-duplicate with Axolotl's function, without carried columns: the first of equal rows remains, with its own."""
+    other = None if other_dataset is None else _WithoutCarried(other_dataset)
+    return _ORIGINAL["deduplicate_and_log_datasets"](_WithoutCarried(dataset), other, dataset_name, other_name)
 
 
 def generate_dataset_hash_from_config(cfg: Any, cfg_datasets: list, tokenizer_name: str) -> str:
-    """Return Axolotl's cache key, with a suffix for labelled rows."""
-    suffix = "" if TaskLabels.of_recipe(cfg) is None else CACHE_SUFFIX
+    """Return Axolotl's cache key, with a suffix for rows with carried columns."""
+    carried = CarriedColumns.of_recipe(cfg)
+    suffix = "" if carried is None else carried.cache_suffix
     return _ORIGINAL["generate_dataset_hash_from_config"](cfg, cfg_datasets, tokenizer_name) + suffix
 
 
 def load_preprocessed_dataset(cfg: Any, dataset_hash: str) -> Any:
-    """Load cached rows with Axolotl's function; refuse rows without the labels of this recipe.
+    """Load cached rows with Axolotl's function; refuse rows without the carried columns of this recipe.
 
-    Rows cached without labels are refused too, because preparing them again could take hours.
+    Rows cached without any are refused too, because preparing them again could take hours.
     """
     global _count
-    task, load = TaskLabels.of_recipe(cfg), _ORIGINAL["load_preprocessed_dataset"]
+    carried, load = CarriedColumns.of_recipe(cfg), _ORIGINAL["load_preprocessed_dataset"]
     _count = PreparationCount()
-    if task is None:
+    if carried is None:
         return load(cfg, dataset_hash)
-    for name in (dataset_hash, dataset_hash.removesuffix(CACHE_SUFFIX)):
+    for name in dict.fromkeys((dataset_hash, dataset_hash.removesuffix(carried.cache_suffix))):
         prepared = load(cfg, name)
         if prepared is not None:
-            task.check(prepared, str(shared.get_prepared_dataset_path(cfg, name)), cfg.axolotl_config_path)
+            carried.check(prepared, str(shared.get_prepared_dataset_path(cfg, name)), cfg.axolotl_config_path)
             return prepared
     return None
 
 
 def save_preprocessed_dataset(cfg: Any, dataset: Any, dataset_hash: str, split: str) -> None:
     """Save prepared rows with Axolotl's function; store the counts of dropped rows with training rows."""
-    if split == "train" and _is_on(cfg):
-        task = TaskLabels.of_recipe(cfg)
-        _count.finish(dataset, None if task is None else _groups(dataset, task), cfg)
+    carried = CarriedColumns.of_recipe(cfg)
+    if split == "train" and carried is not None:
+        _count.finish(dataset, carried.labels(dataset), cfg)
     _ORIGINAL["save_preprocessed_dataset"](cfg, dataset, dataset_hash, split)
 
 
 def try_load_from_hub(cfg: Any, dataset_hash: str, split: str) -> Any:
-    """Load rows from the hub with Axolotl's function; refuse rows without the labels of this recipe.
+    """Load rows from the hub with Axolotl's function; refuse rows without the carried columns of this recipe.
 
     `axolotl preprocess` ignores such rows and prepares the dataset again.
     """
-    task = TaskLabels.of_recipe(cfg)
+    carried = CarriedColumns.of_recipe(cfg)
     prepared = _ORIGINAL["try_load_from_hub"](cfg, dataset_hash, split)
-    if task is not None and prepared is not None:
-        if cfg.is_preprocess and task.column not in prepared.column_names:
+    if carried is not None and prepared is not None:
+        if cfg.is_preprocess and not {*carried.names.values()} <= {*prepared.column_names}:
             return None
-        task.check(prepared, f"{cfg.push_dataset_to_hub} ({dataset_hash})", cfg.axolotl_config_path)
+        carried.check(prepared, f"{cfg.push_dataset_to_hub} ({dataset_hash})", cfg.axolotl_config_path)
     return prepared
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _is_on(cfg: Any) -> bool:
-    return cfg.get("commonit_metric") not in (None, "none")
+def _missing(part: str, count: int) -> pa.Array:
+    """Return the (count,) values of rows that have none."""
+    values = {"task": pa.scalar(""), "column": pa.scalar(np.nan)}
+    return pa.repeat(values[part], count) if part in values else pa.nulls(count, _VECTORS)
 
 
-def _groups(prepared: Dataset, task: TaskLabels) -> list[str]:
-    """Return the (rows,) group names of labelled rows."""
-    return [label or NO_LABEL for label in Rows(prepared).labels([task.column])]
+def _lists(vectors: Any) -> pa.Array:
+    """Return (rows, dimensions) vectors as one list per row."""
+    offsets = np.arange(len(vectors) + 1) * vectors.shape[1]
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(vectors.ravel()))
 
 
 def _entry_names(cfg: Any) -> dict[str, str]:
@@ -288,12 +402,11 @@ def _key(entry: Mapping[str, Any]) -> str:
     return json.dumps(known, sort_keys=True, default=str)
 
 
-class _LabelledStrategy:
-    """A prompt tokenizing strategy that copies the label column of raw rows to their tokenised rows."""
+class _NumberedStrategy:
+    """A prompt tokenizing strategy that copies the numbers of raw rows to their tokenised rows."""
 
-    def __init__(self, strategy: Any, column: str) -> None:
+    def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
-        self.column = column
 
     def __getattr__(self, name: str) -> Any:
         if name == "strategy":  # during unpickling
@@ -302,21 +415,21 @@ class _LabelledStrategy:
 
     def tokenize_prompt(self, prompt: Mapping[str, Any]) -> dict[str, Any]:
         raw = dict(prompt)
-        label = raw.pop(self.column)
+        number = raw.pop(ROW_COLUMN)
         if not self.strategy.supports_batched:
-            return {**self.strategy.tokenize_prompt(raw), self.column: label}
+            return {**self.strategy.tokenize_prompt(raw), ROW_COLUMN: number}
         # A batched strategy may change the number of rows, so tokenise each row alone.
         tokenized: dict[str, list[Any]] = {}
-        for number, row_label in enumerate(label):
-            row = self.strategy.tokenize_prompt({name: [values[number]] for name, values in raw.items()})
+        for index, row_number in enumerate(number):
+            row = self.strategy.tokenize_prompt({name: [values[index]] for name, values in raw.items()})
             made = len(next(iter(row.values()), ()))
-            for name, values in {**row, self.column: [row_label] * made}.items():
+            for name, values in {**row, ROW_COLUMN: [row_number] * made}.items():
                 tokenized.setdefault(name, []).extend(values)
         return tokenized
 
 
-class _WithoutLabels:
-    """A dataset that yields rows without labels."""
+class _WithoutCarried:
+    """A dataset that yields rows without carried columns."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -325,7 +438,7 @@ class _WithoutLabels:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.dataset.remove_columns(label_columns(self.dataset)))
+        return iter(self.dataset.remove_columns(carried_columns(self.dataset)))
 
     def select(self, indices: Sequence[int]) -> Dataset:
         return self.dataset.select(indices)

@@ -1,8 +1,9 @@
 """Pack each group alone, with the packing functions of Axolotl's `MultipackBatchSampler`.
 
 Steps: (1) shuffle each group's rows and pack them into bins; (2) split bins of groups that have fewer bins than their
-steps have micro-batches, so that no bin is repeated; (3) plan epochs over bins instead of rows. Axolotl's collators get
-their usual input: a micro-batch is a list of bins, a bin a list of row numbers.
+steps have micro-batches, so that no bin is repeated, or with `commonit_remainder: mix` bins of any group, if the mixed
+steps lack some; (3) plan epochs over bins instead of rows. Bins stay pure in mixed steps. Axolotl's collators get their
+usual input: a micro-batch is a list of bins, a bin a list of row numbers.
 
 Bins are packed once, so that all epochs have the same number of steps. The bins that share a step, and the order of
 steps, differ between epochs.
@@ -13,7 +14,7 @@ Cost: that of Axolotl's packing (first-fit, compiled by numba) on up to `sample_
 import hashlib
 import heapq
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from axolotl.utils.samplers.multipack import allocate_sequentially, pack_paralle
 from numpy.typing import NDArray
 
 from commonit_trl.plan.sampler import CommonITBatchSampler
+from commonit_trl.plan.spec import small_groups
 from commonit_trl.rows import Rows
 from commonit_trl.trainer.run import Run
 
@@ -73,13 +75,16 @@ def pack_for_training(
     """
     capacity, bins = bin_shape(args, micro_batch_size)
     micro_batches = {"step": world_size * args.gradient_accumulation_steps, "micro": 1}
+    mixed_groups, left_out_groups = small_groups(args, np.bincount(group_ids))
     return pack_groups(
         group_ids,
         lengths,
         capacity=capacity,
         bins_per_micro_batch=bins,
         micro_batches_per_partition=micro_batches[args.commonit_purity],
-        split=args.commonit_remainder == "keep",
+        remainder=args.commonit_remainder,
+        mixed_groups=mixed_groups,
+        left_out_groups=left_out_groups,
         seed=args.seed,
         group_size=args.sample_packing_group_size,
         bin_size=args.sample_packing_bin_size,
@@ -96,7 +101,9 @@ def pack_groups(
     capacity: int,
     bins_per_micro_batch: int,
     micro_batches_per_partition: int,
-    split: bool,
+    remainder: str,
+    mixed_groups: Sequence[int] = (),
+    left_out_groups: Sequence[int] = (),
     seed: int,
     **options: Any,
 ) -> Bins:
@@ -106,26 +113,34 @@ def pack_groups(
         group_ids, lengths: (rows,) group and tokens of each row.
         capacity: tokens of a bin.
         bins_per_micro_batch: bins that a micro-batch holds on average.
-        micro_batches_per_partition: micro-batches of a partition, which share a group.
-        split: whether to split bins so that a group has at least as many as its partitions have micro-batches.
+        micro_batches_per_partition: micro-batches of a partition.
+        remainder, mixed_groups, left_out_groups: as `plan_epoch` takes them; bins are split so that partitions have as
+            many bins as micro-batches.
         seed: of the order of the packer's input.
         options: of `pack_rows`.
     """
     order = np.random.default_rng(seed).permutation(len(group_ids))
     by_group = order[np.argsort(group_ids[order], kind="stable")]
     groups, counts = np.unique(group_ids, return_counts=True)
+    partition_size = bins_per_micro_batch * micro_batches_per_partition
     packed: list[list[int]] = []
-    bins_of_group: list[int] = []
-    for rows in np.split(by_group, np.cumsum(counts)[:-1]):
+    left_out: list[list[int]] = []
+    mixed = 0
+    for group, rows in zip(groups.tolist(), np.split(by_group, np.cumsum(counts)[:-1]), strict=True):
         bins = pack_rows(rows, lengths[rows], capacity, **options)
-        if split:
-            partitions = -(-len(bins) // (bins_per_micro_batch * micro_batches_per_partition))
-            bins = split_bins(bins, partitions * micro_batches_per_partition)
+        if group in left_out_groups:
+            left_out += bins
+            continue
+        if remainder == "keep":
+            bins = split_bins(bins, -(-len(bins) // partition_size) * micro_batches_per_partition)
+        mixed += len(bins) if group in mixed_groups else len(bins) % partition_size
         packed += bins
-        bins_of_group.append(len(bins))
+    if remainder == "mix":
+        packed = split_bins(packed, len(packed) - mixed + -(-mixed // partition_size) * micro_batches_per_partition)
+    packed += left_out
     return Bins(
         rows=packed,
-        group_ids=np.repeat(groups, bins_of_group),
+        group_ids=np.array([group_ids[rows[0]] for rows in packed], dtype=np.int64),
         lengths=np.array([lengths[rows].sum() for rows in packed], dtype=np.int64),
         capacity=capacity,
     )

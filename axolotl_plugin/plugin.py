@@ -18,11 +18,12 @@ from axolotl.utils.logging import get_logger
 from transformers import TrainerCallback
 
 from axolotl_plugin.args import read_options
-from commonit_trl.config import CommonITArguments
+from commonit_trl.config import OPTIONS, CommonITArguments
 
 LOG = get_logger(__name__)
 
 _LOGGED = ("commonit_purity", "commonit_remainder", "commonit_weights", "commonit_balance_lengths")
+_LOGGED_IF_SET = ("commonit_pure_fraction", "commonit_order", "commonit_heaviest_first", "commonit_small_groups")
 # Recipe keys that change the rows, their order or the trainer, and the fix for each.
 _CONFLICTS = {
     "rl": "preference and reinforcement learning have other trainers; use CommonIT for supervised fine-tuning",
@@ -71,12 +72,10 @@ class CommonITPlugin(BasePlugin):
         """Check the other plugins, all of which are registered by now, and the test sets; load nothing."""
         options = self._options(cfg)
         if options is not None:
-            from axolotl_plugin.labels import TaskLabels
+            from axolotl_plugin.labels import CarriedColumns
 
             _check_other_plugins(self, cfg)
-            labels = TaskLabels.of_recipe(cfg)
-            if labels is not None:
-                labels.warn_of_unseen_entries()
+            CarriedColumns(options, cfg).warn_of_unseen_entries()
         elif cfg.get("commonit_metric") == "none":
             LOG.info("CommonIT is off (commonit_metric: none): Axolotl makes the batches.")
 
@@ -101,13 +100,11 @@ class CommonITPlugin(BasePlugin):
         options = self._options(cfg)
         if options is None:
             return None
-        from axolotl_plugin.labels import TaskLabels
+        from axolotl_plugin.labels import CarriedColumns
 
-        arguments = asdict(options)
-        labels = TaskLabels.of_recipe(cfg)
-        if labels is not None:
-            arguments["commonit_task_column"] = [labels.column]
-        return arguments | {
+        return {
+            **asdict(options),
+            **CarriedColumns(options, cfg).task_options(),
             "max_steps": cfg.max_steps or -1,  # Axolotl's estimate does not follow the plan
             "average_tokens_across_devices": True,
         }
@@ -217,11 +214,12 @@ def _steps_of_axolotl(cfg: Any, total_steps: int) -> dict[str, Any]:
 
 def _log_settings(trainer: Any, cfg: Any, total_steps: int) -> None:
     grouper, args = trainer.commonit_grouper, trainer.args
+    logged = [*_LOGGED, *(name for name in _LOGGED_IF_SET if getattr(args, name) != OPTIONS[name].default)]
     LOG.info(
         "CommonIT is on: commonit_metric=%s (%s), %s; %d steps in all.",
         args.commonit_metric,
         ", ".join(f"{name}={value}" for name, value in grouper.options.items()),
-        ", ".join(f"{name}={getattr(args, name)}" for name in _LOGGED),
+        ", ".join(f"{name}={getattr(args, name)}" for name in logged),
         total_steps,
     )
     if args.sample_packing:

@@ -1,8 +1,8 @@
 """Read an Axolotl recipe for `commonit inspect` and `commonit group`: `--axolotl recipe.yml`.
 
 Steps: (1) Axolotl loads and checks the recipe, without keys that need the hardware of the training run; (2) it prepares
-the rows, or loads prepared ones, with the task labels of training; (3) rows without trained tokens are dropped, as in
-training; (4) the settings that determine the batches are read from the recipe. No model is loaded. Axolotl logs to
+the rows, or loads prepared ones, with the carried columns of training; (3) rows without trained tokens are dropped, as
+in training; (4) the settings that determine the batches are read from the recipe. No model is loaded. Axolotl logs to
 stderr.
 
 Cost: that of `axolotl preprocess`; training then loads the prepared rows.
@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from commonit_trl.cli.options import read_yaml
 from commonit_trl.cli.recipes import Recipe
+from commonit_trl.config import parts_of
 from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN, UNKNOWN_GROUP, DroppedRows
 from commonit_trl.grouping.task import NO_LABEL
 from commonit_trl.rows import Rows
@@ -75,15 +76,14 @@ def _read(path: str) -> Recipe:
 
     from axolotl_plugin.args import read_options
     from axolotl_plugin.dropped import dropped_rows
-    from axolotl_plugin.labels import TaskLabels
+    from axolotl_plugin.labels import CarriedColumns, with_source_names
     from axolotl_plugin.packing import bin_shape, pack_for_training
 
     cfg = load_cfg(path, **_OFF)
     PluginManager.get_instance().load_datasets(cfg, preprocess=False)
     dataset = load_datasets(cfg=cfg).train_dataset
     options = read_options(cfg)
-    if options.commonit_metric == "task":
-        options.commonit_task_column = [TaskLabels(options, cfg).column]
+    vars(options).update(CarriedColumns(options, cfg).task_options())
     dropped = dropped_rows(dataset) or DroppedRows()
     trained = Rows(dataset).is_trained()
     if not trained.all():
@@ -94,7 +94,7 @@ def _read(path: str) -> Recipe:
             f"--axolotl {path}: sequence_len={cfg.sequence_len}: no row has a token to train on. Raise sequence_len."
         )
     seed = TrainingArguments.seed if cfg.seed is None else cfg.seed
-    rows = Rows(dataset, load_tokenizer(cfg))
+    rows = Rows(with_source_names(dataset), load_tokenizer(cfg))
     multiple = _padding_multiple(cfg)
     counts = rows.token_counts("total")
     recipe: dict[str, Any] = {
@@ -111,8 +111,6 @@ def _read(path: str) -> Recipe:
         return Recipe(**recipe, micro_batch_size=cfg.micro_batch_size, lengths=lengths)
     real_batches = cfg.multipack_real_batches
     settings = SimpleNamespace(
-        commonit_purity=options.commonit_purity,
-        commonit_remainder=options.commonit_remainder,
         seed=seed,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         max_seq_length=cfg.sequence_len,
@@ -122,8 +120,9 @@ def _read(path: str) -> Recipe:
         **{key: getattr(AxolotlTrainingMixins, key) if cfg[key] is None else cfg[key] for key in _PACKING},
     )
 
-    def pack(grouper: Any, group_ids: Any, world_size: int) -> tuple[Any, Any]:
-        bins = pack_for_training(settings, group_ids, counts, cfg.micro_batch_size, world_size)
+    def pack(options: Any, _: Any, group_ids: Any, world_size: int) -> tuple[Any, Any]:
+        args = SimpleNamespace(**vars(settings), **vars(options))
+        bins = pack_for_training(args, group_ids, counts, cfg.micro_batch_size, world_size)
         return bins.group_ids, bins.lengths
 
     return Recipe(**recipe, micro_batch_size=bin_shape(settings, cfg.micro_batch_size)[1], lengths=counts, pack=pack)
@@ -131,7 +130,7 @@ def _read(path: str) -> Recipe:
 
 def _untrained(rows: Rows, options: Any) -> DroppedRows:
     """Count rows without a token to train on, by task label where they have one."""
-    if options.commonit_metric != "task":
+    if "task" not in parts_of(options.commonit_metric):
         return DroppedRows(counts={(NO_TRAINED_TOKEN, UNKNOWN_GROUP): len(rows)})
     return DroppedRows.of((NO_TRAINED_TOKEN, label or NO_LABEL) for label in rows.labels(options.commonit_task_column))
 

@@ -20,9 +20,10 @@ from torch.utils.data import SequentialSampler
 from transformers.trainer_utils import unwrap_peft_model
 
 from axolotl_plugin.dropped import dropped_rows
-from axolotl_plugin.labels import label_columns
+from axolotl_plugin.labels import carried_columns, with_source_names
 from axolotl_plugin.packing import PackedRun
 from commonit_trl.grouping.fit import Grouping
+from commonit_trl.rows import Rows
 from commonit_trl.trainer import validate
 from commonit_trl.trainer.loss import is_causal_lm_loss
 from commonit_trl.trainer.mixin import CommonITMixin
@@ -55,19 +56,22 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
         if dropped is not None:
             grouping = replace(grouping, dropped=grouping.dropped + dropped)
         # Packed rows keep all columns, and Axolotl's collators read every column as numbers.
-        self.train_dataset = _without_labels(self.train_dataset)
+        self.train_dataset = _without_carried(self.train_dataset)
         return grouping, row_groups
+
+    def commonit_rows(self, dataset: Dataset) -> Rows:
+        return super().commonit_rows(with_source_names(dataset))
 
     def commonit_loss_is_summed(self) -> bool:
         # Check the class: a trial batch needs Axolotl's evaluation settings.
         return self.model_accepts_loss_kwargs and is_causal_lm_loss(self)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return the parent's dataloader without the label column; keep the labels for the losses by group."""
+        """Return the parent's dataloader without carried columns; keep them for the losses by group."""
         if self.commonit is None:
             return super().get_eval_dataloader(eval_dataset)
         labelled = self.eval_dataset if eval_dataset is None else eval_dataset
-        loader = super().get_eval_dataloader(_without_labels(labelled) if isinstance(labelled, Dataset) else labelled)
+        loader = super().get_eval_dataloader(_without_carried(labelled) if isinstance(labelled, Dataset) else labelled)
         self.commonit.eval_sets.remember(loader, labelled)
         return loader
 
@@ -101,5 +105,5 @@ def accepts_loss_kwargs(model: Any) -> bool:
     return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def _without_labels(dataset: Dataset) -> Dataset:
-    return dataset.remove_columns(label_columns(dataset))
+def _without_carried(dataset: Dataset) -> Dataset:
+    return dataset.remove_columns(carried_columns(dataset))

@@ -73,7 +73,7 @@ def inspect_recipe(
                 f"--load {load}: {unassigned} rows are unassigned, and packing needs a group for every row. Fit groups "
                 "to these rows, or set packing=False."
             )
-        sample_groups, lengths = recipe.pack(grouper, group_ids, recipe.world_size)
+        sample_groups, lengths = recipe.pack(options, grouper, group_ids, recipe.world_size)
     spec = PlanSpec.from_options(
         options,
         grouper.names,

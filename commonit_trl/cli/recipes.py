@@ -93,8 +93,8 @@ class Recipe:
     """Whether training balances each step by these lengths."""
     padding_free: bool = False
     """Whether micro-batches are computed without padding."""
-    pack: Callable[[Grouper, NDArray[np.int64], int], tuple[NDArray[np.int64], NDArray[np.int64]]] | None = None
-    """With packing: fitted grouper, (rows,) group ids and ranks -> (packs,) group ids and (packs,) tokens."""
+    pack: Callable[[Any, Grouper, NDArray[np.int64], int], tuple[NDArray[np.int64], NDArray[np.int64]]] | None = None
+    """With packing: options, fitted grouper, (rows,) group ids, ranks -> (packs,) group ids and (packs,) tokens."""
     source_rows: NDArray[np.int64] | None = None
     """(rows,) row number of each row in the source data, None if the front end does not trace rows."""
     traced: tuple[TracedRows, ...] = ()
@@ -228,7 +228,9 @@ def _prepare(recipe: Recipe, train: Dataset, model: Any, tokenizer: Any) -> Reci
             "or check the rows."
         )
 
-    def pack(grouper: Grouper, group_ids: NDArray[np.int64], _: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def pack(
+        options: Any, grouper: Grouper, group_ids: NDArray[np.int64], world_size: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         packs, pack_groups = pack_by_group(prepared.dataset, group_ids, grouper.names, args)
         return pack_groups, Rows(packs).token_counts()
 

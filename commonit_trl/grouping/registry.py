@@ -46,10 +46,10 @@ def _build_part(metric: str, options: CommonITArguments, columns: Sequence[str],
     if metric == "length":
         return LengthGrouper(of=options.commonit_length_of, edges=options.commonit_length_edges, **shared)
     if metric == "column":
-        column = _existing("commonit_column", options.commonit_column, columns)
+        column = existing_column("commonit_column", options.commonit_column, columns)
         return ColumnGrouper(column=column, **shared)
     if options.commonit_embedding_column is not None:
-        _existing("commonit_embedding_column", options.commonit_embedding_column, columns)
+        existing_column("commonit_embedding_column", options.commonit_embedding_column, columns)
     return EmbeddingGrouper(
         model=options.commonit_embedding_model,
         column=options.commonit_embedding_column,
@@ -62,7 +62,12 @@ def _build_part(metric: str, options: CommonITArguments, columns: Sequence[str],
     )
 
 
-def _existing(option: str, column: str | None, columns: Sequence[str]) -> str:
+def existing_column(option: str, column: str | None, columns: Sequence[str]) -> str:
+    """Return `column`, the value of `option`.
+
+    Raises:
+        ValueError: when it is not one of `columns`.
+    """
     if column is None or column not in columns:
         raise ValueError(
             f"{option}={column!r}: not a column of the dataset, which has: {', '.join(columns)}. Name one."
@@ -91,7 +96,7 @@ def resolve_task_columns(options: CommonITArguments, columns: Sequence[str]) -> 
                 f"has: {', '.join(columns)}. Set commonit_task_column to one of them."
             )
         return found[:1]
-    return [_existing("commonit_task_column", column, columns) for column in given]
+    return [existing_column("commonit_task_column", column, columns) for column in given]
 
 
 def _from_options(metric: str, options: dict[str, Any]) -> Grouper:

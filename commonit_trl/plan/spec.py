@@ -87,7 +87,7 @@ class PlanSpec:
                 "commonit_heaviest_first=True: the rows have no token counts before training. Set it to False, or "
                 "give tokenised rows."
             )
-        small = np.flatnonzero((row_counts > 0) & (row_counts < options.commonit_min_group_size)).tolist()
+        mixed_groups, left_out_groups = small_groups(options, row_counts)
         return cls(
             group_ids=group_ids,
             purity=options.commonit_purity,
@@ -95,8 +95,8 @@ class PlanSpec:
             pure_fraction=tuple(options.commonit_pure_fraction or (1.0,)),
             order=options.commonit_order,
             positions=positions,
-            mixed_groups=tuple(small) if options.commonit_small_groups == "mix" else (),
-            left_out_groups=tuple(small) if options.commonit_small_groups == "drop" else (),
+            mixed_groups=mixed_groups,
+            left_out_groups=left_out_groups,
             heaviest_first=tokens if options.commonit_heaviest_first else None,
             weights=weights_by_id(options.commonit_weights, names, group_ids),
             **geometry,
@@ -146,6 +146,19 @@ class PlanSpec:
     def fingerprint(self) -> str:
         """Hash of the first epoch's complete plan; specs that share it have the same micro-batches in every epoch."""
         return self.whole.plan(0).fingerprint()
+
+
+def small_groups(
+    options: CommonITArguments, row_counts: NDArray[np.integer[Any]]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the groups under `commonit_min_group_size` that are mixed, and those that are left out.
+
+    Args:
+        row_counts: (groups,) rows of each group.
+    """
+    small = tuple(np.flatnonzero((row_counts > 0) & (row_counts < options.commonit_min_group_size)).tolist())
+    by_choice = {options.commonit_small_groups: small}
+    return by_choice.get("mix", ()), by_choice.get("drop", ())
 
 
 def weights_by_id(weights: Any, names: Sequence[str], group_ids: NDArray[np.integer[Any]]) -> Any:

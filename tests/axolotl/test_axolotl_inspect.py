@@ -77,7 +77,7 @@ def test_rows_are_packed_for_the_ranks_that_are_asked_for(directory):
     read = read_recipe(str(directory / "packed.yml"))
     grouper = TaskGrouper(columns=read.options.commonit_task_column).fit(read.rows)
     for world_size in (1, 4):
-        group_ids, tokens = read.pack(grouper, grouper.assign(read.rows), world_size)
+        group_ids, tokens = read.pack(read.options, grouper, grouper.assign(read.rows), world_size)
         bins = np.bincount(group_ids)
         assert all(count % world_size == 0 or group == 2 for group, count in enumerate(bins)), bins  # z has three rows
         assert tokens.sum() == read.lengths.sum()

@@ -36,12 +36,23 @@ EVERY_OPTION = {
         "commonit_reference_dataset": "mmlu.jsonl",
         "commonit_reference_task_column": "subject",
     },
+    "column": {"commonit_column": "difficulty", "commonit_num_groups": 4},
+    "task+length": {"commonit_task_file": "tasks.parquet", "commonit_num_groups": 4},
+    "embedding+column": {
+        "commonit_embedding_column": "vector",
+        "commonit_column": "difficulty",
+        "commonit_num_groups": [16, 4],
+    },
     "none": {"commonit_num_groups": 4},
 }
 FOR_ALL = {
     "commonit_purity": "micro",
-    "commonit_remainder": "drop",
+    "commonit_remainder": "mix",
+    "commonit_pure_fraction": [1.0, 0.0],
+    "commonit_order": "pure_first",
+    "commonit_heaviest_first": True,
     "commonit_min_group_size": 3,
+    "commonit_small_groups": "mix",
     "commonit_weights": {"a group": 0.5, "b.c": 2, 7: 1},
     "commonit_balance_lengths": False,
     "commonit_cache_dir": "groups",
@@ -107,9 +118,10 @@ def test_the_training_arguments_are_the_list_of_options(directory: Path) -> None
 
 
 @pytest.mark.parametrize("options", [{}, FOR_ALL], ids=["defaults", "all"])
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", [metric for metric in EVERY_OPTION if metric != "none"])
 def test_every_key_survives_validation(directory: Path, metric: str, options: dict[str, Any]) -> None:
-    given = {"commonit_metric": metric, **options, **(EVERY_OPTION[metric] if options else {})}
+    needed = {"commonit_column": "difficulty"} if "column" in metric else {}
+    given = {"commonit_metric": metric, **needed, **options, **(EVERY_OPTION[metric] if options else {})}
     cfg = validated(directory, **given)
     assert read_options(cfg) == CommonITArguments(**given)
     again = validate_config(DictDefault(cfg.to_dict()))  # as on a worker of Ray
@@ -118,6 +130,20 @@ def test_every_key_survives_validation(directory: Path, metric: str, options: di
 
 def test_the_options_above_are_all() -> None:
     assert set(FOR_ALL).union(*EVERY_OPTION.values()) | {"commonit_metric"} == set(OPTIONS)
+    assert set(METRICS) < set(EVERY_OPTION)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "others"),
+    [
+        ("commonit_task_column", "subject", {"commonit_metric": "task"}),
+        ("commonit_num_groups", 8, {}),
+        ("commonit_pure_fraction", 0.5, {"commonit_remainder": "mix"}),
+    ],
+)
+def test_single_value_becomes_list(directory: Path, option: str, value: Any, others: dict[str, Any]) -> None:
+    cfg = validated(directory, **{option: value}, **others)
+    assert cfg[option] == [value]
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -153,6 +179,14 @@ BAD_KEYS = [
     ({"commonit_metric": "none", "commonitpurity": 4}, "commonitpurity: did you mean commonit_purity?"),
     ({"commonit-metric": "task"}, "commonit-metric: did you mean commonit_metric?"),
     ({"commonit_weights": {"a": float("nan")}}, "commonit_weights: the weight nan of group 'a'"),
+    ({"commonit_pure_fraction": 0.5}, "commonit_pure_fraction=[0.5]"),
+    ({"commonit_pure_fraction": [1, 2], "commonit_remainder": "mix"}, "commonit_pure_fraction=[1.0, 2.0]"),
+    ({"commonit_pure_fraction": "half"}, "commonit_pure_fraction=['half']"),
+    ({"commonit_order": "upward"}, "commonit_order='upward'"),
+    ({"commonit_metric": "task+tasks"}, "commonit_metric='tasks'"),
+    ({"commonit_num_groups": [4, 8]}, "commonit_num_groups=[4, 8]"),
+    ({"commonit_small_groups": "drop"}, "commonit_small_groups='drop'"),
+    ({"commonit_column": "difficulty"}, "commonit_column='difficulty'"),
 ]
 
 
@@ -199,7 +233,7 @@ def test_plugins_with_keys_of_their_own_are_combined(directory: Path, plugins: l
     keys = {"liger_rms_norm": True, "bf16": True, "kd_alpha": 0.5}
     keys |= {"cut_cross_entropy": True} if CUT_CROSS_ENTROPY in plugins else {}
     cfg = validated(directory, plugins=plugins, commonit_num_groups=4, **keys)
-    assert (cfg.commonit_num_groups, cfg.liger_rms_norm, cfg.kd_alpha) == (4, True, 0.5)
+    assert (cfg.commonit_num_groups, cfg.liger_rms_norm, cfg.kd_alpha) == ([4], True, 0.5)
     assert PluginManager.get_instance().load_datasets(cfg) is None
     assert PluginManager.get_instance().get_trainer_cls(cfg).__name__ == "CommonITAxolotlTrainer"
     if CUT_CROSS_ENTROPY in plugins:

@@ -20,9 +20,10 @@ from helpers.axolotl_recipes import PLUGIN, recipe, write_recipe, write_rows
 from helpers.axolotl_recorder import MARK
 from helpers.toys import tiny_tokenizer
 
-from axolotl_plugin.labels import CACHE_SUFFIX, label_columns, try_load_from_hub
+from axolotl_plugin.labels import carried_columns, try_load_from_hub
 
 TOKENIZER = tiny_tokenizer()
+SUFFIX = "-commonit-task"
 Entries = list[dict[str, Any]]
 
 
@@ -71,7 +72,7 @@ def warnings_of(log: pytest.LogCaptureFixture, start: str) -> list[str]:
 
 def labels_of(dataset: Dataset) -> list[tuple[int, str]]:
     """(number of the raw row, label) of each row."""
-    (column,) = label_columns(dataset)
+    (column,) = carried_columns(dataset)
     return list(zip(map(number_of, dataset["input_ids"]), dataset[column], strict=True))
 
 
@@ -163,7 +164,7 @@ def test_every_type_carries_the_column(directory: Path, processes: int) -> None:
     expected = {number for place in range(len(TYPES)) for number in range(100 * place, 100 * place + 12)}
     assert set(numbers) == expected
     assert max(map(numbers.count, range(200, 212))) == 4, "long texts were not split"
-    assert label_columns(rows) == ["commonit_task[topic]"]
+    assert carried_columns(rows) == ["commonit_task[topic]"]
     assert "topic" not in rows.column_names, "packing reads all columns of tokenised rows as numbers"
 
 
@@ -171,7 +172,7 @@ def test_every_type_is_a_task_by_its_entry(directory: Path) -> None:
     entries = entries_of_all_types(directory)
     kinds = list(TYPES)
     rows, _ = assert_labelled(directory, entries, lambda number: kinds[number // 100], sequence_len=256)
-    assert label_columns(rows) == ["commonit_task[datasets]"]
+    assert carried_columns(rows) == ["commonit_task[datasets]"]
 
 
 def test_label_values_become_text(directory: Path) -> None:
@@ -236,7 +237,7 @@ def test_the_labels_of_one_entry_come_from_columns(directory: Path) -> None:
     rows = [{**rows_of(n, "alpaca"), "category": topic_of(n), "source": "one source"} for n in range(12)]
     entry = {"path": write(directory, "default.jsonl", rows), "type": "alpaca", "preprocess_shards": 2}
     prepared, _ = assert_labelled(directory, [entry], topic_of)
-    assert label_columns(prepared) == ["commonit_task[default]"]
+    assert carried_columns(prepared) == ["commonit_task[default]"]
     prepared, _ = assert_labelled(
         directory,
         [entry],
@@ -245,7 +246,7 @@ def test_the_labels_of_one_entry_come_from_columns(directory: Path) -> None:
         training=False,
         folder="joined",
     )
-    assert label_columns(prepared) == ["commonit_task[topic+level]"]
+    assert carried_columns(prepared) == ["commonit_task[topic+level]"]
 
 
 # --- shuffling, splits, shards, packing ------------------------------------------------------------------------------
@@ -302,7 +303,7 @@ def test_a_test_set_without_the_label_column_has_no_labels(
     assert sorted(labels_of(evaluation)) == [(number, "") for number in range(20, 26)]
     (warning,) = warnings_of(axolotl_log, "test_datasets: ")
     assert f"path={test['path']!r}" in warning and "commonit_task_column='topic'" in warning
-    assert "\n" not in warning and "give the test set the label column" in warning
+    assert "\n" not in warning and "give the test set the columns" in warning
 
 
 def test_test_sets_with_other_names_cause_a_warning(directory: Path, axolotl_log: pytest.LogCaptureFixture) -> None:
@@ -356,15 +357,15 @@ def test_rows_with_labels_are_kept_apart(directory: Path, prepared: Any) -> None
     entries, keys = prepared
     labelled, _ = prepare(directory, entries, commonit_task_column="topic", **keys)
     (folder,) = folders(keys)
-    assert folder.endswith(CACHE_SUFFIX)
+    assert folder.endswith(SUFFIX)
     again, _ = prepare(directory, entries, commonit_task_column="topic", **keys)
     assert again["commonit_task[topic]"] == labelled["commonit_task[topic]"]
     assert folders(keys) == {folder}, "prepared twice"
     for metric in (None, "none", "length"):
         rows, _ = prepare(directory, entries, metric=metric, **keys)
-        assert label_columns(rows) == []
+        assert carried_columns(rows) == []
         assert tokens(rows) == tokens(labelled)
-    assert folders(keys) == {folder, folder.removesuffix(CACHE_SUFFIX)}
+    assert folders(keys) == {folder, folder.removesuffix(SUFFIX)}
 
 
 def test_rows_prepared_with_other_labels_are_refused(directory: Path, prepared: Any) -> None:
@@ -374,8 +375,8 @@ def test_rows_prepared_with_other_labels_are_refused(directory: Path, prepared: 
     labelled = {"dataset_prepared_path": f"{keys['dataset_prepared_path']}-labelled"}
     prepare(directory, entries, commonit_task_column="topic", **labelled)
     for column, where, was in (
-        ("topic", keys, "made without task labels"),
-        ("level", labelled, "made with other task labels (commonit_task[topic])"),
+        ("topic", keys, "made without:"),
+        ("level", labelled, "made with commonit_task[topic]:"),
     ):
         with pytest.raises(ValueError) as error:
             prepare(directory, entries, commonit_task_column=column, **where)
@@ -398,7 +399,7 @@ def test_rows_from_the_hub_are_checked(directory: Path, prepared: Any) -> None:
     keys["hf_use_auth_token"] = True
     again, _ = prepare(directory, entries, commonit_task_column="topic", **keys)
     assert labels_of(again) == labels_of(labelled)
-    with pytest.raises(ValueError, match=r"other task labels \(commonit_task\[topic\]\)") as error:
+    with pytest.raises(ValueError, match=r"made with commonit_task\[topic\]:") as error:
         prepare(directory, entries, commonit_task_column="level", **keys)
     assert str(hub) in str(error.value)
     cfg = load_cfg(str(directory / "recipe.yml"))

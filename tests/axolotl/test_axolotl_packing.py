@@ -20,7 +20,7 @@ def pack(rows, **options):
     options = {
         "bins_per_micro_batch": 1,
         "micro_batches_per_partition": 1,
-        "split": True,
+        "remainder": "keep",
         "seed": 0,
         **OPTIONS,
         **options,
@@ -85,10 +85,52 @@ def test_plan_repeats_only_rows_of_small_groups(rows, world_size, accumulation, 
         assert repeats == 0 if size >= partitions * per_partition else repeats < per_partition
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=datasets,
+    world_size=st.integers(1, 3),
+    accumulation=st.integers(1, 3),
+    per_micro_batch=st.integers(1, 3),
+    small_groups=st.sampled_from(["merge", "mix", "drop"]),
+    fraction=st.sampled_from([1.0, 0.5, 0.0]),
+)
+def test_mixed_steps_repeat_no_bin(rows, world_size, accumulation, per_micro_batch, small_groups, fraction):
+    """With `mix`, rows repeat only where all bins of the epoch have one row."""
+    micro_batches = world_size * accumulation
+    small = tuple(group for group in range(4) if 0 < sum(row[0] == group for row in rows) < 5)
+    small_options = {"mixed_groups": small if small_groups == "mix" else ()}
+    small_options |= {"left_out_groups": small if small_groups == "drop" else ()}
+    options = {"remainder": "mix", **small_options}
+    bins, group_ids, _ = pack(
+        rows, bins_per_micro_batch=per_micro_batch, micro_batches_per_partition=micro_batches, **options
+    )
+    trained = ~np.isin(group_ids, small_options["left_out_groups"])
+    if trained.sum() < micro_batches:
+        return  # too few rows
+    plan = plan_epoch(
+        bins.group_ids,
+        bins.lengths,
+        micro_batch_size=per_micro_batch,
+        world_size=world_size,
+        accumulation_steps=accumulation,
+        pure_fraction=fraction,
+        **options,
+    )
+    sampled = [list(PackedBatchSampler(bins, lambda epoch: plan, rank)) for rank in range(world_size)]
+    counts = np.bincount(
+        [row for batches in sampled for batch in batches for bin_rows in batch for row in bin_rows],
+        minlength=len(rows),
+    )
+    assert (counts[trained] > 0).all() and not counts[~trained].any()
+    trained_bins = [bin_rows for bin_rows in bins.rows if trained[bin_rows[0]]]
+    assert (counts[trained] == 1).all() or max(map(len, trained_bins)) == 1
+    assert plan.num_steps == -(-len(trained_bins) // (per_micro_batch * micro_batches))
+
+
 def test_large_group_is_packed_in_chunks_like_axolotl():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 30, 500)
-    ours, _, _ = pack([(0, int(length)) for length in lengths], split=False, group_size=100)
+    ours, _, _ = pack([(0, int(length)) for length in lengths], remainder="drop", group_size=100)
     order = np.random.default_rng(0).permutation(500).tolist()
     sampler = MultipackBatchSampler(
         order, batch_size=1, batch_max_len=CAPACITY, lengths=lengths, bin_size=200, group_size=100, num_processes=1
