@@ -237,7 +237,7 @@ def our_efficiency(
         capacity=capacity,
         bins_per_micro_batch=bins_per_micro_batch,
         micro_batches_per_partition=micro_batches_per_step,
-        split=True,
+        remainder="keep",
         seed=0,
         sequential=False,
         **PACKER,
