@@ -71,7 +71,9 @@ def sum_over_ranks(trainer: Any, values: Any) -> list[float]:
     device = trainer.args.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
     sums = trainer.accelerator.reduce(torch.tensor(values, dtype=dtype, device=device), reduction="sum")
-    return (sums / (trainer.args.world_size / trainer.commonit.spec.world_size)).tolist()  # ranks may share batches
+    run = trainer.commonit
+    ranks_per_batch = 1 if run is None else trainer.args.world_size / run.spec.world_size  # ranks may share batches
+    return (sums / ranks_per_batch).tolist()
 
 
 class GroupMetrics:

@@ -176,7 +176,7 @@ def test_i8_with_a_metric_the_evaluation_is_the_parents(case: Case, tmp_path) ->
     parent, ours = (case.make(tmp_path, metric).evaluate() for metric in (None, "task"))
     parent = {name: value for name, value in parent.items() if not name.endswith(RUN_TIME)}
     assert len(parent) > 1 and {name: ours[name] for name in parent} == parent
-    if case.kind.loss_over == "next tokens":
+    if case.kind.loss_over == "next tokens" and "moe" not in case.kind.name:  # which adds an auxiliary loss
         assert any(f"eval_{group}_loss" in ours or f"eval_one_{group}_loss" in ours for group in GROUP_SIZES)
 
 

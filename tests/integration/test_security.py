@@ -249,7 +249,8 @@ def test_output_of_the_process_is_sanitized(watched):
 
 def test_labels_stay_text_in_the_model_card():
     groups = [{"name": label, "samples": 1, "steps": 1, "left_out": 0, "repeated": 0, "dropped": 0} for label in LABELS]
-    entry = {"samples": 1, "steps": 1, "pure_steps": 1, "baseline_steps": 1, "left_out": 0, "repeated": 0, "groups": groups}
+    counts = ("samples", "steps", "pure_steps", "baseline_steps", "left_out", "repeated")
+    entry = {**dict.fromkeys(counts, 1), "groups": groups}
     entry["dropped"] = {"rows": 1, "by_reason": {LABELS[0]: 1}, "by_group": {LABELS[0]: 1}}
     section = model_card_section(entry, {"commonit_weights": dict.fromkeys(LABELS, 1)})
     assert not acting(section, but="\n")
