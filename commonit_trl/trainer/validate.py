@@ -15,16 +15,17 @@ from accelerate.utils import gather
 from datasets import Dataset
 from transformers import Trainer
 
-from commonit_trl.config import CommonITArguments, parts_of
+from commonit_trl.config import CommonITArguments, parts_of, validate_options
 
 
 def check_options(args: Any) -> None:
-    """Refuse training arguments that have no `commonit_*` options."""
+    """Refuse training arguments without `commonit_*` options, and options that were set wrongly after they were made."""
     if not isinstance(args, CommonITArguments):
         raise ValueError(
             f"args is {type(args).__name__}, which has no commonit_* options: give an instance of a dataclass that "
             "derives from CommonITArguments and the trainer's own arguments (CommonITSFTConfig for SFTTrainer)."
         )
+    validate_options(args)
 
 
 def check_dataset(dataset: Any) -> None:
