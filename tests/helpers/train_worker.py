@@ -3,10 +3,11 @@
     python train_worker.py runs.json            torchrun --nproc_per_node 2 train_worker.py runs.json
 
 `runs.json` is a list of runs with `name`, `dir`, `group_sizes` and any of: `options` (of `CommonITSFTConfig`), `model`,
-`dropout`, `accepts_loss_kwargs` (an attribute of the model), `eval_group_sizes`, `deepspeed` (a config), `resume` (a
-path, or true: the last complete checkpoint, if there is one), `losses` (true: record each row's loss), `logs_alone`
-(true: rank 0 alone logs a loss in each step), `rank_options` and `data` (rank -> its own options, one of `DATA`),
-`kill` (`{"at": event, "count": n, "ranks": [...]}`: these ranks kill themselves at the n-th such event).
+`dropout`, `accepts_loss_kwargs` (an attribute of the model), `eval_group_sizes`, `deepspeed` (a config), `fsdp` (an
+`fsdp_config`), `resume` (a path, or true: the last complete checkpoint, if there is one), `losses` (true: record each
+row's loss), `logs_alone` (true: rank 0 alone logs a loss in each step), `rank_options` and `data` (rank -> its own
+options, one of `DATA`), `kill` (`{"at": event, "count": n, "ranks": [...]}`: these ranks kill themselves at the n-th
+such event). All runs of a list are on one engine.
 
 Each run writes `<dir>/<name>.ids.rank*` (see `toys.Recorder`) and, on rank 0, `<name>.start.json` when it begins,
 `<name>.safetensors` (final weights) and `<name>.json` when it ends.
@@ -22,19 +23,25 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-USES_DEEPSPEED = any(run.get("deepspeed") for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-if USES_DEEPSPEED:  # a real engine on CPU: `use_cpu=True` would make transformers ignore the DeepSpeed config
+RUNS = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+USES_DEEPSPEED = any(run.get("deepspeed") for run in RUNS)
+USES_FSDP = any("fsdp" in run for run in RUNS)
+# A real engine on CPU: with `use_cpu=True` transformers would train plain DDP.
+if USES_DEEPSPEED:
     import helpers.deepspeed_cpu  # noqa: F401
 
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 import transformers.modeling_utils  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from torch.distributed.fsdp import FSDPModule  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import TrainerCallback, TrainerState  # noqa: E402
 
 import commonit_trl.grouping.fit  # noqa: E402
 from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer  # noqa: E402
 from commonit_trl.trainer.checkpoint import last_checkpoint, read_checkpoint  # noqa: E402
+from helpers import fsdp_cpu  # noqa: E402
 from helpers.toys import QUIET, Recorder, id_rows, tiny_model, tiny_tokenizer  # noqa: E402
 
 DATA = {  # changes of the run's rows, for ranks that disagree
@@ -129,7 +136,7 @@ def make_trainer(run: dict[str, Any], rank: str) -> CommonITSFTTrainer:
         "commonit_cache_dir": str(directory / "cache"),
         "commonit_report": False,
         **QUIET,
-        "use_cpu": not USES_DEEPSPEED,
+        "use_cpu": not (USES_DEEPSPEED or USES_FSDP),
         "num_train_epochs": 2,
         "learning_rate": 1e-3,
         **run.get("options", {}),
@@ -137,6 +144,8 @@ def make_trainer(run: dict[str, Any], rank: str) -> CommonITSFTTrainer:
     }
     if run.get("deepspeed"):
         options |= {"deepspeed": run["deepspeed"], "accelerator_config": {"use_configured_state": True}}
+    if "fsdp" in run:
+        options |= {"fsdp": True, "fsdp_config": run["fsdp"], "accelerator_config": {"use_configured_state": True}}
     change = DATA.get(run.get("data", {}).get(rank), lambda rows: rows)
     model = tiny_model(run.get("model", "llama"), dropout=run.get("dropout", 0.0))
     if "accepts_loss_kwargs" in run:
@@ -148,6 +157,14 @@ def make_trainer(run: dict[str, Any], rank: str) -> CommonITSFTTrainer:
         eval_dataset=id_rows(run["eval_group_sizes"], seed=1) if "eval_group_sizes" in run else None,
         processing_class=tiny_tokenizer(),
     )
+
+
+def numbers_of_shards(model: Any) -> list[int]:
+    """Return over how many ranks FSDP2 shards the parameters of a model; 1 for those that it does not shard."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # the last layers stay gathered after an evaluation
+    return sorted({p.device_mesh.size() if isinstance(p, DTensor) else 1 for p in model.parameters()})
 
 
 def train(run: dict[str, Any]) -> None:
@@ -171,6 +188,8 @@ def train(run: dict[str, Any]) -> None:
     if USES_DEEPSPEED:
         result["engine"] = type(trainer.model_wrapped).__name__
         result["stage"] = trainer.model_wrapped.zero_optimization_stage()
+    if USES_FSDP:
+        result["shards"] = numbers_of_shards(trainer.model_wrapped)
     result["log"] = trainer.state.log_history
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # a collective with ZeRO-3
     if trainer.is_world_process_zero():
@@ -185,7 +204,9 @@ def main() -> None:
     torch.serialization.register_package(
         50, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
     )
-    for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+    for run in RUNS:
+        if USES_FSDP:
+            fsdp_cpu.enable()
         train(run)
         if USES_DEEPSPEED:
             AcceleratorState._reset_state(False)  # the next run makes another Accelerator
