@@ -7,7 +7,7 @@
 `fsdp_config`), `resume` (a path, or true: the last complete checkpoint, if there is one), `losses` (true: record each
 row's loss), `logs_alone` (true: rank 0 alone logs a loss in each step), `rank_options` and `data` (rank -> its own
 options, one of `DATA`), `kill` (`{"at": event, "count": n, "ranks": [...]}`: these ranks kill themselves at the n-th
-such event). All runs of a list are on one engine.
+such event; with `"node": true`, the launcher's agent first). All runs of a list are on one engine.
 
 Each run writes `<dir>/<name>.ids.rank*` (see `toys.Recorder`) and, on rank 0, `<name>.start.json` when it begins,
 `<name>.safetensors` (final weights) and `<name>.json` when it ends.
@@ -56,8 +56,8 @@ SAVERS = (torch, "save"), (safetensors.torch, "save_file"), (transformers.modeli
 class Killer(TrainerCallback):
     """Kills its process by SIGKILL at the n-th `grouping`, `micro-batch`, `optimizer step`, `write` or `saved`."""
 
-    def __init__(self, at: str, count: int) -> None:
-        self.at, self.remaining = at, count
+    def __init__(self, at: str, count: int, node: bool = False) -> None:
+        self.at, self.remaining, self.node = at, count, node
         self._after(commonit_trl.grouping.fit, "fit_assign_cached", lambda args: self.happens("grouping"))
         for module, name in (*SAVERS, (TrainerState, "save_to_json")):
             self._after(module, name, lambda args: self._writes(args[1] if len(args) > 1 else None))
@@ -68,6 +68,8 @@ class Killer(TrainerCallback):
         if event == self.at and self.remaining == 0:
             if torn is not None:
                 os.truncate(torn, torn.stat().st_size // 2)
+            if self.node:
+                os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def sees(self, model, args):
@@ -170,7 +172,7 @@ def numbers_of_shards(model: Any) -> list[int]:
 def train(run: dict[str, Any]) -> None:
     directory, rank = Path(run["dir"]), os.environ.get("RANK", "0")
     kill = run.get("kill", {"ranks": []})
-    killer = Killer(kill["at"], kill["count"]) if int(rank) in kill["ranks"] else None
+    killer = Killer(kill["at"], kill["count"], kill.get("node", False)) if int(rank) in kill["ranks"] else None
     trainer = make_trainer(run, rank)
     resume = last_checkpoint(trainer.args.output_dir) if run.get("resume") is True else run.get("resume")
     Recorder(directory / f"{run['name']}.ids", run.get("losses", False)).attach(trainer)
