@@ -13,12 +13,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 from helpers.launch import WORKER
-from helpers.toys import id_rows
+from helpers.toys import id_rows, tiny_tokenizer
+
+from commonit_trl import Rows, load_grouper
 
 pytestmark = pytest.mark.slow
 
@@ -90,9 +91,6 @@ def seen(directory, name):
 
 def groups_of_rows(directory, name):
     """Return the group of each row, by the groups saved on the first node."""
-    from commonit_trl import Rows, load_grouper
-    from helpers.toys import tiny_tokenizer
-
     rows = Rows(id_rows(SIZES), tiny_tokenizer())
     return load_grouper(directory / "node0" / f"{name}-out" / "commonit").assign(rows)
 
