@@ -32,7 +32,8 @@ class RunCallback(TrainerCallback):
         train_dataloader.set_epoch(epoch)
         train_dataloader.commonit_sampler.skip_first(done * run.spec.accumulation_steps)
         if args.world_size > 1:
-            validate.compare_ranks(checkpoint.describe(self.trainer))
+            # Nodes without a shared disk may resume from different checkpoints.
+            validate.compare_ranks({**checkpoint.describe(self.trainer), "optimizer step": state.global_step})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.commonit.micro_step = 0

@@ -8,6 +8,7 @@ a replanned epoch (`resume.py`) it also holds the remaining rows, four bytes eac
 import json
 import logging
 import operator
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from commonit_trl.config import OPTIONS
 from commonit_trl.files import write_arrays, write_text
 from commonit_trl.grouping.fit import fingerprint
+from commonit_trl.grouping.ranks import Ranks
 from commonit_trl.trainer.run import Run
 
 logger = logging.getLogger(__name__)
@@ -115,8 +117,21 @@ def save(trainer: Any, output_dir: str) -> None:
     run.grouping.grouper.save(directory, epoch_summary=run.summary())
     if run.spec.remaining_rows is not None:
         write_arrays(directory / REMAINING_FILE, {"rows": run.spec.remaining_rows})
-    manifest = {**describe(trainer), "settings": settings(trainer.args), "run id": run.run_id}
+    manifest = {
+        **describe(trainer),
+        "settings": settings(trainer.args),
+        "random states": _ranks_of_checkpoint(trainer.args),
+        "run id": run.run_id,
+    }
     write_text(directory / MANIFEST, json.dumps(manifest, indent=2))
+
+
+def _ranks_of_checkpoint(args: Any) -> list[int]:
+    """Return the ranks that write their random states into this checkpoint: those of the node, or all."""
+    if not args.save_on_each_node:
+        return list(range(args.world_size))
+    first = args.process_index - args.local_process_index
+    return list(range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))))
 
 
 def mark(run: Run, state: Any) -> None:
@@ -179,15 +194,16 @@ def read_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], TrainerState]:
     path = checkpoint / COMMONIT_DIR / MANIFEST
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        ranks, _ = operator.index(run["world size"]), operator.index(run.get("times replanned", 0))
+        operator.index(run.get("times replanned", 0))
+        ranks = list(map(operator.index, run["random states"]))
     except Exception as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): use another checkpoint.") from error
     random_states = list(checkpoint.glob("rng_state*.pth"))  # none with save_only_model
     for path in random_states:
         if not zipfile.is_zipfile(path):
             raise _not_whole(path, "it ends early")
-    if 0 < len(random_states) < ranks:
-        raise _not_whole(checkpoint / "rng_state_*.pth", f"{len(random_states)} of {ranks} ranks have one")
+    if 0 < len(random_states) < len(ranks):
+        raise _not_whole(checkpoint / "rng_state_*.pth", f"{len(random_states)} of {len(ranks)} ranks have one")
     return run, state
 
 
@@ -203,14 +219,34 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     """Return the checkpoint in `output_dir` to resume from, None where there is none.
 
     It is the complete checkpoint of most steps. A replanned epoch counts its steps anew, so checkpoints written since
-    come before earlier ones. `transformers.trainer_utils.get_last_checkpoint` reads only the names of the folders.
+    come before earlier ones. `transformers.trainer_utils.get_last_checkpoint` reads only the names of the folders. In a
+    run with several ranks, all ranks call this together, and the checkpoint is complete on every node.
+
+    Raises:
+        ValueError: on all ranks, when some have complete checkpoints, but none of these is on every node.
     """
+    by_rank = Ranks.of_run().gather(lambda: _complete_checkpoints(Path(output_dir)))
+    on_all = set(by_rank[0]).intersection(*by_rank[1:])
+    if not on_all and any(by_rank):
+        have = "; ".join(
+            f"rank {rank} has {', '.join(name for _, _, name in sorted(found)) or 'none'}"
+            for rank, found in enumerate(by_rank)
+        )
+        raise ValueError(
+            f"output_dir={str(output_dir)!r}: no checkpoint is complete on every node ({have}). Share output_dir "
+            "between the nodes, or train with save_on_each_node=True and copy a checkpoint to the node without one."
+        )
+    return str(Path(output_dir) / max(on_all)[2]) if on_all else None
+
+
+def _complete_checkpoints(output_dir: Path) -> list[tuple[int, int, str]]:
+    """List (times replanned, step, folder name) of the complete checkpoints."""
     found = []
-    for checkpoint in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+    for checkpoint in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
             run, state = read_checkpoint(checkpoint)
         except ValueError as error:
             logger.warning("Skipped: %s", error)
         else:
-            found.append((run.get("times replanned", 0), state.global_step, str(checkpoint)))
-    return max(found)[2] if found else None
+            found.append((run.get("times replanned", 0), state.global_step, checkpoint.name))
+    return found

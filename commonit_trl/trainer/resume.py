@@ -99,6 +99,13 @@ def resume(trainer: Any, checkpoint: Path) -> None:
     if differences:
         trainer.commonit_logger.info("commonit_resume='replan' (in the checkpoint -> now): %s.", explanation)
         _replan(trainer, checkpoint, saved, state, differences)
+    elif args.process_index not in saved["random states"]:
+        logger.warning(
+            "resume_from_checkpoint=%r: the checkpoint of this node has no random state of rank %d. Batches are exact, "
+            "dropout is not. Start each node with the node rank that it had.",
+            str(checkpoint),
+            args.process_index,
+        )
 
 
 def _not_ours(checkpoint: Path) -> ValueError:

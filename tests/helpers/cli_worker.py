@@ -5,8 +5,9 @@
     deepspeed --num_gpus 2 --module helpers.cli_worker sft ...
 
 `COMMONIT_RECORD` names the output: `<file>.rank<r>` has the rows (see `toys.Recorder`), `<file>.json` the class that
-wraps the model, with its ZeRO stage. `DS_ACCELERATOR=cpu` is for a real DeepSpeed engine on CPU ranks; the
-options must then have `accelerator_config: {use_configured_state: true}` and no `use_cpu`.
+wraps the model, with its ZeRO stage. `DS_ACCELERATOR=cpu` is for a real DeepSpeed engine on CPU ranks,
+`ACCELERATE_USE_FSDP=true`, which accelerate sets, for real FSDP2; the options must then have
+`accelerator_config: {use_configured_state: true}` and no `use_cpu`.
 """
 
 import json
@@ -18,6 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 if os.environ.get("DS_ACCELERATOR") == "cpu":
     import helpers.deepspeed_cpu  # noqa: F401
+elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    from helpers import fsdp_cpu
+
+    fsdp_cpu.enable()
 
 from commonit_trl import CommonITSFTTrainer
 from helpers.toys import Recorder

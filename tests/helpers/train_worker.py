@@ -4,10 +4,11 @@
 
 `runs.json` is a list of runs with `name`, `dir`, `group_sizes` and any of: `columns` (name -> value of each row, to add
 or replace), `options` (of `CommonITSFTConfig`), `model`, `dropout`, `accepts_loss_kwargs` (an attribute of the model),
-`eval_group_sizes`, `deepspeed` (a config), `resume` (a path, or true: the last complete checkpoint, if there is one),
-`losses` (true: record each row's loss), `logs_alone` (true: rank 0 alone logs a loss in each step), `rank_options` and
-`data` (rank -> its own options, one of `DATA`), `kill` (`{"at": event, "count": n, "ranks": [...]}`: these ranks kill
-themselves at the n-th such event).
+`eval_group_sizes`, `deepspeed` (a config), `fsdp` (an `fsdp_config`), `resume` (a path, or true: the last complete
+checkpoint, if there is one), `losses` (true: record each row's loss), `logs_alone` (true: rank 0 alone logs a loss in
+each step), `rank_options` and `data` (rank -> its own options, one of `DATA`), `kill` (`{"at": event, "count": n,
+"ranks": [...]}`: these ranks kill themselves at the n-th such event; with `"node": true`, the launcher's agent first).
+All runs of a list are on one engine.
 
 Each run writes `<dir>/<name>.ids.rank*` (see `toys.Recorder`) and, on rank 0, `<name>.start.json` when it begins,
 `<name>.safetensors` (final weights) and `<name>.json` when it ends.
@@ -23,8 +24,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-USES_DEEPSPEED = any(run.get("deepspeed") for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-if USES_DEEPSPEED:  # a real engine on CPU: `use_cpu=True` would make transformers ignore the DeepSpeed config
+RUNS = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+USES_DEEPSPEED = any(run.get("deepspeed") for run in RUNS)
+USES_FSDP = any("fsdp" in run for run in RUNS)
+# A real engine on CPU: with `use_cpu=True` transformers would train plain DDP.
+if USES_DEEPSPEED:
     import helpers.deepspeed_cpu  # noqa: F401
 
 import safetensors.torch  # noqa: E402
@@ -32,11 +36,14 @@ import torch  # noqa: E402
 import transformers.modeling_utils  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from torch.distributed.fsdp import FSDPModule  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import TrainerCallback, TrainerState  # noqa: E402
 
 import commonit_trl.grouping.fit  # noqa: E402
 from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer  # noqa: E402
 from commonit_trl.trainer.checkpoint import last_checkpoint, read_checkpoint  # noqa: E402
+from helpers import fsdp_cpu  # noqa: E402
 from helpers.toys import QUIET, Recorder, id_rows, tiny_model, tiny_tokenizer  # noqa: E402
 
 DATA = {  # changes of the run's rows, for ranks that disagree
@@ -51,8 +58,8 @@ SAVERS = (torch, "save"), (safetensors.torch, "save_file"), (transformers.modeli
 class Killer(TrainerCallback):
     """Kills its process by SIGKILL at the n-th `grouping`, `micro-batch`, `optimizer step`, `write` or `saved`."""
 
-    def __init__(self, at: str, count: int) -> None:
-        self.at, self.remaining = at, count
+    def __init__(self, at: str, count: int, node: bool = False) -> None:
+        self.at, self.remaining, self.node = at, count, node
         self._after(commonit_trl.grouping.fit, "fit_assign_cached", lambda args: self.happens("grouping"))
         for module, name in (*SAVERS, (TrainerState, "save_to_json")):
             self._after(module, name, lambda args: self._writes(args[1] if len(args) > 1 else None))
@@ -63,6 +70,8 @@ class Killer(TrainerCallback):
         if event == self.at and self.remaining == 0:
             if torn is not None:
                 os.truncate(torn, torn.stat().st_size // 2)
+            if self.node:
+                os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def sees(self, model, args):
@@ -131,7 +140,7 @@ def make_trainer(run: dict[str, Any], rank: str) -> CommonITSFTTrainer:
         "commonit_cache_dir": str(directory / "cache"),
         "commonit_report": False,
         **QUIET,
-        "use_cpu": not USES_DEEPSPEED,
+        "use_cpu": not (USES_DEEPSPEED or USES_FSDP),
         "num_train_epochs": 2,
         "learning_rate": 1e-3,
         **run.get("options", {}),
@@ -142,6 +151,8 @@ def make_trainer(run: dict[str, Any], rank: str) -> CommonITSFTTrainer:
     rows = id_rows(run["group_sizes"])
     if "columns" in run:
         rows = Dataset.from_dict({**rows.to_dict(), **run["columns"]})
+    if "fsdp" in run:
+        options |= {"fsdp": True, "fsdp_config": run["fsdp"], "accelerator_config": {"use_configured_state": True}}
     change = DATA.get(run.get("data", {}).get(rank), lambda rows: rows)
     model = tiny_model(run.get("model", "llama"), dropout=run.get("dropout", 0.0))
     if "accepts_loss_kwargs" in run:
@@ -155,10 +166,18 @@ def make_trainer(run: dict[str, Any], rank: str) -> CommonITSFTTrainer:
     )
 
 
+def numbers_of_shards(model: Any) -> list[int]:
+    """Return over how many ranks FSDP2 shards the parameters of a model; 1 for those that it does not shard."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # the last layers stay gathered after an evaluation
+    return sorted({p.device_mesh.size() if isinstance(p, DTensor) else 1 for p in model.parameters()})
+
+
 def train(run: dict[str, Any]) -> None:
     directory, rank = Path(run["dir"]), os.environ.get("RANK", "0")
     kill = run.get("kill", {"ranks": []})
-    killer = Killer(kill["at"], kill["count"]) if int(rank) in kill["ranks"] else None
+    killer = Killer(kill["at"], kill["count"], kill.get("node", False)) if int(rank) in kill["ranks"] else None
     trainer = make_trainer(run, rank)
     resume = last_checkpoint(trainer.args.output_dir) if run.get("resume") is True else run.get("resume")
     Recorder(directory / f"{run['name']}.ids", run.get("losses", False)).attach(trainer)
@@ -176,6 +195,8 @@ def train(run: dict[str, Any]) -> None:
     if USES_DEEPSPEED:
         result["engine"] = type(trainer.model_wrapped).__name__
         result["stage"] = trainer.model_wrapped.zero_optimization_stage()
+    if USES_FSDP:
+        result["shards"] = numbers_of_shards(trainer.model_wrapped)
     result["log"] = trainer.state.log_history
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # a collective with ZeRO-3
     if trainer.is_world_process_zero():
@@ -190,7 +211,9 @@ def main() -> None:
     torch.serialization.register_package(
         50, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
     )
-    for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+    for run in RUNS:
+        if USES_FSDP:
+            fsdp_cpu.enable()
         train(run)
         if USES_DEEPSPEED:
             AcceleratorState._reset_state(False)  # the next run makes another Accelerator

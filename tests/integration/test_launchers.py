@@ -1,7 +1,7 @@
 """The launch lines of the example configurations train the plan, on two CPU ranks.
 
-Each rank's model records the rows that it sees. The DeepSpeed lines make a real engine of their stage;
-`cli_worker.py` runs it on CPU ranks.
+Each rank's model records the rows that it sees. The DeepSpeed lines make a real engine of their stage, the FSDP line a
+sharded model; `cli_worker.py` runs them on CPU ranks.
 """
 
 import json
@@ -90,32 +90,33 @@ def launch(line, launcher, flags, environment):
 
 
 @pytest.mark.parametrize(
-    ("example", "launcher", "stage"),
+    ("example", "launcher", "engine", "stage"),
     [
-        ("trl/task.yaml", "torchrun", None),
-        ("accelerate/ddp.yaml", "accelerate launch", None),
-        ("accelerate/zero2.yaml", "accelerate launch", 2),
-        ("deepspeed/zero2.json", "deepspeed", 2),
-        ("deepspeed/zero3.json", "deepspeed", 3),
+        ("trl/task.yaml", "torchrun", "DistributedDataParallel", None),
+        ("accelerate/ddp.yaml", "accelerate launch", "DistributedDataParallel", None),
+        ("accelerate/fsdp2.yaml", "accelerate launch", "FSDPLlamaForCausalLM", None),
+        ("accelerate/zero2.yaml", "accelerate launch", "DeepSpeedEngine", 2),
+        ("deepspeed/zero2.json", "deepspeed", "DeepSpeedEngine", 2),
+        ("deepspeed/zero3.json", "deepspeed", "DeepSpeedEngine", 3),
     ],
 )
-def test_two_ranks_train_the_plan(example, launcher, stage, tmp_path):
+def test_two_ranks_train_the_plan(example, launcher, engine, stage, tmp_path):
     flags = make_inputs(tmp_path)
     environment = {
         "COMMONIT_RECORD": str(tmp_path / "seen"),
         "HF_DATASETS_CACHE": str(tmp_path / "cache"),
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
-    if stage is None:
+    if engine == "DistributedDataParallel":
         flags["use_cpu"] = True
     else:
         flags["accelerator_config"] = '{"use_configured_state": true}'
+    if engine == "DeepSpeedEngine":
         environment["DS_ACCELERATOR"] = "cpu"
     line = launch_line(example, launcher).replace("trl/length.yaml", "trl/task.yaml")
     launch(line, launcher, flags | {"commonit_task_column": "task", "commonit_min_group_size": 1}, environment)
 
-    engine = json.loads((tmp_path / "seen.json").read_text(encoding="utf-8"))
-    assert engine == {"name": "DeepSpeedEngine" if stage else "DistributedDataParallel", "stage": stage}
+    assert json.loads((tmp_path / "seen.json").read_text(encoding="utf-8")) == {"name": engine, "stage": stage}
     run = json.loads((tmp_path / "out" / "commonit" / "run.json").read_text(encoding="utf-8"))
     assert run["world size"] == 2
 

@@ -1,0 +1,149 @@
+"""Two nodes without a shared disk: two agents of torchrun, each with its own HOME, caches and output directory.
+
+1. The nodes train the same plan, pure and with every row once an epoch; rank 0's node alone caches the groups.
+2. One node is killed with its agent in the second epoch; the other ends. Both started again, they resume at the exact
+   next micro-batch from the last checkpoint that is complete on both.
+3. Without `save_on_each_node`, only the first node has checkpoints, and a resume names both nodes.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.launch import WORKER
+from helpers.toys import id_rows, tiny_tokenizer
+
+from commonit_trl import Rows, load_grouper
+
+pytestmark = pytest.mark.slow
+
+SIZES = [5, 12, 15]
+OPTIONS = {
+    "commonit_metric": "embedding",
+    "commonit_num_groups": 3,
+    "commonit_cache_dir": None,  # the node's own
+    "commonit_report": True,
+    "gradient_accumulation_steps": 2,
+    "seed": 7,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "save_on_each_node": True,
+}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(directory, runs):
+    """Train `runs` with one rank on each of two nodes; return the exit codes and output of their agents."""
+    port, agents = free_port(), []
+    for number in range(2):
+        node = directory / f"node{number}"
+        (node / "home").mkdir(parents=True, exist_ok=True)
+        spec = node / "runs.json"
+        spec.write_text(json.dumps([{"dir": str(node), **run} for run in runs]), encoding="utf-8")
+        environment = os.environ | {
+            "HOME": str(node / "home"),
+            "HF_HOME": str(node / "hf"),
+            "HF_DATASETS_CACHE": str(node / "datasets"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        options = ["--nnodes", "2", "--node_rank", str(number), "--nproc_per_node", "1"]
+        options += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+        agents.append(
+            subprocess.Popen(
+                [str(Path(sys.executable).with_name("torchrun")), *options, str(WORKER), str(spec)],
+                cwd=node,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        outputs = [agent.communicate(timeout=400)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()  # its rank too
+    return [agent.returncode for agent in agents], outputs
+
+
+def seen(directory, name):
+    """Return the micro-batches of each optimizer step: step -> rank -> micro-step -> row numbers."""
+    steps = {}
+    for rank in range(2):
+        lines = (directory / f"node{rank}" / f"{name}.ids.rank{rank}").read_text(encoding="utf-8").splitlines()
+        for entry in map(json.loads, lines):
+            steps.setdefault(entry["step"], [[], []])[rank].append(entry["ids"])
+    return steps
+
+
+def groups_of_rows(directory, name):
+    """Return the group of each row, by the groups saved on the first node."""
+    rows = Rows(id_rows(SIZES), tiny_tokenizer())
+    return load_grouper(directory / "node0" / f"{name}-out" / "commonit").assign(rows)
+
+
+def checkpoints(directory, node, name):
+    return {path.name for path in (directory / f"node{node}" / f"{name}-out").glob("checkpoint-*")}
+
+
+def test_killed_node_comes_back(tmp_path, minilm):
+    run = {"group_sizes": SIZES, "options": {**OPTIONS, "commonit_embedding_model": minilm}}
+    kill = {"at": "micro-batch", "count": 17, "ranks": [1], "node": True}
+    codes, outputs = launch(tmp_path, [{**run, "name": "whole"}, {**run, "name": "killed", "kill": kill}])
+    assert codes[0] != 0 and codes[1] == -signal.SIGKILL, outputs
+
+    whole = seen(tmp_path, "whole")
+    per_epoch, groups = len(whole) // 2, groups_of_rows(tmp_path, "whole")
+    assert len(set(groups)) == 3
+    for epoch in range(2):
+        steps = [whole[step] for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
+        assert {row for step in steps for rank in step for batch in rank for row in batch} == set(range(sum(SIZES)))
+        assert all(len({groups[row] for rank in step for batch in rank for row in batch}) == 1 for step in steps)
+    caches = [tmp_path / f"node{number}" / "datasets" / "commonit" for number in range(2)]
+    assert caches[0].is_dir() and not caches[1].exists()
+
+    # The kill was in the second epoch, after the checkpoint of step 6; each node has its own part of it.
+    assert per_epoch < 6 < max(seen(tmp_path, "killed")) < 9
+    for node in range(2):
+        assert checkpoints(tmp_path, node, "killed") == {"checkpoint-3", "checkpoint-6"}
+        states = (tmp_path / f"node{node}" / "killed-out" / "checkpoint-6").glob("rng_state*")
+        assert [path.name for path in states] == [f"rng_state_{node}.pth"]
+
+    for missing in (False, True):  # the second time, node 1 was killed as it wrote the checkpoint
+        name = "later" if missing else "resumed"
+        for node in range(2):
+            out = tmp_path / f"node{node}"
+            shutil.copytree(out / "killed-out", out / f"{name}-out")
+        if missing:
+            (tmp_path / "node1" / "later-out" / "checkpoint-6" / "trainer_state.json").unlink()
+    again = [{**run, "name": name, "resume": True} for name in ("resumed", "later")]
+    codes, outputs = launch(tmp_path, again)
+    assert codes == [0, 0], outputs
+    for name, first in {"resumed": 6, "later": 3}.items():
+        assert seen(tmp_path, name) == {step: ranks for step, ranks in whole.items() if step >= first}
+    assert "no random state of rank" not in "".join(outputs)
+
+
+def test_checkpoints_on_one_node_alone(tmp_path):
+    options = {**OPTIONS, "commonit_metric": "task", "save_on_each_node": False, "max_steps": 3}
+    del options["commonit_num_groups"]
+    run = {"group_sizes": SIZES, "name": "run", "options": options}
+    codes, outputs = launch(tmp_path, [run])
+    assert codes == [0, 0], outputs
+    codes, outputs = launch(tmp_path, [{**run, "resume": True}])
+    assert 0 not in codes
+    for part in ("output_dir=", "rank 0 has checkpoint-3", "rank 1 has none", "save_on_each_node=True"):
+        assert part in outputs[0] and part in outputs[1]
