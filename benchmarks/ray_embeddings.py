@@ -2,8 +2,8 @@
 
 Steps: (1) embed the mixture and the MMLU dev set with the example, on two Ray workers; (2) group the mixture with our
 encoder in float32, and from the vectors, each with the same seed: by reference task and by k-means; (3) count the rows
-in different groups. k-means starts from rows in the order of their hashes, and texts and vectors hash differently, so
-k-means is also compared with one set of centroids.
+in different groups. k-means starts from rows in the order of their hashes, and texts and vectors
+hash differently, so k-means is also compared with one set of centroids.
 
     python -m benchmarks ray_embeddings --size full --data FOLDER
 

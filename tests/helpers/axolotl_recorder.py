@@ -38,7 +38,7 @@ class RecorderPlugin(BasePlugin):
 class OnCpuPlugin(BasePlugin):
     """Loads the model on the CPU: with several ranks Axolotl sets a device that does not exist without GPUs."""
 
-    def pre_model_load(self, cfg: Any) -> None:
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:  # the last hook before it is read
         cfg.device_map = None
 
 
