@@ -10,18 +10,20 @@ NEWEST := .venv
 LOWEST := .venv-lowest
 FUZZ   := .venv-fuzz
 MUTANTS := .venv-mutants
+RAY    := .venv-ray
 BENCH  := .venv-bench
 BACKENDS := .venv-bench-backends
 NEWEST_EXTRAS := test,dev,docs,deepspeed
 LOWEST_EXTRAS := test,axolotl
 FUZZ_EXTRAS := $(LOWEST_EXTRAS),fuzz
 MUTANTS_EXTRAS := test,mutants
+RAY_EXTRAS := $(LOWEST_EXTRAS),ray
 
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-rest test-newest test-newest-slow test-lowest test-axolotl test-axolotl-slow test-faults fuzz mutants check format docs figures bench bench-full bench-gpu constraints audit clean
+.PHONY: help demo test test-all test-rest test-newest test-newest-slow test-lowest test-axolotl test-axolotl-slow test-faults test-ray fuzz mutants check format docs figures bench bench-full bench-gpu constraints audit clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +58,9 @@ test-axolotl-slow: $(LOWEST)/.ready
 
 test-faults: $(NEWEST)/.ready ## Kill training at random moments, then train for long (half an hour)
 	COMMONIT_FAULTS_RESULTS=benchmarks/results $(TEST_ENV) $(NEWEST)/bin/python -m pytest -m faults $(ARGS)
+
+test-ray: $(RAY)/.ready ## Train with TRL and Axolotl on two workers of Ray (five minutes)
+	$(call run-tests,$(RAY),lowest,tests/ray)
 
 fuzz: $(FUZZ)/.ready ## Fuzz the readers of our files, the options and the plan (a quarter of an hour)
 	$(TEST_ENV) $(FUZZ)/bin/python tests/fuzz/fuzz.py $(ARGS)
@@ -104,7 +109,7 @@ audit: ## Look up the pinned versions among the known vulnerabilities (asks pypi
 	rm -rf .venv-audit
 
 clean: ## Remove the environments, caches and build output
-	rm -rf $(NEWEST) $(LOWEST) $(FUZZ) $(MUTANTS) mutants $(BENCH) $(BACKENDS) .venv-freeze .venv-audit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
+	rm -rf $(NEWEST) $(LOWEST) $(FUZZ) $(MUTANTS) $(RAY) mutants $(BENCH) $(BACKENDS) .venv-freeze .venv-audit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an environment without one is half made, and made again from the start.
@@ -119,6 +124,9 @@ $(FUZZ)/.ready: pyproject.toml constraints/lowest.txt
 
 $(MUTANTS)/.ready: pyproject.toml constraints/newest.txt
 	$(call make-env,$(MUTANTS),constraints/newest.txt,$(MUTANTS_EXTRAS))
+
+$(RAY)/.ready: pyproject.toml constraints/lowest.txt
+	$(call make-env,$(RAY),constraints/lowest.txt,$(RAY_EXTRAS))
 
 # mosaicml-streaming asks for an older numpy and transformers; what is measured of it runs with ours.
 $(BENCH)/.ready: pyproject.toml constraints/newest.txt

@@ -28,6 +28,7 @@ NAMES = (
     "embedding",
     "dtype",
     "sharded",
+    "ray_embeddings",
     "clustering",
     "backends",
     "metrics_overhead",

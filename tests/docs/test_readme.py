@@ -229,7 +229,7 @@ def test_links_resolve(document):
 @every_document
 def test_files_in_backticks_exist(document):
     """Paths such as `tests/helpers/toys.py` are relative to the root; `*` matches any name."""
-    folders = "commonit_trl|axolotl_plugin|tests|benchmarks|docs|example_configs|constraints"
+    folders = "commonit_trl|axolotl_plugin|tests|benchmarks|docs|example_configs|examples|constraints"
     for path in re.findall(rf"`((?:{folders})/[\w/.*-]*)`", read(document)):
         assert list(ROOT.glob(path.rstrip("/"))), path
 

@@ -35,6 +35,13 @@ class RecorderPlugin(BasePlugin):
             trainer.commonit.spec = replace(trainer.commonit.spec, lengths=lengths)
 
 
+class OnCpuPlugin(BasePlugin):
+    """Loads the model on the CPU: with several ranks Axolotl sets a device that does not exist without GPUs."""
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:  # the last hook before it is read
+        cfg.device_map = None
+
+
 class _Recorder(TrainerCallback):
     def __init__(self, path: str, trainer: Any) -> None:
         self.path = path
