@@ -42,7 +42,12 @@ logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 10_000
 _ROLE_FIELDS, _CONTENT_FIELDS = ("role", "from"), ("content", "value")
 _MASKS = ("assistant_masks", "completion_mask")
-_MASKED = {"labels": -100, "chosen_labels": -100, "attention_mask": 0, **dict.fromkeys(_MASKS, 0)}  # the value of tokens that do not count
+_MASKED = {
+    "labels": -100,
+    "chosen_labels": -100,
+    "attention_mask": 0,
+    **dict.fromkeys(_MASKS, 0),
+}  # the value of tokens that do not count
 
 
 @dataclass(eq=False)
@@ -274,7 +279,7 @@ class Rows:
 
     @property
     def _answer_column(self) -> str | None:
-        """The column of response tokens that TRL's preference trainers make; ORPO's and CPO's begins with the prompt."""
+        """The column of response tokens that TRL's preference trainers make; ORPO's and CPO's has the prompt."""
         made = ("chosen_ids", "completion_ids", "chosen_input_ids")
         return next((column for column in made if column in self.columns), None)
 

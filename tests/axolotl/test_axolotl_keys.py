@@ -124,8 +124,8 @@ def test_the_options_above_are_all() -> None:
 
 
 CONFLICTS = {
-    "rl": ("dpo", "supervised"),
-    "reward_model": (True, "remove one"),
+    "rl": ("dpo", "CommonITMixin and DPOTrainer"),
+    "reward_model": (True, "CommonITMixin and RewardTrainer"),
     "process_reward_model": (True, "remove one"),
     "trainer_cls": ("my.Trainer", "remove trainer_cls"),
     "group_by_length": (True, "commonit_balance_lengths"),
