@@ -26,9 +26,9 @@ _LOGGED = ("commonit_purity", "commonit_remainder", "commonit_weights", "commoni
 _LOGGED_IF_SET = ("commonit_pure_fraction", "commonit_order", "commonit_heaviest_first", "commonit_small_groups")
 # Recipe keys that change the rows, their order or the trainer, and the fix for each.
 _CONFLICTS = {
-    "rl": "preference and reinforcement learning have other trainers; use CommonIT for supervised fine-tuning",
-    "reward_model": "reward models have another trainer; remove one of the two",
-    "process_reward_model": "reward models have another trainer; remove one of the two",
+    "rl": "Axolotl builds its own trainer; train with TRL, by CommonITMixin and DPOTrainer, KTOTrainer or ORPOTrainer",
+    "reward_model": "Axolotl builds its own trainer; train with TRL, by CommonITMixin and RewardTrainer",
+    "process_reward_model": "Axolotl builds its own trainer; remove one of the two",
     "trainer_cls": "CommonIT brings the trainer; remove trainer_cls",
     "group_by_length": "it sets the order of samples itself; remove it (commonit_balance_lengths keeps padding low)",
     "curriculum_sampling": "it sets the order of samples itself; remove it",

@@ -14,6 +14,7 @@
 | `input_ids`, `labels` of another length (seq2seq) | `input_ids` | labels other than -100 |
 | `prompt_ids`, `completion_ids` or `chosen_ids` | `prompt_ids` | the other column |
 | `chosen_ids`, `rejected_ids` | their common start | the rest of `chosen_ids` |
+| `chosen_input_ids`, `chosen_labels` | tokens whose label is -100 | the other tokens |
 
 Token counts come from the tokenised columns, so they include the chat template and truncation, and leave out padding.
 Reading goes through Arrow and keeps the order of shuffled datasets; benchmarks/reading.py measures its cost. Three
@@ -41,7 +42,12 @@ logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 10_000
 _ROLE_FIELDS, _CONTENT_FIELDS = ("role", "from"), ("content", "value")
 _MASKS = ("assistant_masks", "completion_mask")
-_MASKED = {"labels": -100, "attention_mask": 0, **dict.fromkeys(_MASKS, 0)}  # the value of tokens that do not count
+_MASKED = {
+    "labels": -100,
+    "chosen_labels": -100,
+    "attention_mask": 0,
+    **dict.fromkeys(_MASKS, 0),
+}  # the value of tokens that do not count
 
 
 @dataclass(eq=False)
@@ -256,7 +262,9 @@ class Rows:
         """(rows,) tokens of prompt and answer together, and of the answer, after truncation."""
         assert self._answer_column is not None
         answer = self._per_row([self._answer_column], _list_lengths)
-        if "prompt_ids" in self.columns:
+        if self._answer_column == "chosen_input_ids":
+            answer, prompt = self._count(["chosen_labels"]), answer - self._count(["chosen_labels"])
+        elif "prompt_ids" in self.columns:
             prompt = self._per_row(["prompt_ids"], _list_lengths)
         elif "rejected_ids" in self.columns:
             prompt = self._per_row([self._answer_column, "rejected_ids"], _common_starts)
@@ -271,8 +279,9 @@ class Rows:
 
     @property
     def _answer_column(self) -> str | None:
-        """The column of response tokens that TRL's DPO, reward and KTO trainers make."""
-        return next((column for column in ("chosen_ids", "completion_ids") if column in self.columns), None)
+        """The column of response tokens that TRL's preference trainers make; ORPO's and CPO's has the prompt."""
+        made = ("chosen_ids", "completion_ids", "chosen_input_ids")
+        return next((column for column in made if column in self.columns), None)
 
     @property
     def _label_lists(self) -> list[str]:

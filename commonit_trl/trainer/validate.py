@@ -45,7 +45,7 @@ def check_images(options: CommonITArguments, dataset: Dataset) -> None:
     if images and "length" in parts_of(options.commonit_metric):
         raise ValueError(
             f"commonit_metric={options.commonit_metric!r}: rows with a column {images[0]!r} have no token count before "
-            "training, because the collator tokenises them. Use commonit_metric='task' or 'embedding'."
+            "training, because the collator tokenises them. Use commonit_metric='task', 'column' or 'embedding'."
         )
 
 

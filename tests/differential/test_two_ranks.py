@@ -8,8 +8,9 @@ import pytest
 from helpers.kinds import FROZEN, KINDS, Run, change, differences, feed, load
 from helpers.launch import WORKER, start
 
-KINDS_ON_TWO_RANKS = ["sft", "bert-classes", "dpo", "reward"]
-GEOMETRIES = [(kind, steps) for kind in KINDS_ON_TWO_RANKS for steps in (1, 2)]
+GEOMETRIES = [(kind, steps) for kind in ("sft", "bert-classes", "dpo", "reward") for steps in (1, 2)]
+GEOMETRIES += [(kind, 2) for kind in ("dpo-precomputed", "kto", "orpo", "cpo")]
+KINDS_ON_TWO_RANKS = list(dict.fromkeys(kind for kind, _ in GEOMETRIES))
 EXACT = 1e-5
 METHODS = {
     "parent": (None, {"evaluated": ["one"], "max_steps": 3}),

@@ -1,8 +1,8 @@
 """Code blocks in the documentation run, command lines parse, links resolve, and tables agree with the code.
 
 The Python blocks of a file run in order in one namespace, and so do both sides of a diff, in a directory where
-`train.jsonl` has a few rows and `Qwen/Qwen3-0.6B` is a tiny model. The real parsers of `commonit` parse
-command lines without running them. tests/axolotl/test_examples.py loads Axolotl's YAML.
+`train.jsonl` has a few rows and `Qwen/Qwen3-0.6B` is a tiny model; other named data and models are small too. The real
+parsers of `commonit` parse command lines without running them. tests/axolotl/test_examples.py loads Axolotl's YAML.
 """
 
 import json
@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from helpers.kinds import image_processor, image_rows, tiny_llava
 from helpers.toys import tiny_model, tiny_tokenizer
 from helpers.trainers import rows_of_task, write_jsonl
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 PLUGIN_README = ROOT / "axolotl_plugin" / "README.md"  # its blocks: tests/axolotl/test_examples.py
 PAPER_README = ROOT / "example_configs" / "paper" / "README.md"  # its blocks: test_paper_recipes.py and _axolotl.py
-MODEL = "Qwen/Qwen3-0.6B"
+MODEL, VISION_MODEL = "Qwen/Qwen3-0.6B", "llava-hf/llava-1.5-7b-hf"
 CHECKED = {"python", "bash", "yaml", "diff"}
 UNCHECKED = {"text"}
 
@@ -68,6 +69,10 @@ def bf16(monkeypatch):
 def workspace(bf16, tmp_path, monkeypatch):
     """Change to a directory with the data and the model that the documentation names."""
     write_jsonl(tmp_path / "train.jsonl", [row | {"source": row["task"]} for row in rows_of_task("count", 48)])
+    pairs = [(row["prompt"], row["completion"], " no", row["task"]) for row in rows_of_task("a", 9)]
+    names = ("prompt", "chosen", "rejected", "source")
+    write_jsonl(tmp_path / "preferences.jsonl", [dict(zip(names, pair)) for pair in pairs])
+    write_jsonl(tmp_path / "feedback.jsonl", [row | {"label": n % 3 > 0} for n, row in enumerate(rows_of_task("b", 9))])
     tiny_model().save_pretrained(tmp_path / MODEL)
     tiny_tokenizer().save_pretrained(tmp_path / MODEL)
     monkeypatch.chdir(tmp_path)
@@ -103,6 +108,11 @@ def test_diff_changes_three_lines():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_python_blocks_run(document, workspace):
+    if VISION_MODEL in read(document):
+        pytest.importorskip("PIL")
+        tiny_llava().save_pretrained(workspace / VISION_MODEL)
+        image_processor().save_pretrained(workspace / VISION_MODEL)
+        image_rows().select_columns(["images", "prompt", "completion"]).to_parquet(workspace / "mixture.parquet")
     code = "\n".join(text for name, text in BLOCK.findall(read(document)) if name == "python")
     (workspace / "blocks.py").write_text(code, encoding="utf-8")
     runpy.run_path("blocks.py")

@@ -43,6 +43,8 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from commonit_trl import CommonITArguments, CommonITMixin, CommonITSFTConfig, CommonITSFTTrainer
 from helpers.toys import QUIET_TRAINER, RUN_TIME, tiny_tokenizer
@@ -136,6 +138,16 @@ def _image(sample: Sample) -> Any:
 def dataset(form: str, rows: slice = slice(None)) -> Dataset:
     """Make the dataset of the samples in a form, with their group in the column `task`."""
     return Dataset.from_list([{**FORMS[form](sample), "task": sample.group} for sample in samples()[rows]])
+
+
+def image_rows() -> Dataset:
+    """Make the rows of form `images`, a third of them without an image, with their modality."""
+    rows = []
+    for sample in samples():
+        modality = "text" if sample.number % 3 == 0 else "image"
+        row = {**FORMS["images"](sample), "task": sample.group, "modality": modality}
+        rows.append(row | {"images": row["images"] if modality == "image" else []})
+    return Dataset.from_list(rows)
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -388,6 +400,16 @@ KINDS = {
             loss_over="tokens",
         ),
         Kind(name="dpo", parent=DPOTrainer, arguments=DPOConfig, model=LLAMA, form="preferences", extra=WITH_REFERENCE),
+        Kind(
+            name="dpo-precomputed",
+            parent=DPOTrainer,
+            arguments=DPOConfig,
+            model=LLAMA,
+            form="preferences",
+            options={"precompute_ref_log_probs": True},
+        ),
+        Kind(name="orpo", parent=ORPOTrainer, arguments=ORPOConfig, model=LLAMA, form="preferences"),
+        Kind(name="cpo", parent=CPOTrainer, arguments=CPOConfig, model=LLAMA, form="preferences"),
         Kind(name="reward", parent=RewardTrainer, arguments=RewardConfig, model=SCORES, form="chosen_rejected"),
         Kind(
             name="kto",
@@ -430,7 +452,7 @@ class Run(TrainerCallback):
         self.updates.append({name.removeprefix("module."): grad.clone() for name, grad in gradients.items()})
 
     def see(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        inputs = copied({**kwargs, **{str(n): value for n, value in enumerate(args)}})
+        inputs = copied(named(args, kwargs))
         if not model.training:
             self.evaluated.append(inputs)
         elif torch.is_grad_enabled():  # TRL repeats some forward passes without gradient for its metrics
@@ -478,6 +500,11 @@ def train(trainer: Any, evaluates: bool = False) -> Run:
     return run
 
 
+def named(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a model's forward by name; ORPO and CPO give `input_ids` without one."""
+    return {**dict(zip(("input_ids",), args)), **kwargs}
+
+
 def copied(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value.clone() if torch.is_tensor(value) else copy.copy(value) for name, value in inputs.items()}
 
@@ -522,7 +549,7 @@ FROZEN = {"learning_rate": 0.0, "max_grad_norm": 0.0}
 def rows_of(inputs: dict[str, Any]) -> list[tuple[Any, ...]]:
     """Return the rows of a batch without padding, as comparable values.
 
-    DPO, reward and KTO batches hold two sequences for each preference.
+    Batches of preferences hold two sequences for each.
     """
     tokens, labels = inputs.get("input_ids"), inputs.get("labels")
     if tokens is None:
@@ -542,7 +569,8 @@ def row_groups(kind: Kind, directory: Path, form: str = "") -> dict[tuple[Any, .
     loader = trainer.get_train_dataloader()
     groups: dict[tuple[Any, ...], str] = {}
     seen: list[tuple[Any, ...]] = []
-    trainer.model.register_forward_pre_hook(lambda model, args, kwargs: seen.extend(rows_of(kwargs)), with_kwargs=True)
+    hook = lambda model, args, kwargs: seen.extend(rows_of(named(args, kwargs)))  # noqa: E731
+    trainer.model.register_forward_pre_hook(hook, with_kwargs=True)
     with torch.no_grad():
         for number, sample in enumerate(samples()):
             seen.clear()
