@@ -19,7 +19,7 @@ from commonit_trl.config import CommonITArguments, parts_of, validate_options
 
 
 def check_options(args: Any) -> None:
-    """Refuse training arguments without `commonit_*` options, and options that were set wrongly after they were made."""
+    """Refuse training arguments without `commonit_*` options, and options that were set wrongly later."""
     if not isinstance(args, CommonITArguments):
         raise ValueError(
             f"args is {type(args).__name__}, which has no commonit_* options: give an instance of a dataclass that "
