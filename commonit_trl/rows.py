@@ -396,6 +396,8 @@ class Rows:
         """The columns of tokens, and a function that decodes them."""
         if "input_ids" not in self.columns:
             assert self._answer_column is not None
+            if self._answer_column == "chosen_input_ids":
+                return [self._answer_column, "chosen_labels"], self._decoded(_split_at_labels)
             if "prompt_ids" in self.columns:
                 return ["prompt_ids", self._answer_column], self._decoded(lambda prompt, answer: (prompt, answer))
             if "rejected_ids" in self.columns:

@@ -5,6 +5,8 @@ from datasets import Dataset
 from helpers.kinds import KINDS
 from helpers.toys import QUIET, tiny_tokenizer
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from commonit_trl import Rows
 
@@ -30,7 +32,13 @@ FORMS = {
 }
 
 
-TRAINERS = {"DPO": (DPOTrainer, DPOConfig), "reward": (RewardTrainer, RewardConfig), "KTO": (KTOTrainer, KTOConfig)}
+TRAINERS = {
+    "DPO": (DPOTrainer, DPOConfig),
+    "reward": (RewardTrainer, RewardConfig),
+    "KTO": (KTOTrainer, KTOConfig),
+    "ORPO": (ORPOTrainer, ORPOConfig),
+    "CPO": (CPOTrainer, CPOConfig),
+}
 
 
 def prepared(kind, rows, model, tmp_path):
@@ -59,6 +67,17 @@ def test_the_response_of_a_preference_is_the_chosen_answer(kind, form, model, tm
     for (prompt, answer), pair in zip(expected, decoded, strict=True):
         assert prompt in pair[0]
         assert pair[1] == answer
+
+
+@pytest.mark.parametrize("kind", ["ORPO", "CPO"])
+def test_the_response_of_orpo_and_cpo_is_the_chosen_answer(kind, model, tmp_path):
+    raw = [FORMS["text"](*row) for row in zip(PROMPTS, CHOSEN, REJECTED, strict=True)]
+    dataset, tokenizer = prepared(kind, raw, model, tmp_path), tiny_tokenizer()
+    rows = Rows(dataset, tokenizer)
+    assert rows.token_counts("prompt").tolist() == list(map(len, PROMPTS))
+    assert rows.token_counts("response").tolist() == [len(answer) + 1 for answer in CHOSEN]  # and <eos>
+    for read in (rows, Rows(dataset.select_columns(["chosen_input_ids", "chosen_labels"]), tokenizer)):
+        assert (read.texts("prompt"), read.texts("response")) == (PROMPTS, CHOSEN)
 
 
 @pytest.mark.filterwarnings("ignore")
