@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
 from commonit_trl.grouping.fit import Grouping
@@ -176,7 +178,7 @@ class RowLosses:
             scores = scores[:, :-1]
         trained = labels != IGNORED_LABEL
         selected, targets = scores[trained], labels[trained]
-        head = None if logits is not None else self.trainer.model.get_output_embeddings()
+        head = None if logits is not None else _whole(self.trainer.model.get_output_embeddings())
         losses = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
         parts = [
             cross_entropy((part if head is None else head(part)).float(), target, reduction="none")
@@ -211,6 +213,17 @@ class RowLosses:
             )
         means = np.divide(sums, counts, out=np.full(len(groups), np.nan), where=counts > 0)
         return {f"{prefix}_{name}_loss": float(mean) for name, mean in zip(names, means, strict=True)}
+
+
+def _whole(head: Any) -> Any:
+    """Return `head` as a function on whole weights, where FSDP2 shards them with the model's other layers.
+
+    Outside the model's forward pass such weights stay sharded; gathering them is a collective on every rank.
+    """
+    whole = {name: value.full_tensor() for name, value in head.named_parameters() if isinstance(value, DTensor)}
+    if not whole or isinstance(head, FSDPModule):  # which gathers its own weights
+        return head
+    return lambda scores: torch.func.functional_call(head, whole, (scores,))
 
 
 class _NotCountable(Exception):
