@@ -424,8 +424,13 @@ def _check_composition(options: CommonITArguments) -> None:
         if remainder == "keep" and min(fractions) < 1:
             raise ValueError(
                 f"commonit_pure_fraction={_as_given(fractions)} mixes samples, and commonit_remainder='keep' mixes "
-                "none: set commonit_remainder='mix'."
+                "none: set commonit_remainder='mix' (or 'drop')."
             )
+    if options.commonit_order in ("pure_first", "mixed_first") and remainder != "mix" and min(fractions or [1]) == 1:
+        raise ValueError(
+            f"commonit_order={options.commonit_order!r}: commonit_remainder={remainder!r} mixes no steps. Set "
+            "commonit_remainder='mix', or another order."
+        )
     small, least = options.commonit_small_groups, options.commonit_min_group_size
     if small != "merge" and least == 1:
         raise ValueError(f"commonit_small_groups={small!r}: no group is small. Set commonit_min_group_size.")

@@ -151,7 +151,9 @@ def asked_strategies(given: str | None, compare: str | None = None, load: str | 
         strategies = parse_strategies("--compare", compare)
         for strategy in strategies:
             if strategy.metric == NO_METRIC:
-                check_choice("--compare", strategy.metric, METRICS)
+                raise ValueError(
+                    f"--compare {compare}: 'none' has no groups; random batches are shown anyway. Remove it."
+                )
         return strategies
     if given is None:
         raise ValueError(f"commonit_metric is not set. Write --commonit_metric {', '.join(METRICS)}.")

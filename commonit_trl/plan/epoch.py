@@ -372,6 +372,10 @@ def plan_epoch(
     capacity = micro_batch_size * micro_batches_per_partition
     trained = sizes.copy()
     trained[[group for group in left_out_groups if group < len(sizes)]] = 0
+    if not trained.any():
+        raise ValueError(
+            "commonit_small_groups='drop' leaves no group: all are smaller than commonit_min_group_size. Lower it."
+        )
     if isinstance(weights, Mapping):
         weights = {group: weight for group, weight in weights.items() if group not in left_out_groups}
     quotas = share_out(trained, weights)

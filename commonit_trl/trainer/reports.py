@@ -60,16 +60,25 @@ def log_summary(trainer: Any) -> None:
             affected = {group["name"]: group[count] for group in entry["groups"] if group[count]}
             if affected:
                 log.warning(
-                    "commonit_remainder=%s, commonit_weights=%s: an epoch %s %d of %d samples, in %d groups (most: "
-                    "%s). commonit_remainder='mix' trains each sample once, commonit_min_group_size merges groups.",
-                    args.commonit_remainder,
-                    args.commonit_weights,
+                    "An epoch %s %d of %d samples, in %d groups (most: %s). %s",
                     verb,
                     entry[count],
                     entry["samples"],
                     len(affected),
                     _largest(affected),
+                    _ways_out(args, count),
                 )
+
+
+def _ways_out(args: Any, count: str) -> str:
+    """Return what would train each sample once, where `count` (`left_out` or `repeated`) is not 0."""
+    if args.commonit_weights != "proportional":
+        return "commonit_weights='proportional' trains each sample once."
+    if count == "left_out" and args.commonit_small_groups == "drop":
+        return "They are in small groups: commonit_small_groups='merge' trains them."
+    if count == "left_out":
+        return f"commonit_remainder={args.commonit_remainder!r} leaves them out: 'keep' or 'mix' trains them."
+    return "commonit_remainder='mix' trains each sample once; commonit_min_group_size merges small groups."
 
 
 def _show(text: str, log: logging.Logger, args: Any) -> None:

@@ -215,6 +215,7 @@ def test_a_replanned_epoch_trains_the_rest_once_and_keeps_its_pure_share(fractio
         ({"pure_fraction": 0.5}, "pure_fraction=0.5.*remainder='mix'"),
         ({"pure_fraction": 1.5, "remainder": "mix"}, "pure_fraction=1.5.*from 0 to 1"),
         ({"mixed_groups": (1,)}, "mixed_groups.*remainder='mix'"),
+        ({"left_out_groups": range(8)}, "leaves no group.*commonit_min_group_size"),
         ({"order": "up"}, "order='up'"),
         ({"positions": [1, 2]}, "positions.*each group"),
         ({"positions": np.full(9, np.nan)}, "positions.*finite"),

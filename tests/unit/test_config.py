@@ -54,6 +54,8 @@ WRONG = {
         ({"order": "up"}, "random, ascending"),
         ({"pure_fraction": 0.5}, "commonit_remainder='mix'"),
         ({"pure_fraction": 1.5, "remainder": "mix"}, "from 0 to 1"),
+        ({"order": "pure_first"}, "commonit_remainder='mix'"),
+        ({"order": "mixed_first", "remainder": "drop"}, "mixes no steps"),
         ({"pure_fraction": [], "remainder": "mix"}, "one or more"),
         ({"small_groups": "drop"}, "Set commonit_min_group_size"),
         ({"small_groups": "mix", "min_group_size": 5}, "commonit_remainder='mix'"),

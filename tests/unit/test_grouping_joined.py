@@ -1,0 +1,142 @@
+"""Two metrics joined: the second is fitted inside each group of the first; vectors take an encoder's place."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from commonit_trl.config import CommonITArguments
+from commonit_trl.grouping import EmbeddingGrouper, LengthGrouper, TaskGrouper, build_grouper, load_grouper
+from commonit_trl.grouping.joined import JoinedGrouper
+from commonit_trl.rows import Rows
+
+RNG = np.random.default_rng(0)
+TASKS = RNG.choice(["a", "b", "c"], 300, p=[0.5, 0.3, 0.2])
+LENGTHS = RNG.integers(1, 40, 300) * np.where(TASKS == "a", 5, 1)
+VECTORS = RNG.normal(size=(300, 6)) + 4 * np.eye(6)[RNG.integers(0, 3, 300)]
+ROWS = Rows(
+    Dataset.from_dict(
+        {
+            "task": TASKS.tolist(),
+            "input_ids": [[1] * length for length in LENGTHS.tolist()],
+            "score": RNG.random(300).tolist(),
+            "vector": VECTORS.tolist(),
+        }
+    )
+)
+
+
+def build(metric: str, **options: Any) -> Any:
+    given = {f"commonit_{name}": value for name, value in options.items()}
+    if "length" in metric:
+        given |= {"commonit_length_of": "total"}
+    return build_grouper(CommonITArguments(commonit_metric=metric, **given), ROWS.columns)
+
+
+def test_the_second_metric_is_fitted_inside_each_group_of_the_first() -> None:
+    grouper = build("task+length", num_groups=4)
+    ids = grouper.fit_assign(grouper.read(ROWS))
+    tasks = TaskGrouper(columns=["task"]).fit(ROWS)
+    expected = np.empty(300, dtype=int)
+    names: list[str] = []
+    for number, task in enumerate(tasks.names):
+        members = np.flatnonzero(tasks.assign(ROWS) == number)
+        alone = LengthGrouper(of="total", num_groups=4).fit(ROWS.select(members))
+        expected[members] = alone.assign(ROWS.select(members)) + len(names)
+        names += [f"{task} | {name}" for name in alone.names]
+    assert ids.tolist() == expected.tolist() and grouper.names == names and len(names) == 12
+    assert grouper.assign(ROWS).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"metric": "task+length"},
+        {"metric": "length+task"},
+        {"metric": "column+task", "column": "score", "num_groups": 3},
+        {"metric": "task+embedding", "embedding_column": "vector", "num_groups": 3},
+        {"metric": "embedding+length", "embedding_column": "vector", "num_groups": [3, 4]},
+    ],
+    ids=lambda options: options["metric"],
+)
+def test_saved_groups_assign_as_before(options: dict[str, Any], tmp_path: Path) -> None:
+    grouper = build(**options)
+    ids = grouper.fit_assign(grouper.read(ROWS))
+    grouper.save(tmp_path)
+    loaded = load_grouper(tmp_path)
+    assert loaded.metric == options["metric"] and loaded.names == grouper.names
+    assert loaded.assign(ROWS).tolist() == ids.tolist() and ids.min() >= 0
+    assert np.bincount(ids, minlength=len(grouper.names)).min() > 0
+    for one, other in ((loaded.positions(), grouper.positions()),):
+        assert (one is None and other is None) or np.allclose(one, other)
+
+
+def test_rows_of_an_unseen_task_or_of_an_empty_group_are_unassigned() -> None:
+    grouper = JoinedGrouper(TaskGrouper(columns=["task"]), LengthGrouper(of="total", num_groups=2)).fit(ROWS)
+    new = Rows(Dataset.from_dict({"task": ["z", "b"], "input_ids": [[1], [1]]}))
+    ids = grouper.assign(new).tolist()
+    assert ids[0] == -1 and grouper.names[ids[1]].startswith("b | ")
+    edges = JoinedGrouper(LengthGrouper(of="total", edges=[500, 900]), TaskGrouper(columns=["task"])).fit(ROWS)
+    assert edges.names == [f"total under 500 | {task}" for task in "abc"]
+    long = Rows(Dataset.from_dict({"task": ["a", "a"], "input_ids": [[1] * 600, [1]]}))
+    assert edges.assign(long).tolist() == [-1, 0]
+
+
+def test_groups_near_in_length_stand_side_by_side() -> None:
+    """The order of lengths counts, whichever of the two metrics it is; tasks alone have no order."""
+    for metric in ("task+length", "length+task"):
+        grouper = build(metric, num_groups=4)
+        ids = grouper.fit_assign(grouper.read(ROWS))
+        positions = grouper.positions()
+        lowest = [LENGTHS[ids == group].min() for group in range(len(grouper.names))]
+        correlation = np.corrcoef(np.argsort(np.argsort(positions)), np.argsort(np.argsort(lowest)))[0, 1]
+        assert correlation > 0.85, metric  # bins of other tasks overlap
+    assert build("task").fit(ROWS).positions() is None
+
+
+def test_near_clusters_stand_side_by_side() -> None:
+    """On a circle, in the order of their angles, from some cluster on and in either direction."""
+    angles = np.repeat(np.arange(8) * 2 * np.pi / 8, 10)
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    rows = Rows(Dataset.from_dict({"vector": vectors.tolist()}))
+    grouper = build_grouper(
+        CommonITArguments(commonit_metric="embedding", commonit_embedding_column="vector", commonit_num_groups=8),
+        rows.columns,
+    )
+    grouper.fit(rows)
+    assert isinstance(grouper, EmbeddingGrouper) and len(grouper.names) == 8
+    positions = grouper.positions()
+    assert positions is not None and sorted(positions) == list(range(8))
+    ordered = grouper.centroids[np.argsort(positions)]
+    steps = (ordered[1:] * ordered[:-1]).sum(axis=1)
+    assert np.allclose(steps, np.cos(2 * np.pi / 8), atol=1e-5)
+
+
+def test_vectors_group_as_their_nearest_centroid(tmp_path: Path) -> None:
+    """With a reference, the nearest mean of a reference task by cosine; both data sets hold the vectors."""
+    reference = {"task": ["x", "x", "y"], "vector": [[2.0, 0, 0, 0, 0, 0], [0, 2.0, 0, 0, 0, 0], [0, 0, 5.0, 0, 0, 0]]}
+    file = tmp_path / "reference.parquet"
+    Dataset.from_dict(reference).to_parquet(str(file))
+    grouper = build("embedding", embedding_column="vector", reference_dataset=str(file)).fit(ROWS)
+    centroids = np.array([[1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]]) / np.array([[2**0.5], [1]])
+    assert grouper.names == ["x", "y"]
+    assert grouper.assign(ROWS).tolist() == np.argmax(VECTORS @ centroids.T, axis=1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("vectors", "says"),
+    [
+        ([[1.0, 2.0], [1.0]], "same length"),
+        ([[1.0], None], "missing"),
+        ([1.0, 2.0], "lists of numbers"),
+        ([["a"], ["b"]], "lists of numbers"),
+        ([[1.0, float("nan")], [1.0, 2.0]], "NaN or infinite"),
+    ],
+)
+def test_damaged_vectors_are_named(vectors: list[Any], says: str) -> None:
+    rows = Rows(Dataset.from_dict({"vector": vectors}))
+    options = CommonITArguments(commonit_metric="embedding", commonit_embedding_column="vector")
+    with pytest.raises(ValueError, match=f"commonit_embedding_column='vector'.*{says}"):
+        build_grouper(options, rows.columns).fit(rows)
