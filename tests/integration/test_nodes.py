@@ -1,12 +1,13 @@
 """Two nodes without a shared disk: two agents of torchrun, each with its own HOME, caches and output directory.
 
 1. The nodes train the same plan, pure and with every row once an epoch; rank 0's node alone caches the groups.
-2. One node is killed with its agent in the second epoch; the other ends. Each node's checkpoints have the random states
-   of its own ranks.
+2. One node is killed with its agent in the second epoch; the other ends. Both started again, they resume at the exact
+   next micro-batch from the last checkpoint that is complete on both, once the second has the model's files.
 """
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -97,7 +98,7 @@ def checkpoints(directory, node, name):
     return {path.name for path in (directory / f"node{node}" / f"{name}-out").glob("checkpoint-*")}
 
 
-def test_two_nodes_train_the_plan_until_one_is_killed(tmp_path, minilm):
+def test_killed_node_comes_back(tmp_path, minilm):
     run = {"group_sizes": SIZES, "options": {**OPTIONS, "commonit_embedding_model": minilm}}
     kill = {"at": "micro-batch", "count": 17, "ranks": [1], "node": True}
     codes, outputs = launch(tmp_path, [{**run, "name": "whole"}, {**run, "name": "killed", "kill": kill}])
@@ -119,3 +120,18 @@ def test_two_nodes_train_the_plan_until_one_is_killed(tmp_path, minilm):
         assert checkpoints(tmp_path, node, "killed") == {"checkpoint-3", "checkpoint-6"}
         states = (tmp_path / f"node{node}" / "killed-out" / "checkpoint-6").glob("rng_state*")
         assert [path.name for path in states] == [f"rng_state_{node}.pth"]
+
+    for name in ("resumed", "later"):
+        for node in range(2):
+            shutil.copytree(tmp_path / f"node{node}" / "killed-out", tmp_path / f"node{node}" / f"{name}-out")
+        for checkpoint in ("checkpoint-3", "checkpoint-6"):  # transformers writes these on the first node only
+            for file in ("config.json", "model.safetensors"):
+                source, target = (tmp_path / f"node{node}" / f"{name}-out" / checkpoint / file for node in range(2))
+                assert not target.exists()
+                shutil.copy(source, target)
+    (tmp_path / "node1" / "later-out" / "checkpoint-6" / "trainer_state.json").unlink()  # killed while writing it
+    codes, outputs = launch(tmp_path, [{**run, "name": name, "resume": True} for name in ("resumed", "later")])
+    assert codes == [0, 0], outputs
+    for name, first in {"resumed": 6, "later": 3}.items():
+        assert seen(tmp_path, name) == {step: ranks for step, ranks in whole.items() if step >= first}
+    assert "no random state of rank" not in "".join(outputs)
