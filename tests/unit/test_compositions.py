@@ -123,12 +123,12 @@ def check_order(group_ids, partitions, groups, options, geometry):
 
 def test_the_remainders_of_near_groups_share_steps():
     positions = np.array([3.0, 0, 9, 1, 2, 8, 4, 7])
-    plan = plan_epoch(GROUP_IDS, **GEOMETRY, remainder="mix", positions=positions)
-    mixed = [
-        positions[GROUP_IDS[rows]] for rows, group in zip(read_partitions(plan), plan.partition_groups) if group < 0
-    ]
-    mixed.sort(key=np.mean)
-    assert len(mixed) > 1 and all(low.max() <= high.min() for low, high in itertools.pairwise(mixed))
+    for seed in range(9):
+        plan = plan_epoch(GROUP_IDS, **GEOMETRY, remainder="mix", positions=positions, seed=seed)
+        read_groups = zip(read_partitions(plan), plan.partition_groups, strict=True)
+        mixed = [positions[GROUP_IDS[rows]] for rows, group in read_groups if group < 0]
+        mixed.sort(key=np.mean)
+        assert len(mixed) > 1 and all(low.max() <= high.min() for low, high in itertools.pairwise(mixed))
     without = {
         tuple(plan_epoch(GROUP_IDS, **GEOMETRY, remainder="mix", epoch=epoch).rows[-2:].tolist()) for epoch in range(9)
     }
@@ -175,6 +175,23 @@ def test_groups_may_be_mixed_or_left_out_whole(fraction):
     assert (trained >= kept).all() and trained[[3, 5]].tolist() == [0, 0]
     assert 1 not in plan.partition_groups and set(plan.partition_groups) >= {-1, 6}
     assert plan.summary().group_left_out.tolist() == (SIZES - kept).tolist()
+
+
+@pytest.mark.parametrize("fraction", [0.3, 1.0])
+def test_chance_decides_which_rows_of_a_group_stay_pure(fraction):
+    ids, seen = np.zeros(10 * STEP + 1, dtype=int), set()
+    for epoch in range(3):
+        plan = plan_epoch(ids, **GEOMETRY, remainder="mix", pure_fraction=fraction, epoch=epoch)
+        read_groups = zip(read_partitions(plan), plan.partition_groups, strict=True)
+        seen.add(frozenset(np.concatenate([rows for rows, group in read_groups if group == 0]).tolist()))
+    assert len(seen) == 3
+
+
+def test_weights_may_name_groups_that_are_left_out():
+    weights = {group: 1.0 for group in range(len(SIZES)) if SIZES[group]}
+    plan = plan_epoch(GROUP_IDS, **GEOMETRY, remainder="mix", weights=weights, left_out_groups=(5,))
+    trained = np.bincount(GROUP_IDS[np.concatenate(read_partitions(plan))], minlength=len(SIZES))
+    assert trained[5] == 0 and np.ptp(trained[[0, 1, 3, 4, 6, 7]]) <= 1
 
 
 def test_weights_and_mixed_steps_go_together():
