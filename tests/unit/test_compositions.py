@@ -154,6 +154,14 @@ def test_the_pure_fraction_may_change_by_epoch():
     assert len({spec.plan(epoch).num_steps for epoch in range(4)}) == 1
 
 
+def test_the_heaviest_step_opens_the_first_epoch_alone():
+    tokens = np.arange(len(GROUP_IDS))
+    plain = PlanSpec(group_ids=GROUP_IDS, **GEOMETRY)
+    heavy = PlanSpec(group_ids=GROUP_IDS, **GEOMETRY, heaviest_first=tokens)
+    same = [heavy.plan(epoch).fingerprint() == plain.plan(epoch).fingerprint() for epoch in range(4)]
+    assert same == [False, True, True, True]
+
+
 def test_chance_decides_which_groups_round_up():
     """Over the epochs, each group has its share of the pure steps, also groups with one full step."""
     ids = np.repeat(np.arange(10), STEP)
