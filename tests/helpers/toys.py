@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -122,6 +123,25 @@ def row_losses(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[list[float]
     chosen = log_likelihood.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     trained = labels != -100
     return (-chosen * trained).sum(1).tolist(), trained.sum(1).tolist()
+
+
+def group_losses(weights: Path, group_sizes: list[int], trained_groups: tuple[str, ...], seed: int) -> dict[str, float]:
+    """Compute the token-weighted loss of each group of `id_rows`, row by row, with the Llama that a run has saved.
+
+    Args:
+        weights: a safetensors file.
+        group_sizes, seed: of the rows.
+        trained_groups: groups of the training set; all others are one.
+    """
+    model = tiny_model().eval()
+    model.load_state_dict(load_file(weights))
+    sums: dict[str, list[float]] = {name: [0.0, 0] for name in (*trained_groups, "(unseen task)")}
+    for row in id_rows(group_sizes, seed=seed):
+        (loss,), (tokens,) = row_losses(model, {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")})
+        group = sums[row["task"] if row["task"] in sums else "(unseen task)"]
+        group[0] += loss
+        group[1] += tokens
+    return {name: loss / tokens for name, (loss, tokens) in sums.items()}
 
 
 class Recorder(TrainerCallback):
