@@ -85,15 +85,27 @@ def test_rows_of_an_unseen_task_or_of_an_empty_group_are_unassigned() -> None:
 
 
 def test_groups_near_in_length_stand_side_by_side() -> None:
-    """The order of lengths counts, whichever of the two metrics it is; tasks alone have no order."""
-    for metric in ("task+length", "length+task"):
-        grouper = build(metric, num_groups=4)
+    """The order of lengths counts, whichever of the two metrics it is and whatever the other; tasks have none."""
+    alone = LengthGrouper(of="total", num_groups=4).fit(ROWS)
+    of_rows = alone.positions()[alone.assign(ROWS)]
+    for metric in ("length+task", "length+embedding"):
+        options = {"embedding_column": "vector"} if "embedding" in metric else {}
+        grouper = build(metric, num_groups=4 if metric == "length+task" else [4, 3], **options)
         ids = grouper.fit_assign(grouper.read(ROWS))
-        positions = grouper.positions()
-        lowest = [LENGTHS[ids == group].min() for group in range(len(grouper.names))]
-        correlation = np.corrcoef(np.argsort(np.argsort(positions)), np.argsort(np.argsort(lowest)))[0, 1]
-        assert correlation > 0.85, metric  # bins of other tasks overlap
+        assert np.array_equal(grouper.positions()[ids], of_rows), metric
+    inner = build("task+length", num_groups=4)
+    ids = inner.fit_assign(inner.read(ROWS))
+    lowest = [LENGTHS[ids == group].min() for group in range(len(inner.names))]
+    assert (inner.positions() <= lowest).all() and len(set(inner.positions())) > 4
     assert build("task").fit(ROWS).positions() is None
+
+
+def test_notices_of_the_inner_groups_are_one(caplog: pytest.LogCaptureFixture) -> None:
+    rows = Rows(Dataset.from_dict({"task": list("aaabbbccc"), "input_ids": [[1] * 5] * 9}))
+    grouper = JoinedGrouper(TaskGrouper(columns=["task"]), LengthGrouper(of="total", num_groups=4)).fit(rows)
+    (notice,) = grouper.notices
+    assert "In group 'a': commonit_num_groups=4" in notice and "2 more groups" in notice
+    assert len(grouper.inner[2].notices) == 1
 
 
 def test_near_clusters_stand_side_by_side() -> None:
