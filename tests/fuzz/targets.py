@@ -140,7 +140,7 @@ def cache_entry(folder: Path) -> Target:
 
 def run_json(folder: Path) -> Target:
     """Files of the newer of two checkpoints."""
-    run = {"world size": 2, "remaining rows": None, "times replanned": 0, "data seed": 3, "commonit_purity": "step"}
+    run = {"random states": [0, 1], "remaining rows": None, "times replanned": 0, "data seed": 3}
     for step in (5, 10):
         checkpoint = folder / f"checkpoint-{step}"
         (checkpoint / "commonit").mkdir(parents=True)
