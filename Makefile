@@ -163,7 +163,7 @@ endef
 define run-tests
 @echo "Tests on the $(2) supported versions ($(1)):"
 @$(1)/bin/python -m pip list 2>/dev/null | awk '/^(torch|trl|transformers|accelerate|datasets) / { print "  " $$1, $$2 }'
-$(TEST_ENV) $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile $(3) $(ARGS)
+$(TEST_ENV) $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile --durations 15 $(3) $(ARGS)
 endef
 
 # $(1) end of the range, $(2) what to install. Left out: this package, torch's local version (2.13.0+cpu) and

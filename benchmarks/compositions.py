@@ -112,6 +112,7 @@ def table(metric: str, results: dict[str, dict[str, float]]) -> Table:
 
 
 def run(settings: Settings) -> Report:
+    seconds, ratios = time_plans(int(settings["rows"]), settings["rounds"])
     rows = read_mixture(settings.data)
     measured = Rows(tokenized(rows, train_tokenizer(rows, VOCABULARY)))
     lengths = measured.token_counts("total")
@@ -133,7 +134,6 @@ def run(settings: Settings) -> Report:
             results[metric][name] = {
                 figure: float(np.mean([epoch[figure] for epoch in epochs])) for figure in epochs[0]
             }
-    seconds, ratios = time_plans(int(settings["rows"]), settings["rounds"])
     speed = Table(
         heading=f"Planning {int(settings['rows']):.0e} rows",
         header=["", "seconds", "of torch.randperm's"],

@@ -477,6 +477,7 @@ def test_odd_files_train(name, content, model, tmp_path, capfd):
     assert json.loads((tmp_path / f"out {name}" / "commonit" / "groups.json").read_text())["names"] == ["x"]
 
 
+@pytest.mark.slow
 def test_a_million_distinct_labels(tmp_path, capfd):
     """Each row is a group and a step; the table shows the largest groups."""
     count = 1_000_000

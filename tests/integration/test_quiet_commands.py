@@ -88,6 +88,7 @@ def test_group_with_an_encoder_and_packing(commonit, model, minilm, tmp_path):
     assert (tmp_path / "groups" / "libraries.log").exists()
 
 
+@pytest.mark.slow
 def test_compare(commonit, model, tmp_path):
     out, lines = commonit(
         "compare", "--dataset_name", "data", "--metrics", "none,task", "--seeds", 1, "--model_name_or_path", model,
@@ -100,6 +101,7 @@ def test_compare(commonit, model, tmp_path):
     assert (tmp_path / "out" / "compare" / "libraries.log").exists()
 
 
+@pytest.mark.slow
 def test_our_warnings_and_errors_reach_the_user(commonit, model):
     options = ("inspect", "instructions.jsonl", "--commonit_metric", "length", "--tokenizer")
     _, lines = commonit(*options, model)
