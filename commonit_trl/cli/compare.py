@@ -137,7 +137,7 @@ def run(
 
 def _check(asked: argparse.Namespace, given: Options) -> None:
     for name, least in (("seeds", 1), ("jobs", 1), ("train_rows", 1), ("held_out_rows", 2)):
-        check_number(name, getattr(asked, name), least)
+        check_number(f"--{name}", getattr(asked, name), least)
     if given.training.max_steps > 0:
         raise ValueError(
             f"max_steps={given.training.max_steps}: the size of steps depends on the metric, so the runs would see "
