@@ -152,3 +152,11 @@ def test_damaged_vectors_are_named(vectors: list[Any], says: str) -> None:
     options = CommonITArguments(commonit_metric="embedding", commonit_embedding_column="vector")
     with pytest.raises(ValueError, match=f"commonit_embedding_column='vector'.*{says}"):
         build_grouper(options, rows.columns).fit(rows)
+
+
+def test_rows_without_a_label_are_a_group_inside_each_bin() -> None:
+    tasks = ["a", None, "b", None, "a", "b"]
+    rows = Rows(Dataset.from_dict({"task": tasks, "input_ids": [[1] * length for length in (2, 2, 9, 9, 9, 2)]}))
+    grouper = JoinedGrouper(LengthGrouper(of="total", edges=[5]), TaskGrouper(columns=["task"])).fit(rows)
+    names = [grouper.names[group].rpartition(" | ")[2] for group in grouper.assign(rows)]
+    assert names == [task or "(no label)" for task in tasks] and len(grouper.names) == 6
