@@ -385,23 +385,23 @@ def _check_combinations(options: CommonITArguments) -> None:
 
 def num_groups_by_metric(options: CommonITArguments) -> dict[str, int]:
     """Return metric -> `commonit_num_groups`, or its default, for the metrics that make a number of groups."""
-    counted = [part for part in parts_of(options.commonit_metric) if _makes_a_number_of_groups(options, part)]
-    given = options.commonit_num_groups
+    counted, given = _counted_metrics(options), options.commonit_num_groups
     return dict(zip(counted, [DEFAULT_NUM_GROUPS[part] for part in counted] if given is None else given, strict=True))
 
 
-def _makes_a_number_of_groups(options: CommonITArguments, metric: str) -> bool:
+def _counted_metrics(options: CommonITArguments) -> list[str]:
+    """Return the metrics that make a number of groups: not by explicit edges, nor by a reference."""
     fixed = {"length": options.commonit_length_edges, "embedding": options.commonit_reference_dataset}
-    return metric in DEFAULT_NUM_GROUPS and fixed.get(metric) is None
+    parts = parts_of(options.commonit_metric)
+    return [part for part in parts if part in DEFAULT_NUM_GROUPS and fixed.get(part) is None]
 
 
 def _check_num_groups(options: CommonITArguments) -> None:
-    given, parts = options.commonit_num_groups, parts_of(options.commonit_metric)
+    given, counted = options.commonit_num_groups, _counted_metrics(options)
     if given is None:
         return
     if not given or min(given) < 1:
         raise ValueError(f"commonit_num_groups={_as_given(given)} must be at least 1.")
-    counted = [part for part in parts if _makes_a_number_of_groups(options, part)]
     if not counted:
         other = "commonit_length_edges" if options.commonit_length_edges else "commonit_reference_dataset"
         raise ValueError(

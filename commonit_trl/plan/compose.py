@@ -30,14 +30,20 @@ MIXED = -1
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
-    """Hold the partitions of an epoch; `EpochPlan` documents the fields."""
+    """Hold the samples of an epoch in sections, and the partitions that are cut from them."""
 
     rows: NDArray[np.integer[Any]]
+    """(samples + mixed samples,) row numbers in sections: each group in random order, and last the mixed samples."""
     section_sizes: NDArray[np.int64]
+    """(groups + 1,) rows of each section."""
     section_quotas: NDArray[np.int64]
+    """(groups + 1,) samples of each section that partitions hold, from its first on."""
     partition_groups: NDArray[np.int64]
+    """(partitions,) group of each partition, in training order; -1 for mixed ones."""
     partition_starts: NDArray[np.int64]
+    """(partitions,) index of the first sample in the section: sample `i` is its row `i` modulo the section's size."""
     partition_sizes: NDArray[np.int64]
+    """(partitions,) samples of each partition."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -179,7 +185,7 @@ def take_rows(
     Args:
         rows, sizes: row numbers, one section after another, and (sections,) sizes.
         sections, starts, counts: (runs,) section of each run, index of its first sample in the section, and samples;
-            a run that passes the end of its section goes on at its start.
+            a run past the end of its section wraps around.
     """
     section_sizes = sizes[sections]
     indices = concatenated_ranges(starts, counts)

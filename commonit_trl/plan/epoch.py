@@ -32,6 +32,7 @@ from commonit_trl.plan.compose import (
     CHUNK,
     MIXED,
     Composition,
+    Layout,
     rows_by_group,
     share_out,
     shuffle_groups,
@@ -71,7 +72,7 @@ class PlanSummary:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class EpochPlan:
+class EpochPlan(Layout):
     """Hold all micro-batches of one epoch.
 
     Micro-step `m` belongs to optimizer step `m // accumulation_steps`, and every rank has exactly one micro-batch in
@@ -87,18 +88,6 @@ class EpochPlan:
     """(groups,) rows of each group."""
     group_quotas: NDArray[np.int64]
     """(groups,) samples that each group contributes to the epoch; partitions may repeat rows beyond it."""
-    rows: NDArray[np.integer[Any]]
-    """(samples + mixed samples,) row numbers in sections: each group in random order, and last the mixed samples."""
-    section_sizes: NDArray[np.int64]
-    """(groups + 1,) rows of each section."""
-    section_quotas: NDArray[np.int64]
-    """(groups + 1,) samples of each section that partitions hold, from its first on."""
-    partition_groups: NDArray[np.int64]
-    """(partitions,) group of each partition, in training order; -1 for mixed ones."""
-    partition_starts: NDArray[np.int64]
-    """(partitions,) index of the first sample in the section: sample `i` is its row `i` modulo the section's size."""
-    partition_sizes: NDArray[np.int64]
-    """(partitions,) samples of each partition."""
     micro_batches_per_partition: int
     micro_batch_size: int
     world_size: int
