@@ -4,9 +4,7 @@ A group is named after both: `gsm8k | response 85-119`. Groups become many and s
 `commonit_remainder: mix`. Cost: that of both metrics.
 """
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -83,9 +81,6 @@ class JoinedGrouper(Grouper):
                 start += len(inner.names)
         return group_ids
 
-    def subset(self, values: tuple[Any, Any], numbers: NDArray[np.int64]) -> tuple[Any, Any]:
-        return self.first.subset(values[0], numbers), self.second.subset(values[1], numbers)
-
     def coordinates(self) -> NDArray[np.float64] | None:
         """Those of the metric with an order, else of the second: rows near by it share mixed steps."""
         fitted = [inner for inner in self.inner if inner is not None]
@@ -123,11 +118,6 @@ class JoinedGrouper(Grouper):
             part.restore(saved["fitted"], own)
         if sum(len(inner.names) for inner in self.inner if inner) != len(self.names):
             raise ValueError(f"the joined groups are not {len(self.names)}")
-
-    @contextlib.contextmanager
-    def resources(self) -> Iterator[None]:
-        with self.first.resources(), self.second.resources():
-            yield
 
     def _fitted(self) -> list[tuple[str, Grouper]]:
         inner = [(str(number), part) for number, part in enumerate(self.inner) if part is not None]
