@@ -50,7 +50,8 @@ class ColumnGrouper(Grouper):
                     f"{len(edges) + 1} groups. {self.fewer_groups}"
                 )
         self.edges = _merge_small_bins(known, edges, self.options["min_size"])
-        self.lowest = known.min(initial=self.edges[0]) if len(self.edges) else known.min(initial=0)
+        lows = np.append(self.edges[:1], known)
+        self.lowest = lows.min() if len(lows) else 0.0
         self.has_missing = len(known) < len(values)
         self.names = self._bin_names(bool(np.all(known == np.floor(known)))) + [NO_VALUE] * self.has_missing
 

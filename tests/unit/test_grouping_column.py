@@ -51,6 +51,11 @@ def test_names_tell_the_bins_apart(values: list, names: list[str]) -> None:
     assert ColumnGrouper(column="score", num_groups=8).fit(rows_of(values)).names == names
 
 
+def test_a_single_bin_stands_at_its_lowest_value() -> None:
+    positions = ColumnGrouper(column="score").fit(rows_of([7, 7, 7])).positions()
+    assert positions is not None and positions.tolist() == [7]
+
+
 def test_length_is_a_case_of_it() -> None:
     lengths = np.random.default_rng(1).integers(1, 90, 500)
     rows = rows_of(lengths.tolist(), input_ids=[[1] * length for length in lengths.tolist()])
