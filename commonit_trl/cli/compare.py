@@ -23,6 +23,7 @@ from commonit_trl.cli.sft import model_config
 from commonit_trl.compare.comparison import compare
 from commonit_trl.compare.runs import RunResult, claimed, directory_of, execute, read_result
 from commonit_trl.compare.strategies import BASELINE, parse_strategies, runs_of
+from commonit_trl.compare.tasks import check_tasks, hash_folder
 from commonit_trl.compare.view import print_comparison, write_html
 from commonit_trl.config import OPTIONS, parts_of
 from commonit_trl.files import write_text
@@ -56,7 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure on at most N random rows of the test split; without that split, hold out N training rows "
         "(default: %(default)s)",
     )
-    add("--eval_generate", metavar="COLUMN", help="also generate answers, and count those that equal this column")
+    add(
+        "--lm_eval_tasks",
+        metavar="TASK,...",
+        help="also evaluate every model on these tasks of lm-evaluation-harness (pip install 'commonit-trl[eval]')",
+    )
+    add("--lm_eval_include_path", metavar="FOLDER", help="folder with task files of your own")
     add("--jobs", type=int, metavar="N", default=1, help="runs at a time (default: %(default)s)")
     add("--json", action="store_true", help="print the numbers as JSON")
     add("--only", metavar="RUN", help="do one run, such as length@0, in this process")
@@ -89,15 +95,22 @@ def run(
     args.commonit_metric = "task" if any("task" in parts_of(strategy.metric) for strategy in strategies) else "none"
     model_config(given.model, args)
     train, held_out = _load(asked, given)
+    tasks = [task.strip() for task in (asked.lm_eval_tasks or "").split(",") if task.strip()]
+    task_folder: str | None = asked.lm_eval_include_path
+    if tasks:
+        check_tasks(tasks, task_folder)
+    elif task_folder is not None:
+        raise ValueError(f"--lm_eval_include_path {task_folder}: no task is named. Add --lm_eval_tasks.")
     shared = {  # what all runs share and affects their results; `seed` draws the rows
         **{name: value for name, value in args.to_dict().items() if name not in _NOT_COMPARED},
         **vars(given.script),
         **vars(given.model),
         **vars(given.mixture),
-        **{name: getattr(asked, name) for name in ("train_rows", "held_out_rows", "eval_generate")},
+        **{name: getattr(asked, name) for name in ("train_rows", "held_out_rows", "lm_eval_tasks")},
         **{f"version of {name}": version(name) for name in ("commonit-trl", "torch", "transformers", "trl")},
         "options of the launcher": launch_flags,
         "content of the rows": [_hash(train), _hash(held_out)],
+        "content of lm_eval_include_path": None if task_folder is None else hash_folder(task_folder),
     }
     settings = {}
     for name, each in runs.items():
@@ -113,7 +126,7 @@ def run(
         from commonit_trl.compare.one_run import train_and_measure
 
         with claimed(directory):
-            train_and_measure(given.model, args, train, held_out, directory, settings[each.name], asked.eval_generate)
+            train_and_measure(given.model, args, train, held_out, directory, settings[each.name], tasks, task_folder)
         return 0
 
     results = {name: read_result(output_dir, each, settings[name]) for name, each in runs.items()}
@@ -170,11 +183,6 @@ def _load(asked: argparse.Namespace, given: Options) -> tuple[Dataset, Dataset]:
     else:
         parts = train.train_test_split(test_size=asked.held_out_rows, seed=seed)
         train, held_out = parts["train"], parts["test"]
-    if asked.eval_generate is not None and asked.eval_generate not in held_out.column_names:
-        raise ValueError(
-            f"--eval_generate {asked.eval_generate}: the held-out rows have no such column. Name one of "
-            f"{', '.join(held_out.column_names)}."
-        )
     return _some(train, asked.train_rows, seed), held_out
 
 

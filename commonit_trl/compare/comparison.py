@@ -1,6 +1,6 @@
 """Compare each strategy to the baseline, overall and group by group."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,8 +40,8 @@ class StrategyResult(GroupResult):
     """One strategy on all held-out rows, over the seeds that both it and the baseline have finished."""
 
     seeds: list[int]
-    exact: Measure | None
-    """Share of the rows for which greedy decoding gives the expected answer; None without `--eval_generate`."""
+    scores: dict[str, Measure]
+    """Score of lm-evaluation-harness -> its mean over the examples; empty without `--lm_eval_tasks`."""
     steps: float
     tokens: float
     """Tokens that the model saw in training, without padding."""
@@ -126,9 +126,9 @@ def _strategy(results: Sequence[RunResult], baseline: Sequence[RunResult] | None
     first = results[0]
     everything, names = np.arange(len(first.tokens)), first.written["groups"]
 
-    def measure(name: str, rows: NDArray[np.int64], weights: NDArray[np.float64]) -> Measure:
+    def measure(values_of: Callable[[RunResult], NDArray[Any]], weights: NDArray[np.float64]) -> Measure:
         def of(runs: Sequence[RunResult]) -> NDArray[np.float64]:
-            return np.stack([getattr(result, name)[rows] for result in runs]).astype(float)
+            return np.stack([values_of(result) for result in runs]).astype(float)
 
         value = float(of(results).sum() / weights.sum() / len(results)) if weights.sum() else float("nan")
         difference = None if baseline is None else paired_difference(of(results), of(baseline), weights)
@@ -136,8 +136,12 @@ def _strategy(results: Sequence[RunResult], baseline: Sequence[RunResult] | None
 
     def by_token(name: str, rows: NDArray[np.int64]) -> dict[str, Any]:
         tokens = first.tokens[rows].astype(float)
-        loss, accuracy = (measure(measured, rows, tokens) for measured in ("loss", "correct"))
+        loss = measure(lambda result: result.loss[rows], tokens)
+        accuracy = measure(lambda result: result.correct[rows], tokens)
         return {"name": name, "rows": len(rows), "loss": loss, "accuracy": accuracy}
+
+    def score(name: str) -> Measure:
+        return measure(lambda result: result.scores[name], np.ones(len(first.scores[name])))
 
     def mean(name: str) -> float:
         return float(np.mean([result.written[name] for result in results]))
@@ -145,7 +149,7 @@ def _strategy(results: Sequence[RunResult], baseline: Sequence[RunResult] | None
     return StrategyResult(
         **by_token(first.run.strategy.name, everything),
         seeds=sorted(result.run.seed for result in results),
-        exact=None if first.exact is None else measure("exact", everything, np.ones(len(everything))),
+        scores={name: score(name) for name in first.scores},
         steps=mean("steps"),
         tokens=mean("tokens"),
         padding=1 - mean("tokens") / mean("computed_tokens"),

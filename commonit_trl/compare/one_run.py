@@ -1,7 +1,7 @@
 """One run of a comparison, in its own process or ranks: train, measure each held-out row, write the results.
 
 `rows.safetensors` has for each held-out row the sum of its tokens' losses, the number of tokens that the model ranks
-first, the number of tokens, and the group. `result.json` has the rest; it is written last, so it marks a finished run.
+first, the number of tokens, and the group; and for each score of lm-evaluation-harness its examples. `result.json` has the rest; it is written last, so it marks a finished run.
 
 Rows are measured by the model's forward without labels, in float32. The Trainer's evaluation gives means over batches
 only, and newer versions of TRL train with heads that compute no logits.
@@ -11,7 +11,7 @@ Cost: the training, and one forward pass over the held-out rows.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,15 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, set_seed
+from trl import is_conversational
 from xxhash import xxh3_128
 
 from commonit_trl.cli.sft import make_trainer
-from commonit_trl.compare.runs import PROGRESS_FILE, RESULT_FILE, ROWS_FILE
+from commonit_trl.compare.runs import PROGRESS_FILE, RESULT_FILE, ROWS_FILE, SCORE
+from commonit_trl.compare.tasks import check_trainer, evaluate_tasks
 from commonit_trl.files import write_arrays, write_text
 from commonit_trl.rows import Rows
 from commonit_trl.trainer.metrics import IGNORED_LABEL, TokenCounts, count_tokens, sum_over_ranks
-
-_SPARE_TOKENS = 8
-"""Tokens that a generated answer may have beyond the longest expected one, since the same text can take more tokens."""
 
 
 def train_and_measure(
@@ -41,7 +40,8 @@ def train_and_measure(
     held_out: Dataset,
     directory: Path,
     asked: Mapping[str, Any],
-    answers: str | None = None,
+    tasks: Sequence[str] = (),
+    task_folder: str | None = None,
 ) -> None:
     """Train a run and write its results into `directory`.
 
@@ -52,13 +52,16 @@ def train_and_measure(
         held_out: raw held-out rows, the same in all runs.
         directory: of the run.
         asked: the settings of the run, written with its results.
-        answers: column of `held_out` with the expected answers of greedy decoding; None generates none.
+        tasks: of lm-evaluation-harness, on which the trained model is evaluated too.
+        task_folder: with task files of the user's own.
 
     Raises:
-        ValueError: from the trainer; and for rows without a prompt if `answers` is set.
+        ValueError: from the trainer; and if its model cannot be evaluated on `tasks`.
     """
     set_seed(training_args.seed)  # for new adapters: TRL 1.9 makes them before the Trainer seeds
     trainer: Any = make_trainer(model_args, training_args, train, held_out)
+    if tasks:
+        check_trainer(trainer)
     weights = _hash_weights(trainer.model) if trainer.is_world_process_zero() else None
     trainer.add_callback(_Progress(directory / PROGRESS_FILE))
     counts: list[TokenCounts] = []
@@ -76,8 +79,11 @@ def train_and_measure(
     )
     evaluation, run, state = trainer.eval_dataset, trainer.commonit, trainer.state
     arrays = measure_rows(trainer, evaluation)
-    if answers is not None:
-        arrays["exact"] = exact_matches(trainer, evaluation, answers)
+    if tasks:
+        chat = is_conversational(train[0])
+        arrays |= {
+            f"{SCORE}{name}": values for name, values in evaluate_tasks(trainer, tasks, task_folder, chat=chat).items()
+        }
     # The same groups as for the trainer's own evaluation losses by group.
     group_ids = None if run is None else run.eval_sets.assign(evaluation)
     if not trainer.is_world_process_zero():
@@ -158,58 +164,6 @@ def _batches(trainer: Any, rows: Dataset, collate: Any) -> Iterator[dict[str, to
         yield from trainer.accelerator.prepare_data_loader(loader, device_placement=True)
     finally:
         model.train(was_training)
-
-
-def exact_matches(trainer: Any, rows: Dataset, answers: str) -> NDArray[np.int64]:
-    """Compare greedy answers with the expected ones, without surrounding white space.
-
-    Args:
-        trainer: a trained trainer.
-        rows: tokenised, as the trainer prepares its evaluation set.
-        answers: column of `rows` with the expected answers.
-
-    Returns:
-        (rows,) 1 for an equal answer, else 0.
-
-    Raises:
-        ValueError: for a row without a prompt, in which every token is trained on.
-    """
-    from trl.models import unwrap_model_for_generation
-
-    collate, tokenizer, accelerator = padded_collator(trainer), trainer.processing_class, trainer.accelerator
-    expected = [str(answer).strip() for answer in rows[answers]]
-    max_new_tokens = max(map(len, tokenizer(expected, add_special_tokens=False)["input_ids"])) + _SPARE_TOKENS
-    prompts = []
-    for row in rows:
-        labels = collate([row])["labels"][0]
-        end = int((labels != IGNORED_LABEL).nonzero()[0])
-        if end == 0:
-            raise ValueError(
-                f"--eval_generate {answers}: the rows have no prompt, since every token is trained on. Give prompt and "
-                "completion, or set assistant_only_loss."
-            )
-        prompts.append(row["input_ids"][:end])
-    order = np.argsort(list(map(len, prompts)), kind="stable")[::-1]
-
-    def collate_prompts(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        padded = tokenizer.pad(
-            {"input_ids": [row["prompt"] for row in batch]}, padding_side="left", return_tensors="pt"
-        )
-        return {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
-
-    generated: list[str] = []
-    ordered = Dataset.from_dict({"prompt": [prompts[row] for row in order]})
-    with unwrap_model_for_generation(trainer.model_wrapped, accelerator) as model:
-        for batch in _batches(trainer, ordered, collate_prompts):
-            tokens = model.generate(
-                **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-            )
-            tokens = tokens[:, batch["input_ids"].shape[1] :]
-            tokens = accelerator.pad_across_processes(tokens, dim=1, pad_index=tokenizer.pad_token_id)
-            generated += tokenizer.batch_decode(accelerator.gather_for_metrics(tokens), skip_special_tokens=True)
-    matches = np.empty(len(rows), dtype=np.int64)
-    matches[order] = [text.strip() == expected[row] for text, row in zip(generated, order, strict=True)]
-    return matches
 
 
 class _Progress(TrainerCallback):

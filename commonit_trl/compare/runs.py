@@ -32,6 +32,7 @@ from commonit_trl.sanitize import sanitize
 RUNS_DIR = "runs"
 RESULT_FILE, ROWS_FILE, PROGRESS_FILE, LOG_FILE = "result.json", "rows.safetensors", "progress.json", "log.txt"
 LOCK_FILE = "lock"
+SCORE = "score "  # starts the names of the arrays of scores
 _POLL_INTERVAL = 0.3  # seconds
 _LOG_TAIL = 4_000  # bytes at the end of a log that may hold the reason of a failure
 
@@ -51,8 +52,8 @@ class RunResult:
     """(held-out rows,) trained tokens of each row."""
     group_ids: NDArray[np.int64]
     """(held-out rows,) index into `written["groups"]`; -1 for unassigned rows."""
-    exact: NDArray[np.int64] | None
-    """(held-out rows,) 1 if greedy decoding gives the expected answer; None if no answers were generated."""
+    scores: dict[str, NDArray[np.float64]]
+    """Score of lm-evaluation-harness -> (examples,) its values; the same scores in all runs."""
 
 
 def directory_of(output_dir: Path, run: Run) -> Path:
@@ -84,7 +85,7 @@ def read_result(output_dir: Path, run: Run, asked: dict[str, Any]) -> RunResult 
             run=run,
             written=written,
             **{name: arrays[name] for name in ("loss", "correct", "tokens", "group_ids")},
-            exact=arrays.get("exact"),
+            scores={name.removeprefix(SCORE): arrays[name] for name in sorted(arrays) if name.startswith(SCORE)},
         )
     except FileNotFoundError:
         return None

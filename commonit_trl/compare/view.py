@@ -22,18 +22,23 @@ MOST_GROUPS = 20  # in a table or chart
 MORE_STEPS = 0.1  # share of the baseline's steps from which a difference is part of the verdict
 VERSUS = f"vs {BASELINE}\n(95 %)"
 HEADINGS = ("Strategy", "Held-out\nloss", VERSUS, "Token\naccuracy", VERSUS)
-EXACT_HEADINGS = ("Correct\nanswers", VERSUS)
 COST_HEADINGS = ("Strategy", "Steps", "Left out /\nrepeated", "Padding", "Tokens\nper second")
 GROUP_HEADINGS = ("Group", "Rows", *HEADINGS[1:])
 CURVES = {"loss": "Training loss", "eval_loss": "Evaluation loss during training"}
 
 
 def tables(comparison: Comparison) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
-    """Return headings and rows of the two tables of strategies: results and costs."""
+    """Return headings and rows of the tables of strategies: results, each score of the harness, and costs."""
     results, costs = [], []
+    scores = [
+        (
+            ("Strategy", sanitize(name).replace(" ", "\n"), VERSUS),
+            [(result.name, *_measured(result.scores[name], 4)) for result in comparison.strategies],
+        )
+        for name in comparison.strategies[0].scores
+    ]
     for result in comparison.strategies:
-        exact = () if result.exact is None else _measured(result.exact, 3)
-        results.append((result.name, *_measured(result.loss, 4), *_measured(result.accuracy, 4), *exact))
+        results.append((result.name, *_measured(result.loss, 4), *_measured(result.accuracy, 4)))
         costs.append(
             (
                 result.name,
@@ -43,7 +48,7 @@ def tables(comparison: Comparison) -> list[tuple[tuple[str, ...], list[tuple[str
                 f"{result.tokens_per_second:,.0f}",
             )
         )
-    return [((HEADINGS + EXACT_HEADINGS)[: len(results[0])], results), (COST_HEADINGS, costs)]
+    return [(HEADINGS, results), *scores, (COST_HEADINGS, costs)]
 
 
 def group_cells(group: GroupResult) -> tuple[str, ...]:
@@ -70,21 +75,21 @@ def verdicts(comparison: Comparison) -> list[str]:
             sentences.append(f"{result.name}: too few seeds to tell; use --seeds {MIN_SEEDS} or more.")
         else:
             sentences.append(_verdict(result.name, "held-out loss", result.loss.difference, 4, sign=-1))
-            if result.exact is not None:
-                sentences.append(_verdict(result.name, "correct answers", result.exact.difference, 3, sign=1))
+            for name, measure in result.scores.items():
+                sentences.append(_verdict(result.name, name, measure.difference, 4, sign=None))
         sentences[-1] += caveat
     return sentences
 
 
-def _verdict(name: str, measure: str, difference: Difference | None, digits: int, *, sign: int) -> str:
-    """Return a sentence on `difference`, of which values with `sign` are better."""
+def _verdict(name: str, measure: str, difference: Difference | None, digits: int, *, sign: int | None) -> str:
+    """Return a sentence on `difference`, of which values with `sign` are better; None: the reader knows."""
     if difference is None or difference.low is None:
         return f"{name}: too few held-out rows to compare the {measure}."
     if not difference.visible:
         return f"{name}: no difference in {measure} visible at this size, {difference.text(digits)}."
-    better = "better" if difference.value * sign > 0 else "worse"
     direction = "higher" if difference.value > 0 else "lower"
-    return f"{name}: {better}, {direction} {measure} than {BASELINE}, {difference.text(digits)}."
+    better = "" if sign is None else "better, " if difference.value * sign > 0 else "worse, "
+    return f"{name}: {better}{direction} {measure} than {BASELINE}, {difference.text(digits)}."
 
 
 def notes(comparison: Comparison) -> list[str]:
