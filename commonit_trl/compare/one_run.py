@@ -1,7 +1,8 @@
 """One run of a comparison, in its own process or ranks: train, measure each held-out row, write the results.
 
 `rows.safetensors` has for each held-out row the sum of its tokens' losses, the number of tokens that the model ranks
-first, the number of tokens, and the group; and for each score of lm-evaluation-harness its examples. `result.json` has the rest; it is written last, so it marks a finished run.
+first, the number of tokens, and the group; for each score of lm-evaluation-harness it has the values of the examples.
+`result.json` has the rest; it is written last, so it marks a finished run.
 
 Rows are measured by the model's forward without labels, in float32. The Trainer's evaluation gives means over batches
 only, and newer versions of TRL train with heads that compute no logits.

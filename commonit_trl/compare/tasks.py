@@ -1,7 +1,7 @@
 """Scores of tasks of EleutherAI's lm-evaluation-harness, example by example, so that two models can be paired.
 
-The trained model is evaluated where it is, without being saved. Data-parallel ranks share the examples. The prompts have
-the tokenizer's chat template if the training rows are conversations.
+The trained model is evaluated in memory, without being saved. Data-parallel ranks share the examples. Prompts have the
+tokenizer's chat template if the training rows are conversations.
 
 Cost: that of the tasks; each process imports the harness (about five seconds).
 """
@@ -51,8 +51,8 @@ def check_trainer(trainer: Any) -> None:
     plugin = trainer.accelerator.state.deepspeed_plugin
     if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
         raise ValueError(
-            "--lm_eval_tasks needs the whole weights on each rank, and FSDP and ZeRO-3 shard them. Use DDP or ZeRO-2, or "
-            "remove the option."
+            "--lm_eval_tasks needs the whole weights on each rank, and FSDP and ZeRO-3 shard them. Use DDP or ZeRO-2, "
+            "or remove the option."
         )
     if not isinstance(trainer.processing_class, PreTrainedTokenizerBase):
         raise ValueError(

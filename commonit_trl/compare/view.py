@@ -29,26 +29,23 @@ CURVES = {"loss": "Training loss", "eval_loss": "Evaluation loss during training
 
 def tables(comparison: Comparison) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
     """Return headings and rows of the tables of strategies: results, each score of the harness, and costs."""
-    results, costs = [], []
-    scores = [
-        (
-            ("Strategy", sanitize(name).replace(" ", "\n"), VERSUS),
-            [(result.name, *_measured(result.scores[name], 4)) for result in comparison.strategies],
-        )
-        for name in comparison.strategies[0].scores
-    ]
+    made: list[tuple[tuple[str, ...], list[tuple[str, ...]]]] = [(HEADINGS, [])]
+    made += [(("Strategy", sanitize(name).replace(" ", "\n"), VERSUS), []) for name in comparison.strategies[0].scores]
+    made += [(COST_HEADINGS, [])]
     for result in comparison.strategies:
-        results.append((result.name, *_measured(result.loss, 4), *_measured(result.accuracy, 4)))
-        costs.append(
+        cells = [
+            (*_measured(result.loss, 4), *_measured(result.accuracy, 4)),
+            *(_measured(score, 4) for score in result.scores.values()),
             (
-                result.name,
                 f"{result.steps:,.0f}",
                 f"{result.left_out:,} / {result.repeated:,}",
                 f"{result.padding:.0%}",
                 f"{result.tokens_per_second:,.0f}",
-            )
-        )
-    return [(HEADINGS, results), *scores, (COST_HEADINGS, costs)]
+            ),
+        ]
+        for (_, rows), row in zip(made, cells, strict=True):
+            rows.append((result.name, *row))
+    return made
 
 
 def group_cells(group: GroupResult) -> tuple[str, ...]:

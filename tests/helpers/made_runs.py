@@ -10,7 +10,7 @@ ROWS = 60
 STRATEGIES = {strategy.name: strategy for strategy in parse_strategies("--metrics", "none,task,length:num_groups=2")}
 
 
-def result(strategy, seed, shift=0.0, exact=None, groups=("first", "second"), **written):
+def result(strategy, seed, shift=0.0, scores=None, groups=("first", "second"), **written):
     """Return a run whose loss per token is `shift` above the baseline's, plus noise."""
     tokens = np.random.default_rng(0).integers(4, 30, ROWS)
     per_token = 2 + np.random.default_rng(1).random(ROWS) + shift
@@ -35,7 +35,7 @@ def result(strategy, seed, shift=0.0, exact=None, groups=("first", "second"), **
         correct=tokens // 2,
         tokens=tokens,
         group_ids=np.arange(ROWS) % len(groups) if groups else np.full(ROWS, -1),
-        exact=exact,
+        scores=scores or {},
     )
 
 

@@ -1,7 +1,6 @@
 """`commonit compare` trains paired runs, measures every held-out row, resumes, and names failed runs."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -20,8 +19,9 @@ from safetensors.numpy import load_file
 
 from commonit_trl.cli import main as cli
 from commonit_trl.compare import one_run
-from commonit_trl.compare.one_run import exact_matches, measure_rows, padded_collator
+from commonit_trl.compare.one_run import measure_rows, padded_collator
 from commonit_trl.compare.runs import claimed
+from commonit_trl.compare.tasks import check_tasks, evaluate_tasks
 
 EXAMPLES = Path(__file__).parents[2] / "example_configs"
 STRATEGIES = ("none", "task", "length:num_groups=2")
@@ -205,6 +205,9 @@ def test_runs_end_with_the_comparison(recipe):
 
 
 def test_two_ranks_measure_every_row_in_order(recipe, tmp_path):
+    """With weights that do not change, two ranks measure what one measures, also on tasks of the harness."""
+    write_tasks(QUESTIONS, [number % 3 for number in range(len(QUESTIONS))])
+    recipe |= {"learning_rate": 0, "lm_eval_tasks": "answers,choices", "lm_eval_include_path": "tasks"}
     assert compare(recipe, "--only", "task@7") == 0
     alone = written("task@7")
     ranks = {"accelerate_config": EXAMPLES / "accelerate" / "ddp.yaml", "num_processes": 2, "main_process_port": 0}
@@ -214,11 +217,11 @@ def test_two_ranks_measure_every_row_in_order(recipe, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     directory = tmp_path / "two/compare/runs/task@7"
     result, arrays = json.loads((directory / "result.json").read_text()), load_file(directory / "rows.safetensors")
-    assert np.array_equal(arrays["tokens"], alone[1]["tokens"])
-    assert np.array_equal(arrays["group_ids"], alone[1]["group_ids"])
+    assert arrays.keys() == alone[1].keys() and sum(name.startswith("score ") for name in arrays) == 2
+    for name, values in arrays.items():
+        assert np.allclose(values, alone[1][name], rtol=1e-5), name
     assert result["weights"] == alone[0]["weights"]
     assert result["tokens"] == alone[0]["tokens"] and result["steps"] == alone[0]["steps"] / 2
-    assert np.abs(arrays["loss"] / arrays["tokens"]).max() < 2 * math.log(258)
 
 
 # --- one row at a time ----------------------------------------------------------------------------------------------
@@ -241,29 +244,83 @@ def test_rows_are_measured_as_in_batches_of_one(options, tmp_path):
         assert measured["correct"][number] == (top == inputs["labels"][0, 1:]).sum()
 
 
-def test_answers_are_those_of_greedy_decoding(tmp_path):
-    rows = [row for task in ("add", "sort") for row in rows_of_task(task, 5)]
-    trainer = make_trainer(tmp_path, Dataset.from_list(rows), commonit_metric="length", learning_rate=3e-2)
+# --- lm-evaluation-harness -------------------------------------------------------------------------------------------
+
+QUESTIONS = [f"Is {number} a large number?" for number in range(7)]
+CHOICES = ["yes", "no", "perhaps"]
+TASKS = {
+    "answers": """
+task: answers
+output_type: generate_until
+generation_kwargs: {until: ["#"], do_sample: false, max_gen_toks: 6}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+""",
+    "choices": """
+task: choices
+output_type: multiple_choice
+doc_to_choice: ["yes", "no", perhaps]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+""",
+}
+SHARED = """
+dataset_path: json
+dataset_kwargs: {data_files: {test: tasks/%s.jsonl}}
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+target_delimiter: ""
+"""
+
+
+def write_tasks(answers, choices):
+    """Write two tasks for the harness: greedy decoding should give `answers`, the likeliest choices be `choices`."""
+    Path("tasks").mkdir()
+    for name, expected in (("answers", answers), ("choices", choices)):
+        Path(f"tasks/{name}.yaml").write_text(TASKS[name] + SHARED % name, encoding="utf-8")
+        rows = [{"question": question, "answer": answer} for question, answer in zip(QUESTIONS, expected, strict=True)]
+        write_jsonl(Path(f"tasks/{name}.jsonl"), rows)
+
+
+def greedy(model, tokenizer, prompt):
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    new = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True).split("#")[0]
+
+
+def favourite(model, tokenizer, prompt):
+    """Return the index of the likeliest choice after the prompt."""
+    start = tokenizer(prompt)["input_ids"]
+
+    def log_likelihood(choice):
+        ids = torch.tensor([[*start, *tokenizer(choice)["input_ids"]]])
+        predicted = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        return predicted.gather(1, ids[0, 1:, None])[len(start) - 1 :].sum().item()
+
+    return max(range(len(CHOICES)), key=lambda number: log_likelihood(CHOICES[number]))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_scores_are_those_of_the_trained_model(chat, tmp_path):
+    """Greedy decoding and likelihoods, example by example, with the chat template for conversations."""
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    rows = Dataset.from_list([row for task in ("add", "sort") for row in rows_of_task(task, 5)])
+    trainer = make_trainer(tmp_path, rows, commonit_metric="length", learning_rate=3e-2)
     trainer.train()
     tokenizer, model = trainer.processing_class, trainer.model.eval()
-    for number, row in enumerate(rows):  # every other row expects the model's own answer without padding
-        prompt = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
-        generated = model.generate(
-            input_ids=prompt, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
-        text = tokenizer.decode(generated[0, prompt.shape[1] :], skip_special_tokens=True)
-        row["answer"] = text if number % 2 else f"not {text}"
-    # Twelve new tokens, so that the answers end like those above.
-    expected = Dataset.from_list(rows)
-    longest = max(len(tokenizer(answer.strip())["input_ids"]) for answer in expected["answer"])
-    spare_tokens, one_run._SPARE_TOKENS = one_run._SPARE_TOKENS, 12 - longest
-    try:
-        prepared = make_trainer(
-            tmp_path, Dataset.from_list(rows), model=model, commonit_metric="length", extra={"eval_dataset": expected}
-        )
-        assert exact_matches(prepared, prepared.eval_dataset, "answer").tolist() == [0, 1] * 5
-    finally:
-        one_run._SPARE_TOKENS = spare_tokens
+    tokenizer.chat_template = "{% for turn in messages %}<{{ turn.content }}>{% endfor %}="
+    prompts = [f"<{question}>=" if chat else question for question in QUESTIONS]
+    with torch.no_grad():
+        answers = [greedy(model, tokenizer, prompt) for prompt in prompts]
+        likeliest = [favourite(model, tokenizer, prompt) for prompt in prompts]
+    # Every other example expects something else.
+    expected = [answer if number % 2 else f"not {answer}" for number, answer in enumerate(answers)]
+    write_tasks(expected, [(choice + number % 2) % 3 for number, choice in enumerate(likeliest)])
+    check_tasks(["answers", "choices"], "tasks")
+    scores = evaluate_tasks(trainer, ["answers", "choices"], "tasks", chat=chat)
+    assert {name: values.tolist() for name, values in scores.items()} == {
+        "answers exact_match": [0, 1, 0, 1, 0, 1, 0],
+        "choices acc": [1, 0, 1, 0, 1, 0, 1],
+    }
 
 
 # --- user errors --------------------------------------------------------------------------------------------------
@@ -279,7 +336,9 @@ WRONG = {
     "steps": ({"max_steps": 10}, "max_steps=10"),
     "stream": ({"dataset_streaming": True}, "dataset_streaming=True"),
     "no such run": ({"only": "task@99"}, "--only task@99: no such run"),
-    "answers": ({"eval_generate": "reply"}, "--eval_generate reply: "),
+    "harness": ({"lm_eval_tasks": "gsm9k"}, "--lm_eval_tasks gsm9k: "),
+    "no tasks": ({"lm_eval_include_path": "data"}, "--lm_eval_include_path data: no task"),
+    "no folder": ({"lm_eval_tasks": "gsm8k", "lm_eval_include_path": "nowhere"}, "nowhere: no such folder"),
     "all held out": ({"dataset_name": "data/train.jsonl", "held_out_rows": 24}, "--held_out_rows 24: "),
     "misspelt": ({"metric": "none"}, "Unknown option metric: did you mean"),
 }
@@ -297,8 +356,7 @@ def test_a_wrong_option_prints_one_line(case, recipe, capfd):
 
 def test_rows_are_held_out_of_a_file_without_a_test_split(recipe, capfd):
     recipe = recipe | {"dataset_name": "data/train.jsonl", "held_out_rows": 6, "train_rows": 10}
-    recipe["eval_generate"] = "completion"
     assert compare(recipe, "--only", "none@7") == 0
     result, arrays = written("none@7")
-    assert len(arrays["loss"]) == len(arrays["exact"]) == 6
+    assert len(arrays["loss"]) == 6
     assert result["steps"] == 10  # two epochs of ten rows, two at a time

@@ -71,13 +71,17 @@ def test_runs_that_cannot_be_paired_are_an_error():
         compared([result("task", 1)], failed={"task@0": "it broke"})
 
 
-def test_correct_answers_have_an_interval():
+def test_scores_of_the_harness_have_an_interval():
     few, many = np.arange(ROWS) % 3 == 0, np.arange(ROWS) % 3 > 0
-    results = [result(name, seed, exact=exact) for seed in range(3) for name, exact in (("none", few), ("task", many))]
+    results = [
+        result(name, seed, scores={"gsm8k exact_match": exact.astype(float)})
+        for seed in range(3)
+        for name, exact in (("none", few), ("task", many))
+    ]
     comparison = compared(results)
-    assert comparison.strategies[1].exact.value == pytest.approx(2 / 3)
-    assert verdicts(comparison)[1].startswith("task: better, higher correct answers than none, +0.333")
-    assert "+0.333" in printed(comparison)
+    assert comparison.strategies[1].scores["gsm8k exact_match"].value == pytest.approx(2 / 3)
+    assert verdicts(comparison)[1].startswith("task: higher gsm8k exact_match than none, +0.333")
+    assert "+0.333" in printed(comparison) and "+0.333" in render(comparison)
 
 
 def test_tables_fit_80_columns():
