@@ -34,6 +34,7 @@ NAMES = (
     "metrics_overhead",
     "evaluation",
     "real_data",
+    "gradients",
     "study",
     "axolotl_real_data",
 )

@@ -120,7 +120,7 @@ def run(settings: Settings) -> Report:
             comparison = _timed(work, name, fine_tune, settings, work, name, accumulation, best, strategies)
         comparisons[accumulation] = comparison | {"rates": rates, "rate": best}
     seconds = json.loads((work / SECONDS_FILE).read_text(encoding="utf-8"))
-    return report(settings, comparisons, seconds)
+    return report(settings, work, comparisons, seconds)
 
 
 def prepare(settings: Settings, work: Path) -> None:
@@ -232,7 +232,7 @@ def compare(settings: Settings, work: Path, name: str, accumulation: int, rate: 
         "max_length": LONGEST,
         "per_device_train_batch_size": settings["batch"],
         "gradient_accumulation_steps": accumulation,
-        "per_device_eval_batch_size": 16,
+        "per_device_eval_batch_size": 8,
         "gradient_checkpointing": "false",
         "dtype": "float32",
         "bf16": "true",

@@ -1,11 +1,20 @@
 """Report the study as tables and a plot of differences with their intervals."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
 from benchmarks.common import Report, Settings, Table, installed
+from commonit_trl.compare.runs import ROWS_FILE, directory_of
+from commonit_trl.compare.statistics import paired_difference
+from commonit_trl.compare.strategies import Run, parse_strategies
 
 HEADER = (
     "strategy",
@@ -19,10 +28,13 @@ HEADER = (
 )
 
 
-def report(settings: Settings, comparisons: Mapping[int, Mapping[str, Any]], seconds: Mapping[str, float]) -> Report:
+def report(
+    settings: Settings, work: Path, comparisons: Mapping[int, Mapping[str, Any]], seconds: Mapping[str, float]
+) -> Report:
     """Return the report of the study.
 
     Args:
+        work: folder of the study, with the losses of each held-out row.
         comparisons: accumulation -> content of `compare.json`, and the learning rates tried.
         seconds: part of the study -> wall time.
     """
@@ -35,13 +47,13 @@ def report(settings: Settings, comparisons: Mapping[int, Mapping[str, Any]], sec
     }
     return Report(
         head=head,
-        parts=list(_parts(settings, comparisons)),
+        parts=list(_parts(settings, work, comparisons)),
         results={"seconds": seconds, "comparisons": comparisons},
         packages=("scipy", "lm_eval"),
     )
 
 
-def _parts(settings: Settings, comparisons: Mapping[int, Mapping[str, Any]]) -> Iterator[Table | str]:
+def _parts(settings: Settings, work: Path, comparisons: Mapping[int, Mapping[str, Any]]) -> Iterator[Table | str]:
     for accumulation, comparison in comparisons.items():
         rates = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in comparison["rates"].items())
         yield Table(
@@ -50,6 +62,8 @@ def _parts(settings: Settings, comparisons: Mapping[int, Mapping[str, Any]]) -> 
             rows=[_row(result, comparison["strategies"][0]) for result in comparison["strategies"]],
         )
         yield f"The rate is the best for the baseline (held-out loss with one seed, by rate: {rates})."
+        yield _by_task(accumulation, work, comparison["strategies"])
+        yield _by_score(accumulation, comparison["strategies"])
         if comparison["failed"]:
             yield "Failed: " + "; ".join(f"{run} ({why})" for run, why in comparison["failed"].items())
     yield (
@@ -64,9 +78,65 @@ def _parts(settings: Settings, comparisons: Mapping[int, Mapping[str, Any]]) -> 
         yield f"![Differences to the baseline]({picture})"
 
 
+def _by_task(accumulation: int, work: Path, results: Sequence[Mapping[str, Any]]) -> Table:
+    """Return each strategy's held-out loss on the rows of each task of the mixture."""
+    lines = (work / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    task_of_row = np.array([json.loads(line)["task"] for line in lines])
+    tasks = np.unique(task_of_row)
+    baseline = results[0]
+    rows = []
+    for result in results:
+        ours, theirs = (
+            [_measured(work, accumulation, name, seed) for seed in result["seeds"]]
+            for name in (result["name"], baseline["name"])
+        )
+        cells = []
+        for task in tasks:
+            chosen = task_of_row == task
+            tokens = ours[0]["tokens"][chosen].astype(float)
+            losses, baseline_losses = (np.stack([one["loss"][chosen] for one in each]) for each in (ours, theirs))
+            difference = paired_difference(losses, baseline_losses, tokens)
+            cells.append(f"{losses.sum() / tokens.sum() / len(losses):.4f}")
+            cells.append("" if result is baseline or difference is None else _difference(asdict(difference)))
+        rows.append([_name(result), *cells])
+    header = [
+        cell for task in tasks for cell in (f"{task} ({np.sum(task_of_row == task)} rows)", f"{task} less none's")
+    ]
+    return Table(heading=f"Held-out loss by task, accumulation {accumulation}", header=("strategy", *header), rows=rows)
+
+
+def _measured(work: Path, accumulation: int, strategy: str, seed: int) -> dict[str, NDArray[Any]]:
+    (run,) = (Run(strategy=one, seed=seed) for one in parse_strategies("--metrics", strategy))
+    return load_file(directory_of(work / f"accumulation-{accumulation}" / "compare", run) / ROWS_FILE)
+
+
+def _by_score(accumulation: int, results: Sequence[Mapping[str, Any]]) -> Table:
+    scores = list(results[0]["scores"])
+    return Table(
+        heading=f"Scores of lm-evaluation-harness, accumulation {accumulation}",
+        header=("strategy", *(cell for score in scores for cell in (score, f"{score} less none's"))),
+        rows=[
+            [_name(result)]
+            + [
+                cell
+                for score in scores
+                for cell in (
+                    f"{result['scores'][score]['value']:.3f}",
+                    _difference(result["scores"][score]["difference"]),
+                )
+            ]
+            for result in results
+        ],
+    )
+
+
+def _name(result: Mapping[str, Any]) -> str:
+    return result["name"].replace("reference_dataset=reference.jsonl:min_group_size=16", "MMLU reference")
+
+
 def _row(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
     return [
-        result["name"].replace("reference_dataset=reference.jsonl", "MMLU reference"),
+        _name(result),
         f"{result['steps']:,.0f}",
         f"{result['loss']['value']:.4f}",
         _difference(result["loss"]["difference"]),
@@ -104,7 +174,7 @@ def draw(comparisons: Mapping[int, Mapping[str, Any]], path: Path) -> None:
     panels = figure.subplots(len(results), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for (accumulation, each), panel in zip(results.items(), panels):
         differences = [result["loss"]["difference"] for result in each]
-        names = [_row(result, result)[0] for result in each]
+        names = [_name(result) for result in each]
         values = [difference["value"] for difference in differences]
         reach = [difference["high"] - difference["value"] for difference in differences]
         panel.errorbar(values, names, xerr=reach, fmt="o", color="#1f5fa8", ecolor="#9db8d6", capsize=3)
