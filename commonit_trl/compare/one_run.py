@@ -23,7 +23,6 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, set_seed
-from trl import is_conversational
 from xxhash import xxh3_128
 
 from commonit_trl.cli.sft import make_trainer
@@ -43,6 +42,8 @@ def train_and_measure(
     asked: Mapping[str, Any],
     tasks: Sequence[str] = (),
     task_folder: str | None = None,
+    *,
+    chat: bool = False,
 ) -> None:
     """Train a run and write its results into `directory`.
 
@@ -55,6 +56,7 @@ def train_and_measure(
         asked: the settings of the run, written with its results.
         tasks: of lm-evaluation-harness, on which the trained model is evaluated too.
         task_folder: with task files of the user's own.
+        chat: whether the prompts of `tasks` have the chat template.
 
     Raises:
         ValueError: from the trainer; and if its model cannot be evaluated on `tasks`.
@@ -81,7 +83,6 @@ def train_and_measure(
     evaluation, run, state = trainer.eval_dataset, trainer.commonit, trainer.state
     arrays = measure_rows(trainer, evaluation)
     if tasks:
-        chat = is_conversational(train[0])
         arrays |= {
             f"{SCORE}{name}": values for name, values in evaluate_tasks(trainer, tasks, task_folder, chat=chat).items()
         }
