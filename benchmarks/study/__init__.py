@@ -247,7 +247,7 @@ def compare(settings: Settings, work: Path, name: str, accumulation: int, rate: 
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
         # Large pages that are kept when freed: otherwise a CPU spends a third of the time in page faults.
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1073741824",
     }
     done = subprocess.run(
         [sys.executable, "-m", "commonit_trl", "compare", *command, *options], cwd=work, env=environment

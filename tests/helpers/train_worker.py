@@ -42,6 +42,7 @@ from transformers import TrainerCallback, TrainerState  # noqa: E402
 
 import commonit_trl.grouping.fit  # noqa: E402
 from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer  # noqa: E402
+from commonit_trl.compare.tasks import check_trainer  # noqa: E402
 from commonit_trl.trainer.checkpoint import last_checkpoint, read_checkpoint  # noqa: E402
 from helpers import fsdp_cpu  # noqa: E402
 from helpers.toys import QUIET, Recorder, id_rows, tiny_model, tiny_tokenizer  # noqa: E402
@@ -197,12 +198,21 @@ def train(run: dict[str, Any]) -> None:
         result["stage"] = trainer.model_wrapped.zero_optimization_stage()
     if USES_FSDP:
         result["shards"] = numbers_of_shards(trainer.model_wrapped)
+    result["refused_by_compare"] = refusal_of_harness(trainer)
     result["log"] = trainer.state.log_history
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # a collective with ZeRO-3
     if trainer.is_world_process_zero():
         weights = {name: value.contiguous().clone() for name, value in weights.items()}
         safetensors.torch.save_file(weights, directory / f"{run['name']}.safetensors")
         (directory / f"{run['name']}.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def refusal_of_harness(trainer: Any) -> str | None:
+    """Return the message by which `commonit compare` refuses the harness's tasks."""
+    try:
+        return check_trainer(trainer)
+    except ValueError as error:
+        return str(error)
 
 
 def main() -> None:

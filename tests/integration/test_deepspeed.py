@@ -44,6 +44,7 @@ def test_zero_trains_the_plan(stage, tmp_path):
 
     result = json.loads((tmp_path / "zero.json").read_text())
     assert (result["engine"], result["stage"], result["world_size"]) == ("DeepSpeedEngine", stage, 2)
+    assert ("--lm_eval_tasks" in (result["refused_by_compare"] or "")) == (stage == 3)  # which shards the weights
     steps = recorded(tmp_path / "zero.ids", 2)
     rows = id_rows(SIZES)
     per_epoch = len(steps) // 2

@@ -67,6 +67,7 @@ def test_fsdp2_trains_the_plan(state_dict, ddp, tmp_path):
     for name in ("fsdp", "resumed", "replanned"):
         result = read(tmp_path, name)
         assert (result["world_size"], result["shards"]) == (2, [2])
+        assert "--lm_eval_tasks" in result["refused_by_compare"]  # which needs whole weights
 
     rows = id_rows(SIZES)
     steps = recorded(tmp_path / "fsdp.ids", 2)
