@@ -10,8 +10,8 @@ plain batches, with their intervals, in tables and a plot.
     python -m benchmarks study --size full --data FOLDER
 
 Two cores of a CPU need about eight hours. The folder `work` keeps all results: after an interruption, the same command
-does what is missing. `--set strategies=first` reports the first strategies alone, `--set model=FOLDER` takes another
-chat model.
+does what is missing. `--set strategies=first` reports the paper's epoch by each metric alone, `mixed` with
+`commonit_remainder: mix` too; `--set model=FOLDER` takes another chat model.
 """
 
 import json
@@ -34,27 +34,17 @@ from benchmarks.study.tables import report
 from commonit_trl.files import write_text
 
 TITLE = "Does it help?"
-FIRST = (
-    "none",
-    "task",
-    "task:remainder=mix",
-    "length",
-    "length:remainder=mix",
-    "embedding:reference_dataset=reference.jsonl:min_group_size=16",
-    "embedding:reference_dataset=reference.jsonl:min_group_size=16:remainder=mix",
-)
-"""Each metric with either treatment of the samples that fill no step."""
+_EMBEDDING = "embedding:reference_dataset=reference.jsonl:min_group_size=16"
+FIRST = ("none", "task", "length", _EMBEDDING)
+"""The paper's epoch by each metric."""
+MIXED = (*FIRST, *(f"{strategy}:remainder=mix" for strategy in FIRST[1:]))
 ALL = (
-    *FIRST,
-    "task:remainder=mix:pure_fraction=0.5",
-    "length:remainder=mix:pure_fraction=0.5",
-    "embedding:reference_dataset=reference.jsonl:min_group_size=16:remainder=mix:pure_fraction=0.5",
+    *MIXED,
+    *(f"{strategy}:remainder=mix:pure_fraction=0.5" for strategy in FIRST[1:]),
     "task+length:remainder=mix",
-    "task:purity=micro",
-    "length:purity=micro",
-    "embedding:reference_dataset=reference.jsonl:min_group_size=16:purity=micro",
+    *(f"{strategy}:purity=micro" for strategy in FIRST[1:]),
 )
-STRATEGIES = {"first": FIRST, "all": ALL}
+STRATEGIES = {"first": FIRST, "mixed": MIXED, "all": ALL}
 SIZES: dict[str, dict[str, Any]] = {
     "full": {
         "work": "out/study",
@@ -116,7 +106,7 @@ def run(settings: Settings) -> Report:
         every = STRATEGIES[settings["strategies"]]
         if accumulation == 1:  # where a step is a micro-batch
             every = tuple(strategy for strategy in every if "purity=micro" not in strategy)
-        for strategies in (FIRST, every):  # the first ones first, with all seeds
+        for strategies in (FIRST, every):  # the first ones with all seeds before the others
             comparison = _timed(work, name, fine_tune, settings, work, name, accumulation, best, strategies)
         comparisons[accumulation] = comparison | {"rates": rates, "rate": best}
     seconds = json.loads((work / SECONDS_FILE).read_text(encoding="utf-8"))
@@ -247,7 +237,8 @@ def compare(settings: Settings, work: Path, name: str, accumulation: int, rate: 
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
         # Large pages that are kept when freed: otherwise a CPU spends a third of the time in page faults.
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1073741824",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:"
+        "glibc.malloc.trim_threshold=1073741824",
     }
     done = subprocess.run(
         [sys.executable, "-m", "commonit_trl", "compare", *command, *options], cwd=work, env=environment
