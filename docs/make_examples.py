@@ -3,17 +3,17 @@
 Steps: (1) in a working folder, put FOLDER, a TOKENIZER trained on its rows and MINILM where the commands name them;
 (2) run each command of the page that has a text block below it, and put its output there; (3) train a tiny random Llama
 by task on a slice of the rows; (4) photograph its report in headless Chromium, before and after training, in a wide and
-a narrow window, and keep one picture; (5) run the comparison of compare.md, and photograph its page.
+a narrow window, and keep one picture; (5) in the folder of the study, repeat the comparison of compare.md, whose runs
+are there, and photograph its page.
 
     python -m docs.make_examples --data FOLDER
 
 FOLDER is that of benchmarks/mixture.py. Cost: four minutes of one CPU core, of which encoding 14,434 rows for the
-metric `embedding` is two, and eight minutes of two cores for the comparison; `--work DIR` keeps the working folder,
+metric `embedding` is two, and the runs of the comparison that the study lacks; `--work DIR` keeps the working folder,
 `--only` makes a part alone.
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -27,9 +27,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from benchmarks.common import machine
-from benchmarks.mixture import find_minilm, prepare, read_mixture, reuse_freed_memory, tiny_llama
+from benchmarks.mixture import find_minilm, prepare, reuse_freed_memory, tiny_llama
 from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer
-from commonit_trl.cli import demo
 from docs import figures
 
 DOCS = Path(__file__).parent
@@ -72,18 +71,10 @@ def write_outputs(page: Path, work: Path) -> None:
     page.write_text(figures.fill(text), encoding="utf-8")
 
 
-def compare(data: Path, work: Path, browser: str) -> None:
-    """Compare the metrics on the mixture, from the model of `commonit demo`; photograph the page."""
-    rows, _ = demo.generate_rows(seed=0)
-    (work / "out" / "demo").mkdir(parents=True, exist_ok=True)
-    demo.make_models(work / "out" / "demo", rows, seed=0)
-    (work / "MIXTURE").mkdir(exist_ok=True)
-    lines = "".join(json.dumps(row) + "\n" for row in read_mixture(data))
-    (work / "MIXTURE" / "train.jsonl").write_text(lines, encoding="utf-8")
-    write_outputs(COMPARE_PAGE, work)
-    report = work / "out" / "mixture" / "compare" / "compare.html"
-    for width in (WIDE, NARROW):
-        photograph(browser, report, work / f"compare-{width}.png", width, 3_000)
+def compare(study: Path, browser: str) -> None:
+    """Show the comparison of the study, whose runs have finished; photograph its page."""
+    write_outputs(COMPARE_PAGE, study)
+    report = study / "accumulation-4" / "compare" / "compare.html"
     photograph(browser, report, COMPARE_PICTURE, WIDE, COMPARE_HEIGHT)
 
 
@@ -151,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the data of benchmarks/mixture.py")
     parser.add_argument("--work", type=Path, help="keep the working folder here; default: a temporary one")
+    parser.add_argument("--study", type=Path, default=Path("out/study"), help="folder of benchmarks/study")
     parser.add_argument("--only", choices=("outputs", "pictures", "compare"), help="make these alone")
     args = parser.parse_args()
     browser = os.environ.get("COMMONIT_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -172,7 +164,7 @@ def main() -> None:
         if args.only in (None, "pictures"):
             train(args.data, work, browser)
         if args.only in (None, "compare"):
-            compare(args.data, work, browser)
+            compare(args.study, browser)
 
 
 if __name__ == "__main__":
