@@ -10,6 +10,17 @@ from helpers import forked
 WORKER = Path(__file__).with_name("train_worker.py")
 
 
+def zero_config(stage: int) -> dict[str, Any]:
+    """Return a DeepSpeed config that trains on CPU."""
+    return {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": stage == 3},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+
+
 def start(script: Path, spec: Any, directory: Path, world_size: int = 1, **options: Any) -> forked.Ended:
     """Run a script of this folder with a JSON file as its argument; `options` are those of `forked.run`."""
     directory.mkdir(parents=True, exist_ok=True)

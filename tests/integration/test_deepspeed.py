@@ -7,20 +7,10 @@ import json
 from collections import Counter
 
 import pytest
-from helpers.launch import launch
+from helpers.launch import launch, zero_config
 from helpers.toys import group_losses, id_rows, plan_of, recorded
 
 SIZES = [1, 5, 6, 12, 13, 30]  # W*A = 6, S = 12
-
-
-def config_of(stage):
-    return {
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": stage == 3},
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-    }
 
 
 def last_loss(result):
@@ -38,7 +28,7 @@ def test_zero_trains_the_plan(stage, tmp_path):
         "save_strategy": "steps",
         "save_steps": 10,
     }
-    run = {"name": "zero", "group_sizes": SIZES, "deepspeed": config_of(stage), "options": options}
+    run = {"name": "zero", "group_sizes": SIZES, "deepspeed": zero_config(stage), "options": options}
     checkpoint = str(tmp_path / "zero-out" / "checkpoint-10")
     launch([run, {**run, "name": "resumed", "resume": checkpoint}], tmp_path, world_size=2)
 
@@ -71,7 +61,7 @@ def test_i8_group_losses_under_zero_are_those_of_the_rows(stage, tmp_path):
     their last batches with rows of the first ones; one group is not in the training set."""
     sizes = [9, 6, 2]
     options = {"commonit_metric": "task", "eval_strategy": "epoch", "per_device_eval_batch_size": 3}
-    run = {"name": "zero", "group_sizes": [8, 4], "eval_group_sizes": sizes, "deepspeed": config_of(stage)}
+    run = {"name": "zero", "group_sizes": [8, 4], "eval_group_sizes": sizes, "deepspeed": zero_config(stage)}
     launch([{**run, "options": options}], tmp_path, world_size=2)
 
     result = json.loads((tmp_path / "zero.json").read_text())

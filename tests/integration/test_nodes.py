@@ -1,10 +1,13 @@
-"""Two nodes without a shared disk: two agents of torchrun, each with its own HOME, caches and output directory.
+"""Two nodes: two agents of torchrun, or of deepspeed with a hostfile, each with its own HOME and caches.
 
 1. The nodes train the same plan, pure and with every row once an epoch; rank 0's node alone caches the groups.
-2. One node is killed with its agent in the second epoch; the other ends. Both started again, they resume at the exact
-   next micro-batch from the last checkpoint that is complete on both, once the second has the model's files.
+2. torchrun, without a shared disk: one node is killed with its agent in the second epoch; the other ends. Both started
+   again, they resume at the exact next micro-batch from the last checkpoint that is complete on both, once the second
+   has the model's files.
+3. deepspeed, with a shared output directory: a ZeRO engine over both nodes resumes at the exact next micro-batch.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,7 +18,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.launch import WORKER
+from helpers.launch import WORKER, zero_config
 from helpers.toys import id_rows, tiny_tokenizer
 
 from commonit_trl import Rows, load_grouper
@@ -42,7 +45,19 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def launch(directory, runs):
+def torchrun(directory, port, number):
+    command = ["torchrun", "--nnodes", "2", "--node_rank", str(number), "--nproc_per_node", "1"]
+    return [*command, "--master_addr", "127.0.0.1", "--master_port", str(port)]
+
+
+def deepspeed(directory, port, number):
+    hosts = directory / "hostfile"
+    hosts.write_text("localhost slots=1\n127.0.0.1 slots=1\n", encoding="utf-8")  # two names of this machine
+    command = ["deepspeed", "--hostfile", str(hosts), "--no_ssh", "--node_rank", str(number), "--no_local_rank"]
+    return [*command, "--master_addr", "127.0.0.1", "--master_port", str(port)]
+
+
+def launch(directory, runs, launcher=torchrun):
     """Train `runs` with one rank on each of two nodes; return the exit codes and output of their agents."""
     port, agents = free_port(), []
     for number in range(2):
@@ -57,25 +72,27 @@ def launch(directory, runs):
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            "DS_ACCELERATOR": "cpu",
         }
-        options = ["--nnodes", "2", "--node_rank", str(number), "--nproc_per_node", "1"]
-        options += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-        agents.append(
-            subprocess.Popen(
-                [str(Path(sys.executable).with_name("torchrun")), *options, str(WORKER), str(spec)],
-                cwd=node,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
+        program, *options = launcher(directory, port, number)
+        with (node / "log").open("w", encoding="utf-8") as log:
+            agents.append(
+                subprocess.Popen(
+                    [str(Path(sys.executable).with_name(program)), *options, str(WORKER), str(spec)],
+                    cwd=node,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
             )
-        )
     try:
-        outputs = [agent.communicate(timeout=400)[0] for agent in agents]
+        codes = [agent.wait(timeout=1500) for agent in agents]
     finally:
         for agent in agents:
-            agent.terminate()  # its rank too
-    return [agent.returncode for agent in agents], outputs
+            with contextlib.suppress(ProcessLookupError):  # all processes of the node have ended
+                os.killpg(agent.pid, signal.SIGTERM)
+    return codes, [(directory / f"node{number}" / "log").read_text(encoding="utf-8") for number in range(2)]
 
 
 def seen(directory, name):
@@ -94,6 +111,15 @@ def groups_of_rows(directory, name):
     return load_grouper(directory / "node0" / f"{name}-out" / "commonit").assign(rows)
 
 
+def check_epochs(seen_steps, groups):
+    """Assert that both epochs see every row, in steps of one group over both nodes."""
+    per_epoch = len(seen_steps) // 2
+    for epoch in range(2):
+        steps = [seen_steps[step] for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
+        assert {row for step in steps for rank in step for batch in rank for row in batch} == set(range(sum(SIZES)))
+        assert all(len({groups[row] for rank in step for batch in rank for row in batch}) == 1 for step in steps)
+
+
 def checkpoints(directory, node, name):
     return {path.name for path in (directory / f"node{node}" / f"{name}-out").glob("checkpoint-*")}
 
@@ -107,10 +133,7 @@ def test_killed_node_comes_back(tmp_path, minilm):
     whole = seen(tmp_path, "whole")
     per_epoch, groups = len(whole) // 2, groups_of_rows(tmp_path, "whole")
     assert len(set(groups)) == 3
-    for epoch in range(2):
-        steps = [whole[step] for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
-        assert {row for step in steps for rank in step for batch in rank for row in batch} == set(range(sum(SIZES)))
-        assert all(len({groups[row] for rank in step for batch in rank for row in batch}) == 1 for step in steps)
+    check_epochs(whole, groups)
     caches = [tmp_path / f"node{number}" / "datasets" / "commonit" for number in range(2)]
     assert caches[0].is_dir() and not caches[1].exists()
 
@@ -135,3 +158,22 @@ def test_killed_node_comes_back(tmp_path, minilm):
     for name, first in {"resumed": 6, "later": 3}.items():
         assert seen(tmp_path, name) == {step: ranks for step, ranks in whole.items() if step >= first}
     assert "no random state of rank" not in "".join(outputs)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_and_resumes_over_a_hostfile(stage, tmp_path):
+    pytest.importorskip("deepspeed")
+    options = {**OPTIONS, "commonit_metric": "task", "save_steps": 7, "output_dir": str(tmp_path / "out")}
+    del options["commonit_num_groups"], options["save_on_each_node"]
+    run = {"group_sizes": SIZES, "options": options, "deepspeed": zero_config(stage)}
+    checkpoint = str(tmp_path / "out" / "checkpoint-7")
+    runs = [{**run, "name": "whole"}, {**run, "name": "resumed", "resume": checkpoint}]
+    codes, outputs = launch(tmp_path, runs, deepspeed)
+    assert codes == [0, 0], outputs
+
+    result = json.loads((tmp_path / "node0" / "whole.json").read_text(encoding="utf-8"))
+    assert (result["engine"], result["stage"], result["world_size"]) == ("DeepSpeedEngine", stage, 2)
+    whole = seen(tmp_path, "whole")
+    check_epochs(whole, id_rows(SIZES)["task"])
+    assert len(whole) // 2 < 7 < len(whole)
+    assert seen(tmp_path, "resumed") == {step: ranks for step, ranks in whole.items() if step >= 7}
