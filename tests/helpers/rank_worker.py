@@ -2,9 +2,9 @@
 
     python rank_worker.py runs.json            torchrun --nproc_per_node 2 rank_worker.py runs.json
 
-`runs.json` is a list of runs with `name`, `kind`, `metric` (null for the parent) and `options` of `Kind.make`. A run may
-have `rows` (a JSON Lines file, instead of the kind's rows) and `resume` (a checkpoint), both as paths from the folder
-of `runs.json`. Each writes `<name>.rank<r>.pt` there, for `kinds.load`.
+`runs.json` is a list of runs with `name`, `kind`, `metric` (null for the parent) and `options` of `Kind.make`. A run
+may have `rows` (a JSON Lines file, instead of the kind's rows) and `resume` (a checkpoint), both as paths from the
+folder of `runs.json`. Each writes `<name>.rank<r>.pt` there, for `kinds.load`.
 """
 
 import json
