@@ -6,8 +6,9 @@ The model gets the chosen and the rejected answers of a micro-batch in one forwa
 from collections import Counter
 
 import pytest
-from helpers.axolotl_recipes import axolotl, launch, recipe, result, seen, write_recipe, write_rows
+from helpers.axolotl_recipes import axolotl, launch, recipe, result, save_model, seen, write_recipe, write_rows
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 SIZES = {"x": 9, "y": 6, "z": 2}
 ANSWER_LENGTHS = [4, 30]
@@ -40,6 +41,8 @@ ROWS = make_pairs(SIZES)
 def runs(request, tmp_path_factory):
     """Directory and ranks of the runs `task`, `resumed`, `length` and `baseline`."""
     directory = tmp_path_factory.mktemp("reward")
+    model = AutoModelForSequenceClassification.from_pretrained(save_model(directory / "model"), num_labels=1)
+    model.save_pretrained(directory / "model")  # Axolotl does not seed a new score head
     pairs = {"type": "bradley_terry.chat_template"}
     data = [{"path": str(write_rows(directory / "rows.jsonl", ROWS)), **pairs}]
     held_out = write_rows(directory / "test.jsonl", make_pairs({"x": 3, "y": 4}, first=100))
