@@ -26,8 +26,8 @@ _LOGGED = ("commonit_purity", "commonit_remainder", "commonit_weights", "commoni
 _LOGGED_IF_SET = ("commonit_pure_fraction", "commonit_order", "commonit_heaviest_first", "commonit_small_groups")
 # Recipe keys that change the rows, their order or the trainer, and the fix for each.
 _CONFLICTS = {
-    "rl": "Axolotl builds its own trainer; train with TRL, by CommonITMixin and DPOTrainer, KTOTrainer or ORPOTrainer",
-    "reward_model": "Axolotl builds its own trainer; train with TRL, by CommonITMixin and RewardTrainer",
+    "rl": "Axolotl gives a plugin's trainer no model; train with TRL, by CommonITMixin and DPOTrainer, KTOTrainer or "
+    "ORPOTrainer",
     "process_reward_model": "Axolotl builds its own trainer; remove one of the two",
     "trainer_cls": "CommonIT brings the trainer; remove trainer_cls",
     "group_by_length": "it sets the order of samples itself; remove it (commonit_balance_lengths keeps padding low)",
@@ -91,9 +91,9 @@ class CommonITPlugin(BasePlugin):
 
                 compare_ranks({"commonit_metric": "none"})
             return None
-        from axolotl_plugin.trainer import CommonITAxolotlTrainer
+        from axolotl_plugin.trainer import CommonITAxolotlRewardTrainer, CommonITAxolotlTrainer
 
-        return CommonITAxolotlTrainer
+        return CommonITAxolotlRewardTrainer if cfg.reward_model else CommonITAxolotlTrainer
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """Return the options, and the settings of Axolotl's that they replace."""
@@ -116,9 +116,9 @@ class CommonITPlugin(BasePlugin):
             if cfg.get("commonit_metric") == "none":
                 trainer.add_callback(_RefuseCommonITCheckpoint(cfg))
             return
-        from axolotl_plugin.trainer import CommonITAxolotlTrainer
+        from axolotl_plugin.trainer import CommonITAxolotlMixin
 
-        if not isinstance(trainer, CommonITAxolotlTrainer):
+        if not isinstance(trainer, CommonITAxolotlMixin):
             raise ValueError(
                 f"commonit_metric: {options.commonit_metric}: the recipe selects {type(trainer).__name__}, which does "
                 "not group batches. Remove the key or plugin that selects it."

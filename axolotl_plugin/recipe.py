@@ -103,7 +103,7 @@ def _read(path: str) -> Recipe:
         "seed": seed,
         "accumulation_steps": cfg.gradient_accumulation_steps,
         "world_size": cfg.world_size,
-        "balanced": options.commonit_balance_lengths,
+        "balanced": options.commonit_balance_lengths and not cfg.reward_model,
         "dropped": dropped,
     }
     if not cfg.sample_packing:

@@ -1,6 +1,6 @@
-"""`AxolotlTrainer` with group-pure batches, packed or not.
+"""`AxolotlTrainer`, packed or not, and `AxolotlRewardTrainer` with group-pure batches.
 
-Two differences from the mixin with TRL: Axolotl packs in the sampler, so plans consist of bins
+Two differences of `AxolotlTrainer` from the mixin with TRL: Axolotl packs in the sampler, so plans consist of bins
 (`axolotl_plugin.packing`). The loss of a training step is its mean over tokens, as in transformers; Axolotl averages
 each micro-batch first, so a sample's weight would depend on its micro-batch (see `axolotl_plugin/README.md`).
 Evaluation keeps Axolotl's loss.
@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from axolotl.core.trainers import AxolotlTrainer
+from axolotl.core.trainers import AxolotlRewardTrainer, AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
 from numpy.typing import NDArray
@@ -31,11 +31,10 @@ from commonit_trl.trainer.mixin import CommonITMixin
 LOG = get_logger(__name__)
 
 
-class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
-    """`AxolotlTrainer` with group-pure batches."""
+class CommonITAxolotlMixin(CommonITMixin):
+    """`CommonITMixin` for rows that Axolotl has prepared, with carried columns and counts of dropped rows."""
 
     commonit_logger = LOG
-    commonit_run_class = PackedRun
 
     def commonit_check(self, options: Any, dataset: Any) -> None:
         # Axolotl sets dataloader_drop_last for packed evaluation; CommonIT's training batches ignore it.
@@ -44,11 +43,6 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
         validate.check_settings(checked)
         validate.check_class(type(self), CommonITMixin, known=(CommonITAxolotlTrainer,))
         validate.check_dataset(dataset)
-
-    def commonit_start(self) -> None:
-        self._parent_accepts_loss_kwargs = self.model_accepts_loss_kwargs
-        self.model_accepts_loss_kwargs = accepts_loss_kwargs(self.accelerator.unwrap_model(self.model))
-        super().commonit_start()
 
     def commonit_group(self) -> tuple[Grouping, NDArray[np.integer[Any]]]:
         dropped = dropped_rows(self.train_dataset)
@@ -62,10 +56,6 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
     def commonit_rows(self, dataset: Dataset) -> Rows:
         return super().commonit_rows(with_source_names(dataset))
 
-    def commonit_loss_is_summed(self) -> bool:
-        # Check the class: a trial batch needs Axolotl's evaluation settings.
-        return self.model_accepts_loss_kwargs and is_causal_lm_loss(self)
-
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the parent's dataloader without carried columns; keep them for the losses by group."""
         if self.commonit is None:
@@ -74,6 +64,21 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
         loader = super().get_eval_dataloader(_without_carried(labelled) if isinstance(labelled, Dataset) else labelled)
         self.commonit.eval_sets.remember(loader, labelled)
         return loader
+
+
+class CommonITAxolotlTrainer(CommonITAxolotlMixin, AxolotlTrainer):
+    """`AxolotlTrainer` with group-pure batches."""
+
+    commonit_run_class = PackedRun
+
+    def commonit_start(self) -> None:
+        self._parent_accepts_loss_kwargs = self.model_accepts_loss_kwargs
+        self.model_accepts_loss_kwargs = accepts_loss_kwargs(self.accelerator.unwrap_model(self.model))
+        super().commonit_start()
+
+    def commonit_loss_is_summed(self) -> bool:
+        # Check the class: a trial batch needs Axolotl's evaluation settings.
+        return self.model_accepts_loss_kwargs and is_causal_lm_loss(self)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate with Axolotl's loss."""
@@ -90,6 +95,14 @@ class CommonITAxolotlTrainer(CommonITMixin, AxolotlTrainer):
         if self.commonit is not None:
             return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
         return super()._get_train_sampler(train_dataset)
+
+
+class CommonITAxolotlRewardTrainer(CommonITAxolotlMixin, AxolotlRewardTrainer):
+    """`AxolotlRewardTrainer` (`reward_model: true`) with group-pure batches."""
+
+    def __init__(self, *args: Any, dataset_tags: Any = None, **kwargs: Any) -> None:
+        # Axolotl gives dataset_tags to every trainer but its own reward trainers, which do not take them.
+        super().__init__(*args, **kwargs)
 
 
 def accepts_loss_kwargs(model: Any) -> bool:

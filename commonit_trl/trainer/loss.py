@@ -102,8 +102,8 @@ def _two_rows(trainer: Any) -> list[int]:
 def _measuring(trainer: Any) -> Iterator[None]:
     """A context without gradients or dropout that leaves the model, the random state and TRL's metrics unchanged."""
     training = trainer.model.training
-    metrics = getattr(trainer, "_metrics", None)  # TRL's running metrics
-    kept = copy.deepcopy(metrics)
+    metrics = copy.deepcopy(getattr(trainer, "_metrics", None))  # TRL's running metrics
+    stored = copy.deepcopy(getattr(trainer, "_stored_metrics", None))  # those of ORPO and CPO
     trainer.model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(), trainer.compute_loss_context_manager():
@@ -111,4 +111,6 @@ def _measuring(trainer: Any) -> Iterator[None]:
     finally:
         trainer.model.train(training)
         if metrics is not None:
-            trainer._metrics = kept
+            trainer._metrics = metrics
+        if stored is not None:
+            trainer._stored_metrics = stored

@@ -151,7 +151,6 @@ def test_single_value_becomes_list(directory: Path, option: str, value: Any, oth
 
 CONFLICTS = {
     "rl": ("dpo", "CommonITMixin and DPOTrainer"),
-    "reward_model": (True, "CommonITMixin and RewardTrainer"),
     "process_reward_model": (True, "remove one"),
     "trainer_cls": ("my.Trainer", "remove trainer_cls"),
     "group_by_length": (True, "commonit_balance_lengths"),

@@ -61,7 +61,7 @@ class _Recorder(TrainerCallback):
             "step": self.step,
             "ids": [int(number) for text in texts for number in MARK.findall(text)],
             "shape": list(kwargs["input_ids"].shape),
-            "trained": int((kwargs["labels"] != -100).sum()),
+            "trained": int((kwargs["labels"] != -100).sum()) if "labels" in kwargs else None,
         }
         with open(f"{self.path}.ids.rank{os.environ.get('RANK', '0')}", "a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")

@@ -325,7 +325,9 @@ def ours(parent: type[Trainer]) -> type[Trainer]:
 def our_arguments(parent: type[TrainingArguments]) -> type[TrainingArguments]:
     if parent is SFTConfig:
         return CommonITSFTConfig
-    return make_dataclass(f"CommonIT{parent.__name__}", [], bases=(CommonITArguments, parent), kw_only=True)
+    name, bases = f"CommonIT{parent.__name__}", (CommonITArguments, parent)
+    made = make_dataclass(name, [], bases=bases, kw_only=True, namespace={"__module__": __name__})
+    return globals().setdefault(name, made)  # a checkpoint pickles the arguments by the name of their class
 
 
 def _with(collator: Callable[[Any], Any]) -> Callable[[], dict[str, Any]]:
@@ -474,8 +476,8 @@ class Run(TrainerCallback):
         return [inputs for step in self.losses for inputs, _ in step]
 
 
-def train(trainer: Any, evaluates: bool = False) -> Run:
-    """Train and return the record."""
+def train(trainer: Any, evaluates: bool = False, resume: Path | None = None) -> Run:
+    """Train, from the checkpoint `resume` on if there is one, and return the record."""
     run = Run()
     hook = trainer.model.register_forward_pre_hook(run.see, with_kwargs=True)
     trainer.add_callback(run)
@@ -487,7 +489,7 @@ def train(trainer: Any, evaluates: bool = False) -> Run:
         return compute_loss(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = recorded  # patch the object: its class must stay the user's
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume and str(resume))
     if evaluates:
         trainer.evaluate()
     trainer.compute_loss = compute_loss

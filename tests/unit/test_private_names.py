@@ -22,6 +22,7 @@ PRIVATE_NAMES = {
     "_init_training_state": ("transformers", "Trainer", "the only place that decides where a run resumes"),
     "_train_batch_size": ("transformers", "Trainer", "the batch size that auto_find_batch_size lowers"),
     "_metrics": ("trl", "SFTTrainer", "running metrics, restored after the loss is measured"),
+    "_stored_metrics": ("trl.experimental.orpo", "ORPOTrainer", "those of ORPO and CPO"),
     "_prepare_dataset": ("trl", "SFTTrainer", "the only place to group rows before they are packed"),
     "_tokenizer": ("trl", "SFTTrainer", "the tokenizer of a processor"),
     "_configure_warmup_and_logging": (
