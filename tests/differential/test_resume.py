@@ -12,7 +12,7 @@ from helpers.launch import WORKER, start
 EPOCHS, STEPS_PER_EPOCH, SAVED = 2, 6, 8
 RESUMED = {"num_train_epochs": EPOCHS, "save_strategy": "steps", "save_steps": SAVED, "dropout": 0.1}
 # transformers saves their weights under names that it does not load at a resume, with and without CommonIT.
-NOT_RELOADED = ("sft-moe", "sft-vision")
+NOT_RELOADED = ("sft-moe", "sft-vision", "vit-classes")
 PREFERENCES = ("dpo", "dpo-precomputed", "reward", "kto", "orpo", "cpo")
 
 
