@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import yaml
+from helpers.bad_input import error_of
 from helpers.toys import tiny_tokenizer
 from helpers.trainers import rows_of_task, write_jsonl
 
@@ -43,15 +44,6 @@ def numbers(capsys, *argv):
     """Return the inspections that `--json` prints."""
     assert inspect(*argv, "--json") == 0
     return json.loads(capsys.readouterr().out)["inspections"]
-
-
-def error(capfd, *argv):
-    """Return the line of an error."""
-    assert inspect(*argv) == 2
-    out, err = capfd.readouterr()
-    (line,) = (line for line in err.splitlines() if line.startswith("commonit: error: "))
-    assert out == "" and "Traceback" not in err
-    return line
 
 
 # --- it shows the run --------------------------------------------------------------------------
@@ -165,7 +157,9 @@ def test_rows_without_a_trained_token_are_dropped(tokenizer, tmp_path, capsys):
 
 def test_data_without_a_trained_token_are_an_error(tokenizer, tmp_path, capfd):
     data = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "x" * 60, "completion": "y"}] * 4)
-    line = error(capfd, data, "--commonit_metric", "length", "--tokenizer", tokenizer, "--max_length", 40)
+    line = error_of(
+        capfd, ["inspect", data, "--commonit_metric", "length", "--tokenizer", tokenizer, "--max_length", 40]
+    )
     assert "max_length=40" in line and "4 rows" in line
 
 
@@ -224,7 +218,7 @@ def test_saved_groups_are_loaded(data, tokenizer, tmp_path, capsys):
 def test_other_front_ends_come_from_installed_packages(tmp_path, monkeypatch, capfd):
     """An entry point names the reader of their recipes; tests/axolotl/test_axolotl_inspect.py reads real ones."""
     monkeypatch.setattr("commonit_trl.cli.recipes.ENTRY_POINTS", "commonit.test_recipes")
-    line = error(capfd, "--axolotl", "recipe.yml")
+    line = error_of(capfd, ["inspect", "--axolotl", "recipe.yml"])
     assert "--axolotl recipe.yml: " in line and "pip install 'commonit-trl[axolotl]'" in line
 
     info = tmp_path / "site" / "other-1.dist-info"
@@ -232,7 +226,7 @@ def test_other_front_ends_come_from_installed_packages(tmp_path, monkeypatch, ca
     (info / "METADATA").write_text("Name: other\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[commonit.test_recipes]\naxolotl = other_reader:read\n")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    assert "No module named 'other_reader'" in error(capfd, "--axolotl", "recipe.yml")
+    assert "No module named 'other_reader'" in error_of(capfd, ["inspect", "--axolotl", "recipe.yml"])
 
 
 def test_rows_are_not_changed(data, tmp_path):
