@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers.cases import BASELINE_CASES, CASES, Case
 from helpers.kinds import (
     FROZEN,
@@ -41,13 +40,7 @@ trained_with_a_metric = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_own_caches(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 @functools.cache
