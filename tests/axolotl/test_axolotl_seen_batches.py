@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from helpers.axolotl_recipes import launch, recipe, result, seen, write_recipe, write_rows
+from helpers.toys import rows_in
 
 QUESTIONS = {
     "capital": "What is the capital city of {}?",
@@ -133,20 +134,16 @@ def epochs_of(steps):
     return [[steps[step] for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)] for epoch in range(EPOCHS)]
 
 
-def flat(step):
-    return [number for rank in step for micro_batch in rank for number in micro_batch]
-
-
 def test_each_step_has_one_group(case, steps):
     for step in steps.values():
-        assert len({GROUPS[case.metric][number] for number in flat(step)}) == 1
+        assert len({GROUPS[case.metric][number] for number in rows_in([step])}) == 1
 
 
 def test_each_row_is_seen_once_per_epoch(case, steps):
     sizes = Counter(GROUPS[case.metric])
     micro_batches = case.world_size * case.accumulation
     for epoch in epochs_of(steps):
-        counts = Counter(number for step in epoch for number in flat(step))
+        counts = Counter(rows_in(epoch))
         assert set(counts) == set(range(len(ROWS)))
         for group, size in sizes.items():
             seen_rows = sum(counts[number] for number in range(len(ROWS)) if GROUPS[case.metric][number] == group)

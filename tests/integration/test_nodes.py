@@ -9,14 +9,14 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.forked import free_port
 from helpers.launch import WORKER
-from helpers.toys import id_rows, tiny_tokenizer
+from helpers.toys import id_rows, rows_in, tiny_tokenizer
 
 from commonit_trl import Rows, load_grouper
 
@@ -34,12 +34,6 @@ OPTIONS = {
     "save_steps": 3,
     "save_on_each_node": True,
 }
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launch(directory, runs):
@@ -109,8 +103,8 @@ def test_killed_node_comes_back(tmp_path, minilm):
     assert len(set(groups)) == 3
     for epoch in range(2):
         steps = [whole[step] for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
-        assert {row for step in steps for rank in step for batch in rank for row in batch} == set(range(sum(SIZES)))
-        assert all(len({groups[row] for rank in step for batch in rank for row in batch}) == 1 for step in steps)
+        assert set(rows_in(steps)) == set(range(sum(SIZES)))
+        assert all(len({groups[row] for row in rows_in([step])}) == 1 for step in steps)
     caches = [tmp_path / f"node{number}" / "datasets" / "commonit" for number in range(2)]
     assert caches[0].is_dir() and not caches[1].exists()
 

@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 from helpers.launch import launch
-from helpers.toys import QUIET, id_rows, plan_of, recorded
+from helpers.toys import QUIET, id_rows, plan_of, recorded, rows_in
 
 B = QUIET["per_device_train_batch_size"]
 
@@ -70,7 +70,7 @@ def test_i1_pure(seen, name):
                 assert all(len(group) == 1 for group in groups)
                 if not name.startswith("micro"):
                     assert len(set.union(*groups)) == 1
-            mixed_steps += len({group_of[row] for rank in step for batch in rank for row in batch}) > 1
+            mixed_steps += len({group_of[row] for row in rows_in([step])}) > 1
         if name.startswith("step"):
             assert mixed_steps == 0
         elif name == "micro-a3":
@@ -86,7 +86,7 @@ def test_i2_lossless(seen, name):
     group_of = id_rows(sizes)["task"]
     accumulation = shapes[name]["options"]["gradient_accumulation_steps"]
     for epoch in epochs_of(directory, name, world_size):
-        rows = Counter(row for step in epoch for rank in step for batch in rank for row in batch)
+        rows = Counter(rows_in(epoch))
         assert set(rows) == set(range(sum(sizes)))
         micro_batches = 1 if name.startswith("micro") else world_size * accumulation
         repeats = Counter(group_of[row] for row, times in rows.items() for _ in range(times - 1))
@@ -95,8 +95,8 @@ def test_i2_lossless(seen, name):
         if not name.startswith("micro"):
             step_sizes: dict = {}
             for step in epoch:
-                batch_rows = [row for rank in step for batch in rank for row in batch]
-                step_sizes.setdefault(group_of[batch_rows[0]], []).append(len(batch_rows))
+                step_rows = rows_in([step])
+                step_sizes.setdefault(group_of[step_rows[0]], []).append(len(step_rows))
             for group, counts in step_sizes.items():
                 assert len(counts) == math.ceil(sizes[int(group[1:])] / (B * micro_batches))
                 assert max(counts) - min(counts) <= 1
