@@ -315,6 +315,7 @@ def test_launch_options_come_from_flags_and_file(tmp_path):
         num_machines=2,
         same_network=True,
         multi_gpu=False,
+        env={"FROM_YAML": 1},
     )
     argv = ["--config", config, "--num-processes", "2", "--accelerate_config=zero2", "--use_cpu", "--bf16", "no"]
     (_, training, _, _), flags = cli.parse_sft(argv)
@@ -338,23 +339,6 @@ def test_flags_override_the_file_in_both_spellings(tmp_path):
     argv = [f"--config={config}", "--commonit-min-group-size", "2", "--max_steps=7", "--use_cpu", "--bf16", "no"]
     (_, training, _, _), _ = cli.parse_sft(argv)
     assert (training.commonit_min_group_size, training.max_steps, training.learning_rate) == (2, 7, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("metric", "option", "flag", "value"),
-    [
-        ("task", "commonit_weights", '{"add": 1, "sort": 2}', {"add": 1, "sort": 2}),
-        ("task", "commonit_task_column", ["a", "b"], ["a", "b"]),
-        ("task", "commonit_balance_lengths", "false", False),
-        ("length", "commonit_length_edges", [8, 16], [8, 16]),
-    ],
-)
-def test_values_from_flags_and_from_yaml_are_the_same(metric, option, flag, value, tmp_path):
-    config = config_file(tmp_path / "c.yaml", **{option: value}, commonit_metric=metric, env={"FROM_YAML": 1})
-    shared = ["--use_cpu", "--bf16", "no"]
-    (_, from_flags, _, _), _ = cli.parse_sft([*as_argv({"commonit_metric": metric, option: flag}), *shared])
-    (_, from_yaml, _, _), _ = cli.parse_sft(["--config", config, *shared])
-    assert getattr(from_flags, option) == getattr(from_yaml, option) == value
 
 
 def test_help_lists_the_options_of_trl_and_commonit(capsys):
