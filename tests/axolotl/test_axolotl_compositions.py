@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from helpers.axolotl_recipes import launch, recipe, result, seen, write_recipe, write_rows
-from helpers.toys import rows_in
+from helpers.toys import epochs_of, rows_in
 from test_axolotl_inspect import commonit
 from test_axolotl_labels import number_of, prepare, tokenized
 
@@ -174,10 +174,7 @@ def record(case: Case, request: pytest.FixtureRequest) -> Path:
 @pytest.fixture
 def epochs(case: Case, record: Path) -> list[list[list[list[list[int]]]]]:
     """Epoch -> step -> rank -> micro-batch -> row numbers."""
-    steps = seen(record, case.world_size)
-    assert len(steps) % EPOCHS == 0
-    each = len(steps) // EPOCHS
-    return [[steps[step] for step in range(epoch * each, (epoch + 1) * each)] for epoch in range(EPOCHS)]
+    return epochs_of(seen(record, case.world_size), EPOCHS)
 
 
 def is_pure(case: Case, step: list[list[list[int]]]) -> bool:

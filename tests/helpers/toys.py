@@ -205,6 +205,13 @@ def rows_in(steps: Iterable[list[list[list[int]]]]) -> list[int]:
     return [row for step in steps for rank in step for batch in rank for row in batch]
 
 
+def epochs_of(steps: dict[int, Any], count: int = 2) -> list[list[Any]]:
+    """Divide recorded steps into epochs of as many steps each."""
+    assert sorted(steps) == list(range(len(steps))) and len(steps) % count == 0
+    size = len(steps) // count
+    return [[steps[step] for step in range(epoch * size, (epoch + 1) * size)] for epoch in range(count)]
+
+
 def check_two_epochs(steps: dict[int, list[list[list[int]]]], rows: Dataset, **arguments: Any) -> int:
     """Check that recorded steps are two epochs of the plan: its micro-batches on each rank, pure, every row in each.
 
@@ -214,17 +221,15 @@ def check_two_epochs(steps: dict[int, list[list[list[int]]]], rows: Dataset, **a
     Returns:
         The number of steps in an epoch.
     """
-    half = len(steps) // 2
-    for epoch in range(2):
+    for epoch, own in enumerate(epochs_of(steps)):
         plan = plan_of(rows, **arguments, epoch=epoch)
-        own = [steps[step] for step in range(epoch * half, (epoch + 1) * half)]
-        assert plan.num_steps == half
+        assert plan.num_steps == len(own)
         for rank in range(arguments["world_size"]):
             assert [batch for step in own for batch in step[rank]] == list(plan.batches(rank))
         check_pure(own, rows)
         assert set(rows_in(own)) == set(range(len(rows)))
         assert len(rows_in(own)) == len(rows) + plan.summary().repeated
-    return half
+    return len(steps) // 2
 
 
 def check_pure(steps: Iterable[list[list[list[int]]]], rows: Dataset) -> None:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.kinds import FROZEN, KINDS, group_loss, load, row_groups
 from helpers.launch import WORKER, launch, start
-from helpers.toys import QUIET, id_rows, recorded, rows_in
+from helpers.toys import QUIET, epochs_of, id_rows, recorded, rows_in
 from helpers.trainers import make_trainer, write_jsonl
 from trl import pack_dataset
 
@@ -104,12 +104,7 @@ class Trained:
 
     def epochs(self, name: str) -> list[list[list[list[list[int]]]]]:
         """Epochs of steps."""
-        steps = self.steps(name)
-        assert sorted(steps) == list(range(len(steps)))
-        epochs = RUNS[name].get("num_train_epochs", 1)
-        size = len(steps) // epochs
-        assert size * epochs == len(steps)
-        return [[steps[step] for step in range(size * epoch, size * (epoch + 1))] for epoch in range(epochs)]
+        return epochs_of(self.steps(name), RUNS[name].get("num_train_epochs", 1))
 
     def logs(self, name: str) -> list[dict]:
         result = json.loads((self.directory / f"{name}.json").read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from helpers.forked import free_port
 from helpers.launch import WORKER
-from helpers.toys import id_rows, rows_in, tiny_tokenizer
+from helpers.toys import epochs_of, id_rows, rows_in, tiny_tokenizer
 
 from commonit_trl import Rows, load_grouper
 
@@ -101,8 +101,7 @@ def test_killed_node_comes_back(tmp_path, minilm):
     whole = seen(tmp_path, "whole")
     per_epoch, groups = len(whole) // 2, groups_of_rows(tmp_path, "whole")
     assert len(set(groups)) == 3
-    for epoch in range(2):
-        steps = [whole[step] for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
+    for steps in epochs_of(whole):
         assert set(rows_in(steps)) == set(range(sum(SIZES)))
         assert all(len({groups[row] for row in rows_in([step])}) == 1 for step in steps)
     caches = [tmp_path / f"node{number}" / "datasets" / "commonit" for number in range(2)]
