@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset
-from helpers.trainers import as_argv
+from helpers.trainers import SFT_FLAGS, as_argv
 from safetensors.torch import load_file
 
 from commonit_trl import CommonITSFTTrainer, __version__
@@ -51,15 +51,9 @@ def flags(model, train_file):
         "model_name_or_path": model,
         "dataset_name": train_file,
         "output_dir": "out",
-        "use_cpu": True,
-        "bf16": False,
-        "dtype": "float32",
         "max_steps": 2,
-        "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "save_strategy": "no",
+        **SFT_FLAGS,
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from helpers.bad_input import error_of
 from helpers.toys import tiny_tokenizer
-from helpers.trainers import rows_of_task, write_jsonl
+from helpers.trainers import SFT_FLAGS, rows_of_task, write_jsonl
 
 from commonit_trl import CommonITSFTTrainer
 from commonit_trl.cli import main as cli
@@ -56,18 +56,14 @@ def test_a_recipe_is_inspected_as_it_is_trained(metric, packing, model, data, tm
         "model_name_or_path": model,
         "dataset_name": data,
         "output_dir": "out",
-        "per_device_train_batch_size": 2,
+        **SFT_FLAGS,
         "gradient_accumulation_steps": 2,
         "max_length": 48,
         "packing": packing is not None,
         "packing_strategy": packing or "bfd",
         "seed": 3,
         "eval_strategy": "no",
-        "bf16": False,
-        "use_cpu": True,
         "max_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
     trained = []
