@@ -53,10 +53,10 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_arrays(path: str | Path, arrays: dict[str, NDArray[Any]], metadata: dict[str, str] | None = None) -> None:
-    """Write `arrays` and `metadata` to the safetensors file `path`; errors are those of `write_text`."""
+def write_arrays(path: str | Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """Write `arrays` to the safetensors file `path`; errors are those of `write_text`."""
     try:
         with replacing(path) as temporary:
-            save_file(arrays, temporary, metadata)
+            save_file(arrays, temporary)
     except SafetensorError as error:  # for example of a full disk
         raise OSError(errno.EIO, str(error), str(path)) from error

@@ -1,6 +1,7 @@
 """Load rows by name: hub names, directories, files, patterns of files, and folders that `save_to_disk` wrote."""
 
 import glob
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def _without_compression(path: str) -> Path:
 
 
 def _load_files(path: str, **options: Any) -> Any:
-    files = [path] if Path(path).is_file() else sorted(filter(_is_file, glob.glob(path, recursive=True)))
+    files = [path] if Path(path).is_file() else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
     if not files:
         raise FileNotFoundError("no such file")
     if not any(Path(file).stat().st_size for file in files):
@@ -65,10 +66,6 @@ def _load_files(path: str, **options: Any) -> Any:
     # As a list of escaped names: datasets skips matches of a pattern in some folders.
     names = [glob.escape(file) for file in files]
     return load_dataset(FILE_FORMATS[_without_compression(path).suffix], **options | {"data_files": names})
-
-
-def _is_file(path: str) -> bool:
-    return Path(path).is_file()
 
 
 def _load_saved(path: str, split: str | None = None, streaming: bool = False, **options: Any) -> Any:

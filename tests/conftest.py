@@ -1,4 +1,4 @@
-"""Shared setup: import path of `helpers`, offline hub, fixtures of the real model and data."""
+"""Shared setup: import path of `helpers`, offline hub, fixtures of the real model and data, and of a folder."""
 
 import os
 import sys
@@ -25,3 +25,16 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("COMMONIT_REAL_DATA is not set")
     return Path(folder)
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path, monkeypatch):
+    """Relative paths, outputs and caches are the test's own; one thread, as the models are tiny."""
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -8,10 +8,12 @@ launch options.
 
 import os
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 from accelerate.commands.launch import launch_command, launch_command_parser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+from commonit_trl.cli.options import raise_value_error
 
 _LAUNCHED = "COMMONIT_LAUNCHED"
 
@@ -52,7 +54,7 @@ def prepare(launch_flags: list[str], command: str, argv: list[str]) -> Any:
         )
     flags = [part for flag in launch_flags for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
     parser = launch_command_parser()
-    parser.error = _raise_value_error
+    parser.error = raise_value_error
     arguments = [*resolve_accelerate_config_argument(flags), "--module", "commonit_trl", command, *argv]
     return parser.parse_args(arguments)
 
@@ -61,7 +63,3 @@ def start(prepared: Any) -> None:
     """Start the processes and wait for them; `prepared` comes from `prepare`."""
     os.environ[_LAUNCHED] = "1"
     launch_command(prepared)
-
-
-def _raise_value_error(message: str) -> NoReturn:
-    raise ValueError(message)

@@ -17,7 +17,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -43,31 +43,12 @@ _ROWS_AT_ONCE = 4_096
 
 
 @dataclass(frozen=True, eq=False)
-class Texts:
-    """The texts of rows, read again whenever they are needed."""
+class HashedRows:
+    """Rows whose texts or vectors are read again whenever they are needed."""
 
     rows: Rows
-    of: str
-    """`prompt`, `response` or `both`."""
     digests: NDArray[np.uint64]
-    """(rows,) hashes of the texts."""
-
-    def __getitem__(self, numbers: NDArray[np.int64]) -> list[str]:
-        return self.rows.select(numbers).texts(self.of)
-
-
-@dataclass(frozen=True, eq=False)
-class Vectors:
-    """The vectors of rows, read again whenever they are needed."""
-
-    rows: Rows
-    of: str
-    """Name of the column."""
-    digests: NDArray[np.uint64]
-    """(rows,) hashes of the vectors."""
-
-    def __getitem__(self, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
-        return np.concatenate([*self.rows.select(numbers).vector_chunks(self.of)])
+    """(rows,) hashes of the texts or vectors."""
 
 
 class EmbeddingGrouper(Grouper):
@@ -114,31 +95,30 @@ class EmbeddingGrouper(Grouper):
         self.centroids: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
         self._held: dict[str, Any] = {}  # the encoder and the reference's embeddings, shared by copies
 
-    def read(self, rows: Rows) -> Texts | Vectors:
-        column, of = self.options["column"], self.options["text"]
-        if column is not None:
-            items: Iterator[bytes] = (vector.tobytes() for chunk in rows.vector_chunks(column) for vector in chunk)
+    def read(self, rows: Rows) -> HashedRows:
+        column = self.options["column"]
+        if column is None:
+            encoded = (chunk.cast(pa.binary()).to_pylist() for chunk in rows.text_chunks(self.options["text"]))
+            items: Iterator[bytes] = chain.from_iterable(encoded)
         else:
-            encoded = (chunk.cast(pa.binary()).to_pylist() for chunk in rows.text_chunks(of))
-            items = chain.from_iterable(encoded)
-        digests = np.fromiter(map(xxhash.xxh3_64_intdigest, items), dtype=np.uint64, count=len(rows))
-        return Texts(rows, of, digests) if column is None else Vectors(rows, column, digests)
+            items = (vector.tobytes() for chunk in rows.vector_chunks(column) for vector in chunk)
+        return HashedRows(rows, np.fromiter(map(xxhash.xxh3_64_intdigest, items), dtype=np.uint64, count=len(rows)))
 
-    def hashed(self, values: Texts | Vectors) -> NDArray[np.uint64]:
+    def hashed(self, values: HashedRows) -> NDArray[np.uint64]:
         return values.digests
 
-    def subset(self, values: Texts | Vectors, numbers: NDArray[np.int64]) -> Texts | Vectors:
-        return replace(values, rows=values.rows.select(numbers), digests=values.digests[numbers])
+    def subset(self, values: HashedRows, numbers: NDArray[np.int64]) -> HashedRows:
+        return HashedRows(values.rows.select(numbers), values.digests[numbers])
 
-    def fit_values(self, values: Texts | Vectors) -> None:
+    def fit_values(self, values: HashedRows) -> None:
         self.fit_assign(values)
 
-    def fit_assign(self, values: Texts | Vectors, ranks: Ranks = ALONE) -> NDArray[np.int64]:
+    def fit_assign(self, values: HashedRows, ranks: Ranks = ALONE) -> NDArray[np.int64]:
         _, first_rows, text_of_row, counts = np.unique(values.digests, True, True, True)
         chunks = self._chunks(len(counts))
 
         def encode(chunk: NDArray[np.int64]) -> NDArray[np.float32]:
-            return self._encode(values[first_rows[chunk]])
+            return self._embed(values, first_rows[chunk])
 
         def assign(item: tuple[NDArray[np.int64], NDArray[np.float32] | None]) -> NDArray[np.int32]:
             chunk, features = item
@@ -164,13 +144,22 @@ class EmbeddingGrouper(Grouper):
                     groups = self._dissolve_small_groups(groups, sizes, counts, small, features)
         return groups[text_of_row]
 
-    def assign_values(self, values: Texts | Vectors) -> NDArray[np.int64]:
+    def assign_values(self, values: HashedRows) -> NDArray[np.int64]:
         _, first_rows, text_of_row = np.unique(values.digests, return_index=True, return_inverse=True)
         groups = np.empty(len(first_rows), dtype=np.int64)
         with self.resources():
             for chunk in self._chunks(len(groups)):
-                groups[chunk] = _nearest_centroid(self._encode(values[first_rows[chunk]]), self.centroids)
+                groups[chunk] = _nearest_centroid(self._embed(values, first_rows[chunk]), self.centroids)
         return groups[text_of_row]
+
+    def _embed(self, values: HashedRows, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the (rows, dimensions) embeddings of the rows with these numbers."""
+        return self._encode(self._items(values.rows.select(numbers), self.options["text"]))
+
+    def _items(self, rows: Rows, of: str) -> list[str] | NDArray[np.float32]:
+        """Return the texts of rows, or their vectors."""
+        column = self.options["column"]
+        return rows.texts(of) if column is None else np.concatenate([*rows.vector_chunks(column)])
 
     def encode(self, texts: list[str]) -> NDArray[np.float32]:
         """Return (texts, dimensions) embeddings of length 1.
@@ -341,9 +330,8 @@ class EmbeddingGrouper(Grouper):
                     f"Set it to one of: {', '.join(rows.columns)}."
                 )
             labels = rows.labels([column])
-            vectors = self.options["column"]
             try:
-                texts = rows.texts("prompt") if vectors is None else np.concatenate([*rows.vector_chunks(vectors)])
+                texts = self._items(rows, "prompt")
             except ValueError as error:
                 raise ValueError(f"commonit_reference_dataset={name!r}: {error}") from error
             if None in labels:

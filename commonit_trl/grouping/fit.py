@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from commonit_trl.config import CommonITArguments
 from commonit_trl.grouping.base import Grouper
 from commonit_trl.grouping.cache import fit_assign_cached
-from commonit_trl.grouping.dropped import DroppedRows
+from commonit_trl.grouping.dropped import NONE_DROPPED, DroppedRows
 from commonit_trl.grouping.registry import build_grouper
-from commonit_trl.grouping.tracing import TracedRows, count_traced
+from commonit_trl.grouping.tracing import TracedRows
 from commonit_trl.rows import Rows
 
 
@@ -27,7 +27,7 @@ class Grouping:
     """The rows that were grouped; with packing, before they were packed."""
     group_ids: NDArray[np.int64]
     """(rows,) group id of each."""
-    dropped: DroppedRows = field(default_factory=DroppedRows)
+    dropped: DroppedRows
     """Rows that are not among `rows`, because training cannot use them."""
 
     @property
@@ -44,7 +44,7 @@ class Grouping:
         return self.grouper.assign(rows)
 
 
-def fit_grouping(options: CommonITArguments, rows: Rows, traced: Sequence[TracedRows] = ()) -> Grouping:
+def fit_grouping(options: CommonITArguments, rows: Rows, traced: Sequence[TracedRows]) -> Grouping:
     """Fit the groups of `options.commonit_metric` to `rows` and assign them, or load both from the cache.
 
     Args:
@@ -57,7 +57,8 @@ def fit_grouping(options: CommonITArguments, rows: Rows, traced: Sequence[Traced
     grouper, group_ids = fit_assign_cached(grouper, rows, options.commonit_cache_dir)
     if PartialState().is_main_process:
         grouper.log_notices()
-    return Grouping(grouper=grouper, rows=rows, group_ids=group_ids, dropped=count_traced(traced, grouper))
+    dropped = sum((part.count(grouper) for part in traced), start=NONE_DROPPED)
+    return Grouping(grouper=grouper, rows=rows, group_ids=group_ids, dropped=dropped)
 
 
 def data_seed(args: Any) -> int:

@@ -72,14 +72,14 @@ class Ranks:
         self.gather(lambda: results.append(compute()))
         return results[0]
 
-    def broadcast(self, compute: Callable[[], Result], source: int = 0) -> Result:
-        """Return the result of `compute` on rank `source`, where alone it runs; raise as `gather` does."""
-        result: Any = self.run(lambda: compute() if self.rank == source else None)
+    def broadcast(self, compute: Callable[[], Result]) -> Result:
+        """Return the result of `compute` on rank 0, where alone it runs; raise as `gather` does."""
+        result: Any = self.run(lambda: compute() if self.rank == 0 else None)
         if self.size == 1:
             return result
         from accelerate.utils import broadcast_object_list
 
-        return broadcast_object_list([result], from_process=source)[0]
+        return broadcast_object_list([result])[0]
 
     def map(
         self, function: Callable[[Item], Result], items: Sequence[Item], progress: str | None = None

@@ -2,14 +2,13 @@
 
 1. `with_row_numbers` adds a column with the row number to the raw rows;
 2. the caller prepares the rows, which keeps the column;
-3. `split_row_numbers` takes the column out again, and `missing_rows` gives the raw rows that did not survive;
+3. `split_row_numbers` takes the column out again; raw rows whose number is missing did not survive;
 4. `TracedRows.count`, once groups are fitted, names the group that each of them would have.
 
 Cost for 10^6 rows: adding and reading the column takes well under a second; assigning groups costs what assigning that
 many other rows costs.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,11 +55,6 @@ def split_row_numbers(prepared: Dataset) -> tuple[Dataset, NDArray[np.int64]]:
     return prepared.remove_columns(ROW_COLUMN), np.asarray(numbers, dtype=np.int64)
 
 
-def missing_rows(count: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the ascending row numbers below `count` that are not in `numbers`."""
-    return np.setdiff1d(np.arange(count), numbers)
-
-
 def truncation_reason(max_length: int | None) -> str:
     """Name the only reason why TRL's preparation drops a row: truncation leaves it no trained token."""
     return f"dropped by TRL's preparation: {NO_TRAINED_TOKEN} after truncation to max_length={max_length}"
@@ -83,8 +77,3 @@ def group_names(grouper: Grouper, rows: Rows) -> list[str]:
         labels = rows.labels(grouper.options["columns"])
         return [name or label or NO_LABEL for name, label in zip(names, labels, strict=True)]
     return [name or UNKNOWN_GROUP for name in names]
-
-
-def count_traced(traced: Iterable[TracedRows], grouper: Grouper) -> DroppedRows:
-    """Count the rows of all reasons by the group that `grouper` would assign them to."""
-    return sum((rows.count(grouper) for rows in traced), start=DroppedRows())

@@ -146,13 +146,7 @@ class Composition:
         mixed_rows: NDArray[np.integer[Any]],
         rng: np.random.Generator,
     ) -> NDArray[np.int64]:
-        """Return the (partitions,) indices of partitions in training order.
-
-        Args:
-            groups, starts, sizes: (partitions,) of `cut_evenly`.
-            group_ids: (samples,) group id of each row.
-            mixed_rows: (mixed samples,) row numbers.
-        """
+        """Return the (partitions,) indices of the partitions of `cut_evenly` in training order."""
         order = rng.permutation(len(groups))
         mixed = groups == MIXED
         if self.order == "random":

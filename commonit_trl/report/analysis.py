@@ -331,12 +331,7 @@ def _measure(
     tokens: NDArray[np.int64] | None,
     padding_free: bool,
 ) -> BatchNumbers:
-    """Measure the micro-batches of `indices` and `offsets`, in the geometry and groups of `plan`.
-
-    Args:
-        lengths: (samples,) cost of each sample in tokens.
-        tokens: (samples,) tokens of each sample.
-    """
+    """Measure micro-batches in the geometry and groups of `plan`; a sample has `tokens`, and costs `lengths`."""
     starts = offsets[:-1]
     groups = plan.group_ids[indices]
     lowest = np.minimum.reduceat(groups, starts).reshape(-1, plan.world_size)

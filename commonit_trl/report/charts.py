@@ -69,9 +69,9 @@ def figures(inspection: Inspection, losses: Losses | None = None) -> dict[str, g
     return {title: figure for title, figure in drawn.items() if figure is not None}
 
 
-def chart_text(text: str, characters: int = _NAME_CHARACTERS) -> str:
+def chart_text(text: str) -> str:
     """Escape text of the data for plotly, cut to one line."""
-    return html.escape(cut(sanitize(text), characters), quote=False)
+    return html.escape(cut(sanitize(text), _NAME_CHARACTERS), quote=False)
 
 
 def figure(traces: Sequence[Any], height: int, **layout: Any) -> go.Figure:

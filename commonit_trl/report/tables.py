@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from commonit_trl.grouping import Grouper
-from commonit_trl.grouping.dropped import NONE_DROPPED, DroppedRows
+from commonit_trl.grouping.dropped import DroppedRows
 from commonit_trl.report.analysis import GroupNumbers, Inspection
 from commonit_trl.report.summary import largest
 from commonit_trl.sanitize import cut, sanitize
@@ -134,9 +134,8 @@ def make_table(
     return table
 
 
-def print_inspections(inspections: Sequence[Inspection], console: Console | None = None) -> None:
+def print_inspections(inspections: Sequence[Inspection], console: Console) -> None:
     """Print a comparison of the metrics, then the groups of each."""
-    console = console or Console(highlight=False)
     headings, lines = overview(inspections)
     console.print(Text(geometry(inspections[0])), end="\n\n")
     headings = [*map(_heading, headings)]
@@ -198,12 +197,7 @@ def _line(console: Console, text: Text) -> None:
     console.print(text, no_wrap=True, overflow="ellipsis", crop=True)
 
 
-def print_sizes(
-    grouper: Grouper,
-    group_ids: NDArray[np.int64],
-    dropped: DroppedRows = NONE_DROPPED,
-    console: Console | None = None,
-) -> None:
+def print_sizes(grouper: Grouper, group_ids: NDArray[np.int64], dropped: DroppedRows, console: Console) -> None:
     """Print the number of rows per group, and of dropped rows by reason.
 
     Args:
@@ -212,7 +206,6 @@ def print_sizes(
         dropped: rows that training cannot use.
         console: where to print.
     """
-    console = console or Console(highlight=False)
     sizes = np.bincount(group_ids[group_ids >= 0], minlength=len(grouper.names))
     kept = largest(range(len(sizes)), MOST_GROUPS, sizes.__getitem__)
     lines = [(sanitize(grouper.names[group]), f"{sizes[group]:,}") for group in kept]

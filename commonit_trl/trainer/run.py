@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class Run:
     """How often the rest of an epoch was planned with other settings."""
     row_losses: RowLosses | None = None
     """Of the evaluation that is under way."""
-    _of_spec: tuple[PlanSpec, dict[Any, Any]] | None = None
+    _of_spec: WeakKeyDictionary[PlanSpec, dict[Any, Any]] = field(default_factory=WeakKeyDictionary)
 
     @functools.cached_property
     def metrics(self) -> GroupMetrics:
@@ -65,9 +66,7 @@ class Run:
 
     def of_spec(self, compute: Callable[["Run"], Value]) -> Value:
         """Return `compute(self)`, computed once for the current spec."""
-        if self._of_spec is None or self._of_spec[0] is not self.spec:
-            self._of_spec = self.spec, {}
-        values = self._of_spec[1]
+        values = self._of_spec.setdefault(self.spec, {})
         if compute not in values:
             values[compute] = compute(self)
         return values[compute]

@@ -19,13 +19,7 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from commonit_trl.config import CommonITArguments
 from commonit_trl.grouping.dropped import NO_TRAINED_TOKEN
 from commonit_trl.grouping.fit import Grouping, fit_grouping
-from commonit_trl.grouping.tracing import (
-    TracedRows,
-    missing_rows,
-    split_row_numbers,
-    truncation_reason,
-    with_row_numbers,
-)
+from commonit_trl.grouping.tracing import TracedRows, split_row_numbers, truncation_reason, with_row_numbers
 from commonit_trl.rows import Rows
 from commonit_trl.sanitize import sanitize
 from commonit_trl.trainer.mixin import CommonITMixin
@@ -129,7 +123,7 @@ def prepare_rows(
     cut_at = args.max_length if packing and args.packing_strategy == "bfd" else None
     dataset, numbers = split_row_numbers(prepare(with_row_numbers(raw), max_length, name))
     rows, traced = sft_rows(trainer, dataset, args, max_length=cut_at), []
-    missing = missing_rows(len(raw), numbers)
+    missing = np.setdiff1d(np.arange(len(raw)), numbers)
     if len(missing):
         untruncated = prepare(raw.select(missing), None, f"dropped {name}")
         # Rows without a label to train on are dropped even so; then their group is read from the raw rows.

@@ -51,41 +51,28 @@ def check_images(options: CommonITArguments, dataset: Dataset) -> None:
 
 def check_settings(args: Any) -> None:
     """Refuse training arguments that would undo group-pure batches."""
-    uneven = args.world_size > 1 and args.commonit_balance_lengths and not args.average_tokens_across_devices
-    conflicts = {
-        "train_sampling_strategy": (
-            args.train_sampling_strategy != "random",
-            "it is another order of samples; leave it at 'random' (commonit_balance_lengths keeps padding low)",
-        ),
-        "accelerator_config.split_batches": (
-            args.accelerator_config.split_batches,
-            "it would cut micro-batches apart; set it to False",
-        ),
-        "accelerator_config.dispatch_batches": (
-            args.accelerator_config.dispatch_batches,
-            "it would hand one rank's micro-batches to all; set it to False",
-        ),
-        "dataloader_drop_last": (
-            args.dataloader_drop_last,
-            "the plan decides about remainders; use commonit_remainder='drop'",
-        ),
-        "ignore_data_skip": (
-            args.ignore_data_skip,
-            "a resumed epoch would start over and repeat samples; set it to False",
-        ),
-        "auto_find_batch_size": (
-            args.auto_find_batch_size and args.commonit_resume == "replan",
-            "commonit_resume='replan' plans for one batch size; set it to False, or commonit_resume to 'exact'",
-        ),
-        "average_tokens_across_devices": (
-            uneven,
-            "each rank's tokens would weigh differently, and balancing by length would change the gradient; set it to "
-            "True, or commonit_balance_lengths to False",
-        ),
+    must_be_off = {
+        "accelerator_config.split_batches": "it would cut micro-batches apart; set it to False",
+        "accelerator_config.dispatch_batches": "it would hand one rank's micro-batches to all; set it to False",
+        "dataloader_drop_last": "the plan decides about remainders; use commonit_remainder='drop'",
+        "ignore_data_skip": "a resumed epoch would start over and repeat samples; set it to False",
     }
-    for name, (conflict, fix) in conflicts.items():
-        if conflict:
-            raise ValueError(f"{name}={attrgetter(name)(args)!r} does not go with commonit_metric: {fix}.")
+    conflicts = {name: fix for name, fix in must_be_off.items() if attrgetter(name)(args)}
+    if args.train_sampling_strategy != "random":
+        conflicts["train_sampling_strategy"] = (
+            "it is another order of samples; leave it at 'random' (commonit_balance_lengths keeps padding low)"
+        )
+    if args.auto_find_batch_size and args.commonit_resume == "replan":
+        conflicts["auto_find_batch_size"] = (
+            "commonit_resume='replan' plans for one batch size; set it to False, or commonit_resume to 'exact'"
+        )
+    if args.world_size > 1 and args.commonit_balance_lengths and not args.average_tokens_across_devices:
+        conflicts["average_tokens_across_devices"] = (
+            "each rank's tokens would weigh differently, and balancing by length would change the gradient; set it to "
+            "True, or commonit_balance_lengths to False"
+        )
+    for name, fix in conflicts.items():
+        raise ValueError(f"{name}={attrgetter(name)(args)!r} does not go with commonit_metric: {fix}.")
 
 
 def check_loss_type(args: Any) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.axolotl_recipes import PLUGIN, make_rows, recipe, save_model, write_recipe, write_rows
-from helpers.bad_input import check_refusal, record, timed
-
-from commonit_trl.cli import main as cli
+from helpers.bad_input import check_refusal, error_of, no_new_file
 
 ESCAPE = "\x1b[2J"
 
@@ -79,12 +77,7 @@ def test_inspect(
     write_rows(directory / "escapes.jsonl", [{ESCAPE: row.pop("task"), **row} for row in rows])
     (directory / "empty.jsonl").write_text("")
     (directory / "broken.jsonl").write_text('{"instruction": "a"')
-    capfd.readouterr()
-    code, seconds = timed(directory, lambda: cli.main(["inspect", "--axolotl", "bad.yml"]))
-    out, err = capfd.readouterr()
-    lines = [line for line in err.split("\n") if line.startswith("commonit: error: ")]
-    assert (code, len(lines)) == (2, 1), err
-    assert out == "" and "Traceback" not in err
-    check_refusal(lines[0], says.split(" | "))
-    record("commonit inspect --axolotl", name, "exit code 2", lines[0], "a model is loaded", seconds)
+    with no_new_file(directory):
+        line = error_of(capfd, ["inspect", "--axolotl", "bad.yml"])
+    check_refusal(line, says.split(" | "))
     assert not (directory / "ran").exists()

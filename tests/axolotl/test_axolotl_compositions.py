@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from helpers.axolotl_recipes import launch, recipe, result, seen, write_recipe, write_rows
+from helpers.toys import epochs_of, rows_in
 from test_axolotl_inspect import commonit
 from test_axolotl_labels import number_of, prepare, tokenized
 
@@ -173,18 +174,11 @@ def record(case: Case, request: pytest.FixtureRequest) -> Path:
 @pytest.fixture
 def epochs(case: Case, record: Path) -> list[list[list[list[list[int]]]]]:
     """Epoch -> step -> rank -> micro-batch -> row numbers."""
-    steps = seen(record, case.world_size)
-    assert len(steps) % EPOCHS == 0
-    each = len(steps) // EPOCHS
-    return [[steps[step] for step in range(epoch * each, (epoch + 1) * each)] for epoch in range(EPOCHS)]
-
-
-def flat(step: list[list[list[int]]]) -> list[int]:
-    return [number for rank in step for micro_batch in rank for number in micro_batch]
+    return epochs_of(seen(record, case.world_size), EPOCHS)
 
 
 def is_pure(case: Case, step: list[list[list[int]]]) -> bool:
-    return len({case.groups[number] for number in flat(step)}) == 1
+    return len({case.groups[number] for number in rows_in([step])}) == 1
 
 
 def full_steps(case: Case) -> int:
@@ -194,7 +188,7 @@ def full_steps(case: Case) -> int:
 @pytest.mark.parametrize("case", ALL, ids=name_of)
 def test_each_trained_row_is_seen_once_per_epoch(case, epochs):
     for epoch in epochs:
-        counts = Counter(number for step in epoch for number in flat(step))
+        counts = Counter(rows_in(epoch))
         assert sorted(counts) == case.trained
         for group in set(case.groups):
             rows = [number for number in case.trained if case.groups[number] == group]
@@ -241,7 +235,7 @@ def test_bins_are_pure(case, epochs):
 def test_steps_are_in_order(case, epochs):
     for epoch in epochs:
         if case.keys["commonit_order"] == "descending":
-            values = [max(case.groups[number] for number in flat(step)) for step in epoch]
+            values = [max(case.groups[number] for number in rows_in([step])) for step in epoch]
             assert values == sorted(values, reverse=True)
         elif not case.packed:
             assert all(is_pure(case, step) for step in epoch[: full_steps(case)])
@@ -327,7 +321,9 @@ def test_prepared_rows_of_other_columns_are_refused(tmp_path):
     prepare(tmp_path, [entry], metric=None)
     with pytest.raises(ValueError, match=r"commonit_column\[difficulty\].* without: make it again") as refusal:
         prepare(tmp_path, [entry], metric="column", commonit_column="difficulty")
-    assert "\n" not in str(refusal.value)
+    line = str(refusal.value)
+    assert line.startswith("commonit_metric='column' ") and str(tmp_path / "prepared") in line and "\n" not in line
+    assert line.endswith(f"`axolotl preprocess {tmp_path / 'recipe.yml'}`.")
     keys = {"dataset_prepared_path": str(tmp_path / "others")}
     prepare(tmp_path, [entry], metric="column", commonit_column="difficulty", **keys)
     with pytest.raises(ValueError, match=r"commonit_column\[quality\].* with commonit_column\[difficulty\]: make it"):

@@ -7,6 +7,7 @@ import json
 
 import pytest
 from helpers.axolotl_recipes import axolotl, launch, make_rows, recipe, result, seen, write_recipe, write_rows
+from helpers.toys import rows_in
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +63,7 @@ def test_deepspeed_does_not_change_batches(directory, stage):
     steps = seen(directory / f"zero{stage}", 2)
     assert steps == seen(directory / "plain", 2)
     for step in steps.values():
-        assert len({ROWS[number]["task"] for rank in step for batch in rank for number in batch}) == 1
+        assert len({ROWS[number]["task"] for number in rows_in([step])}) == 1
 
 
 def test_resumed_run_trains_second_epoch(directory):

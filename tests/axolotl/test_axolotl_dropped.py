@@ -32,6 +32,12 @@ def entry(path: str) -> dict[str, Any]:
     return {"path": path, "type": {**type_, "no_input_format": FORMAT}}
 
 
+LONG_AND_SHORT = [
+    alpaca(number, "long", 128) if number % 3 == 0 else alpaca(number, "short", 40) for number in range(12)
+]
+"""Prompts of the long rows fill 128 tokens."""
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("dropped")
@@ -93,10 +99,7 @@ def test_dropped_rows_have_reason_and_group(
 
 
 def test_packing_drops_rows_without_trained_tokens(directory: Path) -> None:
-    rows = [
-        alpaca(number, "long" if number % 3 == 0 else "short", 128 if number % 3 == 0 else 40) for number in range(12)
-    ]
-    path = str(write_rows(directory / "untrained.jsonl", rows))
+    path = str(write_rows(directory / "untrained.jsonl", LONG_AND_SHORT))
     keys = {"sequence_len": 128, "excess_length_strategy": "truncate", "sample_packing": True}
     keys |= {"sample_packing_eff_est": 0.9, "commonit_task_column": "task"}
     place = str(directory / "prepared-untrained")
@@ -129,10 +132,7 @@ def test_splits_keep_counts(directory: Path, entries: list[dict[str, Any]]) -> N
 
 
 def test_inspect_drops_rows_without_trained_tokens(directory: Path) -> None:
-    rows = [
-        alpaca(number, "long" if number % 3 == 0 else "short", 128 if number % 3 == 0 else 40) for number in range(12)
-    ]
-    path = str(write_rows(directory / "truncated.jsonl", rows))
+    path = str(write_rows(directory / "truncated.jsonl", LONG_AND_SHORT))
     for metric, group in (("task", "long"), ("length", UNKNOWN_GROUP)):
         keys = {"sequence_len": 128, "excess_length_strategy": "truncate", "commonit_metric": metric}
         keys |= {"dataset_prepared_path": str(directory / f"prepared-truncated-{metric}")}

@@ -133,19 +133,6 @@ def test_the_options_above_are_all() -> None:
     assert set(METRICS) < set(EVERY_OPTION)
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "others"),
-    [
-        ("commonit_task_column", "subject", {"commonit_metric": "task"}),
-        ("commonit_num_groups", 8, {}),
-        ("commonit_pure_fraction", 0.5, {"commonit_remainder": "mix"}),
-    ],
-)
-def test_single_value_becomes_list(directory: Path, option: str, value: Any, others: dict[str, Any]) -> None:
-    cfg = validated(directory, **{option: value}, **others)
-    assert cfg[option] == [value]
-
-
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -178,14 +165,6 @@ BAD_KEYS = [
     ({"commonit_metric": "none", "commonitpurity": 4}, "commonitpurity: did you mean commonit_purity?"),
     ({"commonit-metric": "task"}, "commonit-metric: did you mean commonit_metric?"),
     ({"commonit_weights": {"a": float("nan")}}, "commonit_weights: the weight nan of group 'a'"),
-    ({"commonit_pure_fraction": 0.5}, "commonit_pure_fraction=0.5"),
-    ({"commonit_pure_fraction": [1, 2], "commonit_remainder": "mix"}, "commonit_pure_fraction=[1.0, 2.0]"),
-    ({"commonit_pure_fraction": "half"}, "commonit_pure_fraction='half'"),
-    ({"commonit_order": "upward"}, "commonit_order='upward'"),
-    ({"commonit_metric": "task+tasks"}, "commonit_metric='tasks'"),
-    ({"commonit_num_groups": [4, 8]}, "commonit_num_groups=[4, 8]"),
-    ({"commonit_small_groups": "drop"}, "commonit_small_groups='drop'"),
-    ({"commonit_column": "difficulty"}, "commonit_column='difficulty'"),
 ]
 
 

@@ -368,25 +368,6 @@ def test_rows_with_labels_are_kept_apart(directory: Path, prepared: Any) -> None
     assert folders(keys) == {folder, folder.removesuffix(SUFFIX)}
 
 
-def test_rows_prepared_with_other_labels_are_refused(directory: Path, prepared: Any) -> None:
-    entries, keys = prepared
-    prepare(directory, entries, metric=None, **keys)
-    (plain,) = folders(keys)
-    labelled = {"dataset_prepared_path": f"{keys['dataset_prepared_path']}-labelled"}
-    prepare(directory, entries, commonit_task_column="topic", **labelled)
-    for column, where, was in (
-        ("topic", keys, "made without:"),
-        ("level", labelled, "made with commonit_task[topic]:"),
-    ):
-        with pytest.raises(ValueError) as error:
-            prepare(directory, entries, commonit_task_column=column, **where)
-        line = str(error.value)
-        assert line.startswith("commonit_metric='task' ") and f"commonit_task[{column}]" in line and was in line
-        assert where["dataset_prepared_path"] in line and "\n" not in line
-        assert line.endswith(f"`axolotl preprocess {directory / 'recipe.yml'}`.")
-    assert folders(keys) == {plain}
-
-
 def test_rows_from_the_hub_are_checked(directory: Path, prepared: Any) -> None:
     entries, keys = prepared
     labelled, _ = prepare(directory, entries, commonit_task_column="topic", **keys)

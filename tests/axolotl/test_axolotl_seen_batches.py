@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from helpers.axolotl_recipes import launch, recipe, result, seen, write_recipe, write_rows
+from helpers.toys import epochs_of, rows_in
 
 QUESTIONS = {
     "capital": "What is the capital city of {}?",
@@ -128,25 +129,16 @@ def steps(case, directory):
     return seen(directory / case.name, case.world_size)
 
 
-def epochs_of(steps):
-    per_epoch = len(steps) // EPOCHS
-    return [[steps[step] for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)] for epoch in range(EPOCHS)]
-
-
-def flat(step):
-    return [number for rank in step for micro_batch in rank for number in micro_batch]
-
-
 def test_each_step_has_one_group(case, steps):
     for step in steps.values():
-        assert len({GROUPS[case.metric][number] for number in flat(step)}) == 1
+        assert len({GROUPS[case.metric][number] for number in rows_in([step])}) == 1
 
 
 def test_each_row_is_seen_once_per_epoch(case, steps):
     sizes = Counter(GROUPS[case.metric])
     micro_batches = case.world_size * case.accumulation
-    for epoch in epochs_of(steps):
-        counts = Counter(number for step in epoch for number in flat(step))
+    for epoch in epochs_of(steps, EPOCHS):
+        counts = Counter(rows_in(epoch))
         assert set(counts) == set(range(len(ROWS)))
         for group, size in sizes.items():
             seen_rows = sum(counts[number] for number in range(len(ROWS)) if GROUPS[case.metric][number] == group)
@@ -168,7 +160,6 @@ def test_run_length_matches_plans(case, steps, directory):
     capacity = BATCH_SIZE * case.world_size * case.accumulation
     unpacked = sum(-(-size // capacity) for size in sizes)
     assert (outcome["trainer"], outcome["world_size"]) == ("CommonITAxolotlTrainer", case.world_size)
-    assert len(steps) % EPOCHS == 0
     if case.packing == "plain":
         assert len(steps) == EPOCHS * unpacked
     else:
@@ -179,7 +170,7 @@ def test_run_length_matches_plans(case, steps, directory):
 
 
 def test_epochs_differ(steps):
-    first, second = epochs_of(steps)
+    first, second = epochs_of(steps, EPOCHS)
     if len(first) > 3:  # two epochs of three steps may have the same order
         assert first != second
 

@@ -25,6 +25,7 @@ from helpers.axolotl_recipes import (
     write_recipe,
     write_rows,
 )
+from helpers.toys import rows_in
 from pydantic import AliasChoices, BaseModel
 
 from commonit_trl import load_grouper
@@ -280,7 +281,7 @@ def test_recipe_trains_pure_steps(name, trained):
     steps, outcome = seen(folder / name), result(folder / name)
     assert sorted(steps) == [0, 1]
     for ranks in steps.values():
-        rows = [row for micro_batches in ranks for micro_batch in micro_batches for row in micro_batch]
+        rows = rows_in([ranks])
         assert len(rows) > 4
         assert len({row // ROWS_PER_TOPIC for row in rows}) == 1
     logged = {key for entry in outcome["log"] for key in entry if re.fullmatch("eval_.+_loss", key)}

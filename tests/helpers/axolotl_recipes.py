@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from helpers import forked
-from helpers.toys import tiny_model, tiny_tokenizer
+from helpers.toys import recorded, tiny_model, tiny_tokenizer
 
 WORKER = Path(__file__).with_name("axolotl_worker.py")
 PLUGIN = "axolotl_plugin.CommonITPlugin"
@@ -138,12 +138,7 @@ def launch(
 
 def seen(path: Path, world_size: int = 1) -> dict[int, list[list[list[int]]]]:
     """Read the recorded row numbers: optimizer step -> rank -> micro-step -> row numbers."""
-    steps: dict[int, list[list[list[int]]]] = {}
-    for rank in range(world_size):
-        for line in Path(f"{path}.ids.rank{rank}").read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            steps.setdefault(entry["step"], [[] for _ in range(world_size)])[rank].append(entry["ids"])
-    return steps
+    return recorded(f"{path}.ids", world_size)
 
 
 def result(path: Path) -> dict[str, Any]:

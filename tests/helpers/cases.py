@@ -16,8 +16,6 @@ class Case:
     kind: Kind
     form: str = ""
     options: dict[str, Any] = field(default_factory=dict)
-    refuses: str | None = None
-    """The option for which a metric is refused."""
     cuts_rows: bool = False
     """Whether packing cuts rows, so that they cannot be found in what the model sees."""
 
@@ -36,8 +34,8 @@ class Case:
         return self.kind.make(directory, metric, self.form, **{**options, **self.options})
 
 
-def case(kind: str, form: str = "", refuses: str | None = None, cuts_rows: bool = False, **options: Any) -> Case:
-    return Case(kind=KINDS[kind], form=form, refuses=refuses, cuts_rows=cuts_rows, options=options)
+def case(kind: str, form: str = "", cuts_rows: bool = False, **options: Any) -> Case:
+    return Case(kind=KINDS[kind], form=form, cuts_rows=cuts_rows, options=options)
 
 
 def _random_masks() -> dict[str, Any]:
@@ -60,14 +58,11 @@ CASES = [
     case("sft", packing_strategy="wrapped", cuts_rows=True, **PACKED),
     case("sft", padding_free=True, max_length=None),
     case("sft", dataloader_num_workers=2),
-    case("sft", train_sampling_strategy="group_by_length", refuses="train_sampling_strategy"),
-    case("sft", dataloader_drop_last=True, refuses="dataloader_drop_last"),
     case("sft", loss_type="dft"),
     case("sft", loss_type="nll", label_smoothing_factor=0.1),
     case("sft-moe", evaluated=("one",)),
     case("causal", label_smoothing_factor=0.1),
     case("causal", evaluated=("one",)),
-    case("causal", train_sampling_strategy="group_by_length", refuses="train_sampling_strategy"),
     case("bert-classes", evaluated=("one", "two"), eval_strategy="epoch"),
     case("bert-classes", dataloader_num_workers=2),
     case("bert-classes", label_smoothing_factor=0.1),
@@ -90,6 +85,10 @@ BASELINE_CASES = [
     case("bert-masked", extra=_random_masks, evaluated=("one",)),
     case("sft", "text", num_train_epochs=3, max_steps=7, warmup_steps=2),
     case("kto", loss_type="kto", train_sampling_strategy="sequential"),
+    # Refused with a metric.
+    case("sft", train_sampling_strategy="group_by_length"),
+    case("causal", train_sampling_strategy="group_by_length"),
+    case("sft", dataloader_drop_last=True),
     case("sft", dataloader_num_workers=2, dataloader_persistent_workers=True),
     case("sft", label_smoothing_factor=0.1),  # TRL 1.9 does not support it
     # Refused by the parent.

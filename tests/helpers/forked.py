@@ -77,14 +77,18 @@ def run(
     return Ended(codes, stdout, stderr)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def _rank_environments(world_size: int) -> list[dict[str, str]]:
     """Return the environment variables that a launcher sets for each rank."""
     if world_size == 1:
         return [{}]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, **address}
     ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world_size)]
     return [{name: str(value) for name, value in rank.items()} for rank in ranks]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,23 +126,39 @@ def row_losses(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[list[float]
     return (-chosen * trained).sum(1).tolist(), trained.sum(1).tolist()
 
 
-def group_losses(weights: Path, group_sizes: list[int], trained_groups: tuple[str, ...], seed: int) -> dict[str, float]:
-    """Compute the token-weighted loss of each group of `id_rows`, row by row, with the Llama that a run has saved.
+def group_losses(model: Any, rows: Dataset, groups: Sequence[str]) -> dict[str, float]:
+    """Compute the token-weighted loss of each group of `id_rows`, row by row, with a Llama.
 
     Args:
-        weights: a safetensors file.
-        group_sizes, seed: of the rows.
-        trained_groups: groups of the training set; all others are one.
+        groups: (rows,) group of each row.
     """
-    model = tiny_model().eval()
-    model.load_state_dict(load_file(weights))
-    sums: dict[str, list[float]] = {name: [0.0, 0] for name in (*trained_groups, "(unseen task)")}
-    for row in id_rows(group_sizes, seed=seed):
+    sums: dict[str, list[float]] = {}
+    for row, group in zip(rows, groups, strict=True):
         (loss,), (tokens,) = row_losses(model, {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")})
-        group = sums[row["task"] if row["task"] in sums else "(unseen task)"]
-        group[0] += loss
-        group[1] += tokens
+        total = sums.setdefault(group, [0.0, 0])
+        total[0] += loss
+        total[1] += tokens
     return {name: loss / tokens for name, (loss, tokens) in sums.items()}
+
+
+def check_saved_losses(directory: Path, name: str, sizes: list[int]) -> dict[str, Any]:
+    """Check the group losses of the last evaluation of a run, whose training set has the groups g000 and g001.
+
+    Args:
+        directory, name: of the files that the run wrote.
+        sizes: of the groups of the evaluation set.
+
+    Returns:
+        The result of the run.
+    """
+    result = json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
+    model, rows = tiny_model().eval(), id_rows(sizes, seed=1)
+    model.load_state_dict(load_file(directory / f"{name}.safetensors"))
+    groups = [task if task in ("g000", "g001") else "(unseen task)" for task in rows["task"]]
+    logged = [entry for entry in result["log"] if "eval_loss" in entry][-1]
+    for group, loss in group_losses(model, rows, groups).items():
+        assert abs(logged[f"eval_{group}_loss"] - loss) <= 1e-5 * loss
+    return result
 
 
 class Recorder(TrainerCallback):
@@ -181,3 +198,42 @@ def recorded(path: str | Path, world_size: int = 1) -> dict[int, list[list[list[
             entry = json.loads(line)
             steps.setdefault(entry["step"], [[] for _ in range(world_size)])[rank].append(entry["ids"])
     return steps
+
+
+def rows_in(steps: Iterable[list[list[list[int]]]]) -> list[int]:
+    """Return the row numbers of recorded steps."""
+    return [row for step in steps for rank in step for batch in rank for row in batch]
+
+
+def epochs_of(steps: dict[int, Any], count: int = 2) -> list[list[Any]]:
+    """Divide recorded steps into epochs of as many steps each."""
+    assert sorted(steps) == list(range(len(steps))) and len(steps) % count == 0
+    size = len(steps) // count
+    return [[steps[step] for step in range(epoch * size, (epoch + 1) * size)] for epoch in range(count)]
+
+
+def check_two_epochs(steps: dict[int, list[list[list[int]]]], rows: Dataset, **arguments: Any) -> int:
+    """Check that recorded steps are two epochs of the plan: its micro-batches on each rank, pure, every row in each.
+
+    Args:
+        arguments: of `plan_of`, with `world_size`.
+
+    Returns:
+        The number of steps in an epoch.
+    """
+    for epoch, own in enumerate(epochs_of(steps)):
+        plan = plan_of(rows, **arguments, epoch=epoch)
+        assert plan.num_steps == len(own)
+        for rank in range(arguments["world_size"]):
+            assert [batch for step in own for batch in step[rank]] == list(plan.batches(rank))
+        check_pure(own, rows)
+        assert set(rows_in(own)) == set(range(len(rows)))
+        assert len(rows_in(own)) == len(rows) + plan.summary().repeated
+    return len(steps) // 2
+
+
+def check_pure(steps: Iterable[list[list[list[int]]]], rows: Dataset) -> None:
+    """Check that each recorded step holds rows of one task."""
+    tasks = rows["task"][:]
+    for step in steps:
+        assert len({tasks[row] for row in rows_in([step])}) == 1

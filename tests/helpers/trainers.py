@@ -27,6 +27,17 @@ QUIET = {
     "seed": 7,
 }
 
+SFT_FLAGS = {  # options of `commonit sft` for a quick run on a CPU
+    "use_cpu": True,
+    "bf16": False,
+    "dtype": "float32",
+    "per_device_train_batch_size": 2,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+
 
 def rows_of_task(task, count):
     """Make rows with `task`, `prompt` and `completion` of different lengths."""

@@ -1,7 +1,6 @@
-"""What the tests of the command line share: a model on disk, and a folder of their own."""
+"""A tiny model on disk."""
 
 import pytest
-import torch
 from helpers.toys import tiny_model, tiny_tokenizer
 
 
@@ -12,14 +11,3 @@ def model(tmp_path_factory):
     tiny_model().save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory
-
-
-@pytest.fixture
-def in_tmp_path(tmp_path, monkeypatch):
-    """Relative paths, outputs and caches are the test's own; one thread, as the models are tiny."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset
-from helpers.trainers import as_argv
+from helpers.trainers import SFT_FLAGS, as_argv
 from safetensors.torch import load_file
 
 from commonit_trl import CommonITSFTTrainer, __version__
@@ -51,15 +51,9 @@ def flags(model, train_file):
         "model_name_or_path": model,
         "dataset_name": train_file,
         "output_dir": "out",
-        "use_cpu": True,
-        "bf16": False,
-        "dtype": "float32",
         "max_steps": 2,
-        "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "save_strategy": "no",
+        **SFT_FLAGS,
     }
 
 
@@ -315,6 +309,7 @@ def test_launch_options_come_from_flags_and_file(tmp_path):
         num_machines=2,
         same_network=True,
         multi_gpu=False,
+        env={"FROM_YAML": 1},
     )
     argv = ["--config", config, "--num-processes", "2", "--accelerate_config=zero2", "--use_cpu", "--bf16", "no"]
     (_, training, _, _), flags = cli.parse_sft(argv)
@@ -338,23 +333,6 @@ def test_flags_override_the_file_in_both_spellings(tmp_path):
     argv = [f"--config={config}", "--commonit-min-group-size", "2", "--max_steps=7", "--use_cpu", "--bf16", "no"]
     (_, training, _, _), _ = cli.parse_sft(argv)
     assert (training.commonit_min_group_size, training.max_steps, training.learning_rate) == (2, 7, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("metric", "option", "flag", "value"),
-    [
-        ("task", "commonit_weights", '{"add": 1, "sort": 2}', {"add": 1, "sort": 2}),
-        ("task", "commonit_task_column", ["a", "b"], ["a", "b"]),
-        ("task", "commonit_balance_lengths", "false", False),
-        ("length", "commonit_length_edges", [8, 16], [8, 16]),
-    ],
-)
-def test_values_from_flags_and_from_yaml_are_the_same(metric, option, flag, value, tmp_path):
-    config = config_file(tmp_path / "c.yaml", **{option: value}, commonit_metric=metric, env={"FROM_YAML": 1})
-    shared = ["--use_cpu", "--bf16", "no"]
-    (_, from_flags, _, _), _ = cli.parse_sft([*as_argv({"commonit_metric": metric, option: flag}), *shared])
-    (_, from_yaml, _, _), _ = cli.parse_sft(["--config", config, *shared])
-    assert getattr(from_flags, option) == getattr(from_yaml, option) == value
 
 
 def test_help_lists_the_options_of_trl_and_commonit(capsys):

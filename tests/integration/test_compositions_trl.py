@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.kinds import FROZEN, KINDS, group_loss, load, row_groups
 from helpers.launch import WORKER, launch, start
-from helpers.toys import QUIET, id_rows, recorded
+from helpers.toys import QUIET, epochs_of, id_rows, recorded, rows_in
 from helpers.trainers import make_trainer, write_jsonl
 from trl import pack_dataset
 
@@ -104,12 +104,7 @@ class Trained:
 
     def epochs(self, name: str) -> list[list[list[list[list[int]]]]]:
         """Epochs of steps."""
-        steps = self.steps(name)
-        assert sorted(steps) == list(range(len(steps)))
-        epochs = RUNS[name].get("num_train_epochs", 1)
-        size = len(steps) // epochs
-        assert size * epochs == len(steps)
-        return [[steps[step] for step in range(size * epoch, size * (epoch + 1))] for epoch in range(epochs)]
+        return epochs_of(self.steps(name), RUNS[name].get("num_train_epochs", 1))
 
     def logs(self, name: str) -> list[dict]:
         result = json.loads((self.directory / f"{name}.json").read_text(encoding="utf-8"))
@@ -166,10 +161,6 @@ def task_file_of(rows, directory):
         options = ["--commonit_metric", "task", "--commonit_cache_dir", "grouped_cache", "--output", "grouped"]
         assert cli.main(["group", name, *options]) == 0
     return str(directory / "grouped" / "assignment.parquet")
-
-
-def rows_in(steps):
-    return [row for step in steps for rank in step for batch in rank for row in batch]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -360,13 +351,11 @@ def test_mixed_steps_of_gathered_losses_have_equal_micro_batches(gathered, kind,
     assert sum(times.values()) - len(times) < 4 * sequences
 
 
-COLUMN = {"commonit_metric": "column", "commonit_column": "score"}
-EMBEDDING = {"commonit_metric": "embedding", "commonit_embedding_column": "vector"}
 WRONG = [
-    ({**COLUMN, "commonit_column": "scores"}, "commonit_column='scores' | score, | Name one"),
-    ({**COLUMN, "commonit_column": "task"}, "commonit_column='task' | of type string | Name a column of numbers"),
-    ({**EMBEDDING, "commonit_embedding_column": "vectors"}, "commonit_embedding_column='vectors' | vector | Name one"),
-    ({**EMBEDDING, "commonit_embedding_column": "score"}, "commonit_embedding_column='score' | lists of numbers"),
+    (
+        {"commonit_metric": "embedding", "commonit_embedding_column": "vectors"},
+        "commonit_embedding_column='vectors' | vector | Name one",
+    ),
     (
         {"commonit_task_file": "missing.parquet"},
         "commonit_task_file='missing.parquet' | Parquet | Write it with `commonit group`",

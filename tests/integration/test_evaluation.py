@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import concatenate_datasets
-from helpers.toys import id_rows, row_losses, tiny_model
+from helpers import toys
+from helpers.toys import id_rows, tiny_model
 from helpers.trainers import Seen, make_trainer, without_run_times
 from trl import SFTTrainer
 
@@ -46,18 +47,9 @@ def group_losses(metrics, prefix="eval"):
     return {match[1]: value for name, value in metrics.items() if (match := re.fullmatch(rf"{prefix}_(.+)_loss", name))}
 
 
-def loss_of_rows(rows):
-    """The token-weighted mean loss of `rows` under the toy model, row by row and without padding."""
-    model, total, count = tiny_model().eval(), 0.0, 0
-    for row in rows:
-        losses, trained = row_losses(model, {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")})
-        total, count = total + losses[0], count + trained[0]
-    return total / count
-
-
-def expected_group_losses(rows):
-    tasks = np.array(rows["task"])
-    return {task: loss_of_rows(rows.select(np.flatnonzero(tasks == task))) for task in sorted(set(tasks))}
+def expected_losses(rows, groups=None):
+    """The losses of groups of rows under the toy model; of tasks by default."""
+    return toys.group_losses(tiny_model().eval(), rows, rows["task"] if groups is None else groups)
 
 
 def both(tmp_path, eval_dataset=EVAL, make_extra=dict, **options):
@@ -96,7 +88,7 @@ def test_parents_metrics_and_group_losses(tmp_path, name):
         logs.append(trainer.state.log_history)
     for ours, parent, rows in zip(*logs, (EVAL, second), strict=True):
         assert parents_part(ours) == parents_part(parent)
-        assert group_losses(ours) == pytest.approx(expected_group_losses(rows), rel=1e-5)
+        assert group_losses(ours) == pytest.approx(expected_losses(rows), rel=1e-5)
 
 
 def test_evaluation_makes_the_parents_loaders_and_forward_passes(tmp_path):
@@ -112,20 +104,11 @@ def test_evaluation_makes_the_parents_loaders_and_forward_passes(tmp_path):
     assert counts[0] == counts[1]
 
 
-def test_rows_of_unseen_tasks_are_a_group(tmp_path):
-    rows = id_rows([3, 3, 3, 2, 2], seed=1)
-    ours, _ = both(tmp_path, eval_dataset=rows)
-    unseen = rows.select([n for n, task in enumerate(rows["task"]) if task in ("g003", "g004")])
-    losses = group_losses(ours.evaluate())
-    assert list(losses) == ["(unseen task)", "g000", "g001", "g002"]
-    assert losses["(unseen task)"] == pytest.approx(loss_of_rows(unseen), rel=1e-5)
-
-
 def test_length_bins_of_the_training_rows_divide_the_evaluation_rows(tmp_path):
     trainer = make_trainer(tmp_path, TRAIN, commonit_metric="length", commonit_length_edges=[15, 25])
     counts = np.array([sum(label != -100 for label in labels) for labels in EVAL["labels"]])
     bins, names = np.searchsorted([15, 25], counts, side="right"), trainer.commonit_grouper.names
-    expected = {names[number]: loss_of_rows(EVAL.select(np.flatnonzero(bins == number))) for number in set(bins)}
+    expected = expected_losses(EVAL, [names[number] for number in bins])
     assert group_losses(trainer.evaluate(EVAL)) == pytest.approx(expected, rel=1e-5)
 
 

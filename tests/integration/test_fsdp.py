@@ -5,11 +5,10 @@ Each parameter is asserted to be a DTensor with two shards: on CPU accelerate wo
 
 import json
 import math
-from collections import Counter
 
 import pytest
 from helpers.launch import launch
-from helpers.toys import group_losses, id_rows, plan_of, recorded
+from helpers.toys import check_pure, check_saved_losses, check_two_epochs, id_rows, recorded, rows_in
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -69,19 +68,8 @@ def test_fsdp2_trains_the_plan(state_dict, ddp, tmp_path):
         assert (result["world_size"], result["shards"]) == (2, [2])
         assert "--lm_eval_tasks" in result["refused_by_compare"]  # which needs whole weights
 
-    rows = id_rows(SIZES)
-    steps = recorded(tmp_path / "fsdp.ids", 2)
-    per_epoch = len(steps) // 2
-    for epoch in range(2):
-        plan = plan_of(rows, world_size=2, accumulation_steps=3, seed=7, epoch=epoch)
-        assert plan.num_steps == per_epoch
-        own = [steps[step] for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
-        for rank in range(2):
-            assert [batch for step in own for batch in step[rank]] == list(plan.batches(rank))
-        times = Counter(row for step in own for rank in step for batch in rank for row in batch)
-        assert set(times) == set(range(sum(SIZES)))
-        assert times.total() == sum(SIZES) + plan.summary().repeated
-        assert_pure(own, rows)
+    rows, steps = id_rows(SIZES), recorded(tmp_path / "fsdp.ids", 2)
+    per_epoch = check_two_epochs(steps, rows, world_size=2, accumulation_steps=3, seed=7)
 
     own, expected = losses(read(tmp_path, "fsdp")), losses(read(ddp, "ddp"))
     assert len(own) == len(expected) == 2 * per_epoch
@@ -98,16 +86,11 @@ def test_fsdp2_trains_the_plan(state_dict, ddp, tmp_path):
     assert_close(load_file(tmp_path / "resumed.safetensors"), weights)
 
     replanned = recorded(tmp_path / "replanned.ids", 2)
-    before = {row for step in range(per_epoch, 10) for rank in steps[step] for batch in rank for row in batch}
-    after = {row for step in replanned.values() for rank in step for batch in rank for row in batch}
+    before = set(rows_in(steps[step] for step in range(per_epoch, 10)))
+    after = set(rows_in(replanned.values()))
     assert before | after == set(range(sum(SIZES))) and not before & after
-    assert_pure(replanned.values(), rows)
+    check_pure(replanned.values(), rows)
     assert all(len(batch) == 1 for step in replanned.values() for rank in step for batch in rank)
-
-
-def assert_pure(steps, rows):
-    for step in steps:
-        assert len({rows["task"][row] for rank in step for batch in rank for row in batch}) == 1
 
 
 def assert_close(weights, expected):
@@ -124,8 +107,5 @@ def test_i8_group_losses_under_fsdp2_are_those_of_the_rows(tmp_path):
     run = {"name": "fsdp", "group_sizes": [8, 4], "eval_group_sizes": sizes, "fsdp": {"version": 2}}
     launch([{**run, "options": options}], tmp_path, world_size=2)
 
-    result = read(tmp_path, "fsdp")
+    result = check_saved_losses(tmp_path, "fsdp", sizes)
     assert (result["world_size"], result["shards"]) == (2, [2])
-    logged = [entry for entry in result["log"] if "eval_loss" in entry][-1]
-    for group, loss in group_losses(tmp_path / "fsdp.safetensors", sizes, ("g000", "g001"), seed=1).items():
-        assert logged[f"eval_{group}_loss"] == pytest.approx(loss, rel=1e-5)

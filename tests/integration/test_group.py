@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from helpers.trainers import rows_of_task, write_jsonl
+from helpers.trainers import SFT_FLAGS, rows_of_task, write_jsonl
 
 from commonit_trl import load_grouper
 from commonit_trl.cli import main as cli
@@ -44,18 +44,11 @@ def test_training_loads_saved_groups(metric, packing, model, data, minilm, tmp_p
         "model_name_or_path": model,
         "dataset_name": data,
         "output_dir": "out",
-        "use_cpu": True,
-        "bf16": False,
-        "dtype": "float32",
+        **SFT_FLAGS,
         "max_steps": 1,
         "max_length": 40,
         "packing": packing is not None,
         "packing_strategy": packing or "bfd",
-        "per_device_train_batch_size": 2,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "report_to": "none",
     }
     if metric == "embedding":
         recipe |= {"commonit_embedding_model": minilm, "commonit_num_groups": 3}

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import yaml
+from helpers.bad_input import error_of
 from helpers.toys import tiny_tokenizer
-from helpers.trainers import rows_of_task, write_jsonl
+from helpers.trainers import SFT_FLAGS, rows_of_task, write_jsonl
 
 from commonit_trl import CommonITSFTTrainer
 from commonit_trl.cli import main as cli
@@ -45,15 +46,6 @@ def numbers(capsys, *argv):
     return json.loads(capsys.readouterr().out)["inspections"]
 
 
-def error(capfd, *argv):
-    """Return the line of an error."""
-    assert inspect(*argv) == 2
-    out, err = capfd.readouterr()
-    (line,) = (line for line in err.splitlines() if line.startswith("commonit: error: "))
-    assert out == "" and "Traceback" not in err
-    return line
-
-
 # --- it shows the run --------------------------------------------------------------------------
 
 
@@ -64,18 +56,14 @@ def test_a_recipe_is_inspected_as_it_is_trained(metric, packing, model, data, tm
         "model_name_or_path": model,
         "dataset_name": data,
         "output_dir": "out",
-        "per_device_train_batch_size": 2,
+        **SFT_FLAGS,
         "gradient_accumulation_steps": 2,
         "max_length": 48,
         "packing": packing is not None,
         "packing_strategy": packing or "bfd",
         "seed": 3,
         "eval_strategy": "no",
-        "bf16": False,
-        "use_cpu": True,
         "max_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
     trained = []
@@ -165,7 +153,9 @@ def test_rows_without_a_trained_token_are_dropped(tokenizer, tmp_path, capsys):
 
 def test_data_without_a_trained_token_are_an_error(tokenizer, tmp_path, capfd):
     data = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "x" * 60, "completion": "y"}] * 4)
-    line = error(capfd, data, "--commonit_metric", "length", "--tokenizer", tokenizer, "--max_length", 40)
+    line = error_of(
+        capfd, ["inspect", data, "--commonit_metric", "length", "--tokenizer", tokenizer, "--max_length", 40]
+    )
     assert "max_length=40" in line and "4 rows" in line
 
 
@@ -224,7 +214,7 @@ def test_saved_groups_are_loaded(data, tokenizer, tmp_path, capsys):
 def test_other_front_ends_come_from_installed_packages(tmp_path, monkeypatch, capfd):
     """An entry point names the reader of their recipes; tests/axolotl/test_axolotl_inspect.py reads real ones."""
     monkeypatch.setattr("commonit_trl.cli.recipes.ENTRY_POINTS", "commonit.test_recipes")
-    line = error(capfd, "--axolotl", "recipe.yml")
+    line = error_of(capfd, ["inspect", "--axolotl", "recipe.yml"])
     assert "--axolotl recipe.yml: " in line and "pip install 'commonit-trl[axolotl]'" in line
 
     info = tmp_path / "site" / "other-1.dist-info"
@@ -232,7 +222,7 @@ def test_other_front_ends_come_from_installed_packages(tmp_path, monkeypatch, ca
     (info / "METADATA").write_text("Name: other\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[commonit.test_recipes]\naxolotl = other_reader:read\n")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    assert "No module named 'other_reader'" in error(capfd, "--axolotl", "recipe.yml")
+    assert "No module named 'other_reader'" in error_of(capfd, ["inspect", "--axolotl", "recipe.yml"])
 
 
 def test_rows_are_not_changed(data, tmp_path):

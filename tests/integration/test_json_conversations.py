@@ -7,7 +7,7 @@ import json
 
 import pytest
 from datasets import load_dataset
-from helpers.trainers import as_argv, groups_of_steps, train
+from helpers.trainers import SFT_FLAGS, as_argv, groups_of_steps, train
 from trl import SFTTrainer
 
 from commonit_trl.cli import main as cli
@@ -78,6 +78,5 @@ def test_steps_are_pure_and_rows_equal_trls(metric, rows, minilm, tmp_path):
 @pytest.mark.parametrize("metric", ["none", "length"])
 def test_the_command_line_trains_them(metric, path, model, tmp_path):
     options = {"model_name_or_path": model, "dataset_name": path, "output_dir": "out", "commonit_metric": metric}
-    options |= {"use_cpu": True, "bf16": False, "max_steps": 1, "gradient_checkpointing": False, "save_strategy": "no"}
-    assert cli.main(["sft", *as_argv(options)]) == 0
+    assert cli.main(["sft", *as_argv({**SFT_FLAGS, **options, "max_steps": 1})]) == 0
     assert (tmp_path / "out" / "model.safetensors").exists()

@@ -8,14 +8,13 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers.toys import id_rows, plan_of, recorded, tiny_model, tiny_tokenizer
+from helpers.forked import free_port
+from helpers.toys import check_pure, id_rows, plan_of, recorded, rows_in, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -45,12 +44,6 @@ def launch_line(example, launcher):
     text = (EXAMPLES / example).read_text(encoding="utf-8")
     lines = [json.loads(text)["launch"]] if example.endswith(".json") else text.splitlines()
     return next(line.strip("# ") for line in lines if line.strip("# ").startswith(launcher))
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def options(flags):
@@ -126,10 +119,8 @@ def test_two_ranks_train_the_plan(example, launcher, engine, stage, tmp_path):
     assert len(steps) == plan.num_steps == 4
     for rank in range(2):
         assert [batch for step in range(4) for batch in steps[step][rank]] == list(plan.batches(rank))
-    times = Counter(row for step in steps.values() for rank in step for batch in rank for row in batch)
-    assert times == Counter(range(sum(SIZES)))
-    for step in steps.values():
-        assert len({rows["task"][row] for rank in step for batch in rank for row in batch}) == 1
+    assert sorted(rows_in(steps.values())) == list(range(sum(SIZES)))
+    check_pure(steps.values(), rows)
 
 
 def test_commonit_sft_starts_its_own_ranks(tmp_path):

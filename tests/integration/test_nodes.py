@@ -12,14 +12,14 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.forked import free_port
 from helpers.launch import WORKER, zero_config
-from helpers.toys import id_rows, tiny_tokenizer
+from helpers.toys import epochs_of, id_rows, rows_in, tiny_tokenizer
 
 from commonit_trl import Rows, load_grouper
 
@@ -37,12 +37,6 @@ OPTIONS = {
     "save_steps": 3,
     "save_on_each_node": True,
 }
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def torchrun(directory, port, number):
@@ -113,11 +107,9 @@ def groups_of_rows(directory, name):
 
 def check_epochs(seen_steps, groups):
     """Assert that both epochs see every row, in steps of one group over both nodes."""
-    per_epoch = len(seen_steps) // 2
-    for epoch in range(2):
-        steps = [seen_steps[step] for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
-        assert {row for step in steps for rank in step for batch in rank for row in batch} == set(range(sum(SIZES)))
-        assert all(len({groups[row] for rank in step for batch in rank for row in batch}) == 1 for step in steps)
+    for steps in epochs_of(seen_steps):
+        assert set(rows_in(steps)) == set(range(sum(SIZES)))
+        assert all(len({groups[row] for row in rows_in([step])}) == 1 for step in steps)
 
 
 def checkpoints(directory, node, name):

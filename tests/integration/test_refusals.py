@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 from datasets import DatasetDict, IterableDataset
-from helpers.bad_input import check_refusal, record, timed
+from helpers.bad_input import check_refusal, no_new_file
 from helpers.kinds import our_arguments, ours
 from helpers.toys import id_rows
 from helpers.trainers import make_trainer
@@ -24,15 +24,9 @@ OTHER_STRATEGIES = set(FIELDS["train_sampling_strategy"].metadata["choices"]) - 
 
 def check_error(tmp_path, *says, rows=ROWS, **options):
     """Check that the trainer raises one line with these parts and leaves no file in the output directory."""
-
-    def call():
-        with pytest.raises(ValueError) as error:
-            make_trainer(tmp_path, rows, model=MISSING_MODEL, **options)
-        return str(error.value)
-
-    line, seconds = timed(tmp_path, call)
-    check_refusal(line, says)
-    record("Python", says[0], "ValueError", line, "a model is loaded", seconds)
+    with no_new_file(tmp_path), pytest.raises(ValueError) as error:
+        make_trainer(tmp_path, rows, model=MISSING_MODEL, **options)
+    check_refusal(str(error.value), says)
 
 
 SETTINGS = [

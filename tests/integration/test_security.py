@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
-from helpers.bad_input import acting
+from helpers.bad_input import acting, error_of
 from helpers.hostile import HOSTILE
 
 import commonit_trl
@@ -104,21 +104,14 @@ def tokenizer_with_code(model, tmp_path, monkeypatch):
     return with_code(model, tmp_path / "tokenizer", "tokenizer_config.json", parent, name)
 
 
-def one_line(capfd, argv):
-    capfd.readouterr()
-    assert cli.main(argv) == 2
-    (line,) = (line for line in capfd.readouterr().err.split("\n") if line.startswith("commonit: error: "))
-    return line
-
-
 OFF = ["--use_cpu", "true", "--bf16", "false", "--output_dir", "out", "--report_to", "none", "--max_steps", "1"]
 TASK = ["--commonit_metric", "task"]
 
 
 def test_a_models_code_does_not_run(model_with_code, data, capfd):
     argv = ["sft", "--model_name_or_path", model_with_code, "--dataset_name", data, *TASK, *OFF]
-    assert "model_name_or_path" in one_line(capfd, argv)
-    assert "model_name_or_path" in one_line(capfd, ["inspect", data, "--model_name_or_path", model_with_code, *TASK])
+    assert "model_name_or_path" in error_of(capfd, argv)
+    assert "model_name_or_path" in error_of(capfd, ["inspect", data, "--model_name_or_path", model_with_code, *TASK])
     assert not Path("ran").exists()
 
 
@@ -144,7 +137,7 @@ def test_an_encoders_code_does_not_run(reference, minilm, data, tmp_path, capfd)
     modules = [{"idx": 0, "name": "0", "path": "", "type": reference}]
     (directory / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
     options = ["--commonit_metric", "embedding", "--commonit_embedding_model", str(directory)]
-    line = one_line(capfd, ["inspect", data, *options])
+    line = error_of(capfd, ["inspect", data, *options])
     assert "commonit_embedding_model" in line and reference in line
     assert not Path("ran").exists()
 

@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 from helpers.launch import launch
-from helpers.toys import QUIET, id_rows, plan_of, recorded
+from helpers.toys import QUIET, epochs_of, id_rows, plan_of, recorded, rows_in
 
 B = QUIET["per_device_train_batch_size"]
 
@@ -47,14 +47,13 @@ def seen(request, tmp_path_factory):
     return request.param, directory, shapes
 
 
-def epochs_of(directory, name, world_size):
+def recorded_epochs(directory, name, world_size):
     """Two lists of steps, one an epoch; a step is rank -> micro-step -> row numbers."""
     steps = recorded(directory / f"{name}.ids", world_size)
     result = json.loads((directory / f"{name}.json").read_text())
     assert result["world_size"] == world_size
-    assert sorted(steps) == list(range(result["global_step"]))
-    half = result["global_step"] // 2
-    return [[steps[step] for step in range(half)], [steps[step] for step in range(half, 2 * half)]]
+    assert len(steps) == result["global_step"]
+    return epochs_of(steps)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,7 +61,7 @@ def test_i1_pure(seen, name):
     """I1: all micro-batches of a step hold one group; with purity `micro`, each micro-batch."""
     world_size, directory, shapes = seen
     group_of = id_rows(shapes[name]["group_sizes"])["task"]
-    for epoch in epochs_of(directory, name, world_size):
+    for epoch in recorded_epochs(directory, name, world_size):
         mixed_steps = 0
         for step in epoch:
             for micro_step in zip(*step, strict=True):  # also I3: ranks have as many micro-batches
@@ -70,7 +69,7 @@ def test_i1_pure(seen, name):
                 assert all(len(group) == 1 for group in groups)
                 if not name.startswith("micro"):
                     assert len(set.union(*groups)) == 1
-            mixed_steps += len({group_of[row] for rank in step for batch in rank for row in batch}) > 1
+            mixed_steps += len({group_of[row] for row in rows_in([step])}) > 1
         if name.startswith("step"):
             assert mixed_steps == 0
         elif name == "micro-a3":
@@ -85,8 +84,8 @@ def test_i2_lossless(seen, name):
     sizes = shapes[name]["group_sizes"]
     group_of = id_rows(sizes)["task"]
     accumulation = shapes[name]["options"]["gradient_accumulation_steps"]
-    for epoch in epochs_of(directory, name, world_size):
-        rows = Counter(row for step in epoch for rank in step for batch in rank for row in batch)
+    for epoch in recorded_epochs(directory, name, world_size):
+        rows = Counter(rows_in(epoch))
         assert set(rows) == set(range(sum(sizes)))
         micro_batches = 1 if name.startswith("micro") else world_size * accumulation
         repeats = Counter(group_of[row] for row, times in rows.items() for _ in range(times - 1))
@@ -95,8 +94,8 @@ def test_i2_lossless(seen, name):
         if not name.startswith("micro"):
             step_sizes: dict = {}
             for step in epoch:
-                batch_rows = [row for rank in step for batch in rank for row in batch]
-                step_sizes.setdefault(group_of[batch_rows[0]], []).append(len(batch_rows))
+                step_rows = rows_in([step])
+                step_sizes.setdefault(group_of[step_rows[0]], []).append(len(step_rows))
             for group, counts in step_sizes.items():
                 assert len(counts) == math.ceil(sizes[int(group[1:])] / (B * micro_batches))
                 assert max(counts) - min(counts) <= 1
@@ -108,7 +107,7 @@ def test_i3_i4_i5_the_model_sees_the_plan(seen, name):
     world_size, directory, shapes = seen
     options = shapes[name]["options"]
     rows = id_rows(shapes[name]["group_sizes"])
-    epochs = epochs_of(directory, name, world_size)
+    epochs = recorded_epochs(directory, name, world_size)
     for number, epoch in enumerate(epochs):
         plan = plan_of(
             rows,

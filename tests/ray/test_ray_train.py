@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import ray_worker
 from helpers.axolotl_recipes import ENVIRONMENT, PLUGIN, make_rows, recipe, seen, write_recipe, write_rows
-from helpers.toys import id_rows, plan_of, recorded, tiny_model, tiny_tokenizer
+from helpers.toys import check_two_epochs, epochs_of, id_rows, plan_of, recorded, rows_in, tiny_model, tiny_tokenizer
 
 TESTS = Path(__file__).parents[1]
 SIZES = [5, 6, 13, 1]
@@ -31,10 +31,6 @@ def train(front_end, *arguments, directory):
     command = [sys.executable, ray_worker.__file__, front_end, *map(str, arguments)]
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-
-
-def rows_of(step):
-    return [row for rank in step for batch in rank for row in batch]
 
 
 @pytest.fixture(scope="module")
@@ -71,19 +67,13 @@ def trl_steps(tmp_path_factory):
 def test_trl_trains_the_plans_through_a_death(trl_steps):
     before, after = trl_steps
     rows = id_rows(SIZES)
-    plans = [plan_of(rows, world_size=2, accumulation_steps=2, seed=7, epoch=epoch) for epoch in range(EPOCHS)]
-    per_epoch = plans[0].num_steps
+    geometry = {"world_size": 2, "accumulation_steps": 2, "seed": 7}
+    per_epoch = plan_of(rows, **geometry).num_steps
     resumed_at = ray_worker.KILL_AT // SAVED_EVERY * SAVED_EVERY
     assert per_epoch < resumed_at < ray_worker.KILL_AT < EPOCHS * per_epoch  # inside the second epoch
     assert sorted(after) == list(range(resumed_at, EPOCHS * per_epoch))
     steps = {number: before[number] for number in range(resumed_at)} | after
-    for epoch, plan in enumerate(plans):
-        trained = [steps[number] for number in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
-        for rank in range(2):
-            assert [batch for step in trained for batch in step[rank]] == list(plan.batches(rank))
-        assert {row for step in trained for row in rows_of(step)} == set(range(sum(SIZES)))
-        for step in trained:
-            assert len({rows["task"][row] for row in rows_of(step)}) == 1
+    check_two_epochs(steps, rows, **geometry)
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +101,11 @@ def axolotl_steps(tmp_path_factory):
 
 def test_axolotl_trains_every_row_in_pure_steps(axolotl_steps):
     steps, rows = axolotl_steps
-    per_epoch = len(steps) // EPOCHS
-    assert per_epoch == sum(-(-size // 8) for size in TASKS.values()) and len(steps) == EPOCHS * per_epoch
+    assert len(steps) == EPOCHS * sum(-(-size // 8) for size in TASKS.values())
     for step in steps.values():
         assert [len(rank) for rank in step] == [2, 2]
-        assert len({rows[row]["task"] for row in rows_of(step)}) == 1
-    for epoch in range(EPOCHS):
-        trained = [steps[number] for number in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
-        times = Counter(row for step in trained for row in rows_of(step))
+        assert len({rows[row]["task"] for row in rows_in([step])}) == 1
+    for trained in epochs_of(steps, EPOCHS):
+        times = Counter(rows_in(trained))
         assert set(times) == set(range(len(rows)))
         assert {rows[row]["task"] for row, count in times.items() if count > 1} <= {"rare"}  # fewer than micro-batches

@@ -265,7 +265,6 @@ def test_yaml_reads_lists_mappings_and_numbers(tmp_path: Path) -> None:
         ("commonit_metric: length\ncommonit_num_groups: 4", "num_groups", [4]),
         ("commonit_metric: embedding+length\ncommonit_num_groups: [16, 4]", "num_groups", [16, 4]),
         ("commonit_metric: none\ncommonit_remainder: mix\ncommonit_pure_fraction: 0.5", "pure_fraction", [0.5]),
-        ("commonit_metric: length\ncommonit_num_groups: 4", "num_groups", [4]),
     ):
         file.write_text(text)
         (parsed,) = TrlParser([Mixed]).parse_args_and_config(["--config", str(file)])

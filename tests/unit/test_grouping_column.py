@@ -1,13 +1,11 @@
 """Metric `column`: bins of a numeric column, of which `length` is a case; rows without a value are a group."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from datasets import Dataset
 
 from commonit_trl.config import CommonITArguments
-from commonit_trl.grouping import LengthGrouper, build_grouper, load_grouper
+from commonit_trl.grouping import LengthGrouper, build_grouper
 from commonit_trl.grouping.column import NO_VALUE, ColumnGrouper
 from commonit_trl.rows import Rows
 
@@ -64,15 +62,6 @@ def test_length_is_a_case_of_it() -> None:
     assert (column.assign(rows) == length.assign(rows)).all()
     assert [name.replace("score", "total") for name in column.names] == length.names
     assert np.bincount(column.assign(rows)).min() >= 60
-
-
-def test_saved_bins_assign_as_before(tmp_path: Path) -> None:
-    rows = rows_of([*np.random.default_rng(2).random(50).tolist(), None])
-    grouper = ColumnGrouper(column="score").fit(rows)
-    grouper.save(tmp_path)
-    loaded = load_grouper(tmp_path)
-    assert loaded.names == grouper.names and (loaded.assign(rows) == grouper.assign(rows)).all()
-    assert np.allclose(loaded.positions(), grouper.positions())
 
 
 @pytest.mark.parametrize(

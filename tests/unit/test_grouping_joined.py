@@ -21,7 +21,7 @@ ROWS = Rows(
         {
             "task": TASKS.tolist(),
             "input_ids": [[1] * length for length in LENGTHS.tolist()],
-            "score": RNG.random(300).tolist(),
+            "score": [None, *RNG.random(299).tolist()],
             "vector": VECTORS.tolist(),
         }
     )
@@ -53,24 +53,30 @@ def test_the_second_metric_is_fitted_inside_each_group_of_the_first() -> None:
 @pytest.mark.parametrize(
     "options",
     [
+        {"metric": "task"},
+        {"metric": "task", "min_group_size": 80},
+        {"metric": "length"},
+        {"metric": "length", "length_edges": [3, 20]},
+        {"metric": "length", "num_groups": 3, "min_group_size": 120},
+        {"metric": "column", "column": "score"},
         {"metric": "task+length"},
         {"metric": "length+task"},
         {"metric": "column+task", "column": "score", "num_groups": 3},
         {"metric": "task+embedding", "embedding_column": "vector", "num_groups": 3},
         {"metric": "embedding+length", "embedding_column": "vector", "num_groups": [3, 4]},
     ],
-    ids=lambda options: options["metric"],
+    ids=str,
 )
 def test_saved_groups_assign_as_before(options: dict[str, Any], tmp_path: Path) -> None:
     grouper = build(**options)
     ids = grouper.fit_assign(grouper.read(ROWS))
     grouper.save(tmp_path)
     loaded = load_grouper(tmp_path)
-    assert loaded.metric == options["metric"] and loaded.names == grouper.names
+    assert type(loaded) is type(grouper) and loaded.description() == grouper.description()
     assert loaded.assign(ROWS).tolist() == ids.tolist() and ids.min() >= 0
     assert np.bincount(ids, minlength=len(grouper.names)).min() > 0
-    for one, other in ((loaded.positions(), grouper.positions()),):
-        assert (one is None and other is None) or np.allclose(one, other)
+    one, other = loaded.positions(), grouper.positions()
+    assert (one is None and other is None) or np.allclose(one, other)
 
 
 def test_rows_of_an_unseen_task_or_of_an_empty_group_are_unassigned() -> None:

@@ -3,12 +3,10 @@
 1. Bins are ascending ranges of lengths, and each row joins the bin that contains its length.
 2. Quantile bins are as even as integer lengths allow: no edge could be nearer to its quantile.
 3. With a minimum size, the smallest bin joins its smaller neighbour until all bins are large enough.
-4. A saved grouper assigns like the fitted one.
 """
 
 import logging
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commonit_trl.config import CommonITArguments
-from commonit_trl.grouping import LengthGrouper, build_grouper, load_grouper
+from commonit_trl.grouping import LengthGrouper, build_grouper
 from commonit_trl.rows import Rows
 
 LENGTHS = st.lists(st.integers(0, 30), min_size=1, max_size=60)
@@ -136,18 +134,6 @@ def test_rows_without_tokens_have_length_0() -> None:
     assert LengthGrouper(num_groups=2).fit(rows).assign(rows).tolist() == [0, 0, 1]
     nothing = rows_of([])
     assert LengthGrouper(edges=[4], min_size=2).fit(nothing).assign(nothing).tolist() == []
-
-
-# --- saved --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{}, {"edges": [3, 20]}, {"num_groups": 3, "min_size": 40, "of": "total"}])
-def test_a_saved_grouper_assigns_like_the_fitted_one(options: dict[str, Any], tmp_path: Path) -> None:
-    grouper = LengthGrouper(**options).fit(rows_of(np.random.default_rng(1).integers(0, 40, size=100)))
-    grouper.save(tmp_path)
-    loaded = load_grouper(tmp_path)
-    assert type(loaded) is LengthGrouper and loaded.description() == grouper.description()
-    assert loaded.assign(rows_of(range(60))).tolist() == grouper.assign(rows_of(range(60))).tolist()
 
 
 def test_build_grouper_passes_the_options() -> None:

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from filelock import FileLock
+from helpers.forked import free_port
 
 from commonit_trl.grouping import EmbeddingGrouper, LengthGrouper, TaskGrouper, cache, embedding, fit_assign_cached
 from commonit_trl.grouping.ranks import Ranks
@@ -62,10 +62,7 @@ def result_of(grouper: Any, group_ids: Any) -> dict[str, Any]:
 
 def on_ranks(function: Callable[..., Any], *args: Any, killed: bool = False) -> list[Any]:
     """The result of `function(rank, *args)` on two ranks, or its exception; None for a killed rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    results = FORKS.Queue()
+    port, results = str(free_port()), FORKS.Queue()
     ranks = [FORKS.Process(target=be_rank, args=(rank, port, results, function, args)) for rank in range(2)]
     for rank in ranks:
         rank.start()
@@ -275,9 +272,9 @@ def wait_for_lock(rank: int, folder: Path) -> Any:
     if rank == 0:
         other.acquire()
 
-    def counting(self: Ranks, compute: Any, source: int = 0) -> Any:
+    def counting(self: Ranks, compute: Any) -> Any:
         nonlocal waited
-        result = broadcast(self, compute, source)
+        result = broadcast(self, compute)
         waited += result is False
         if waited == 3 and other.is_locked:
             other.release()

@@ -2,11 +2,9 @@
 
 1. Two rows share a group if and only if their labels are equal; rows without a label share one, with a warning.
 2. Tasks under the minimum size merge into `other`, and so do unseen tasks then.
-3. A saved grouper assigns like the fitted one.
 """
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commonit_trl.config import CommonITArguments
-from commonit_trl.grouping import TaskGrouper, build_grouper, load_grouper, resolve_task_columns
+from commonit_trl.grouping import TaskGrouper, build_grouper, resolve_task_columns
 from commonit_trl.rows import Rows
 
 
@@ -143,18 +141,6 @@ def test_very_many_tasks_of_a_shuffled_dataset() -> None:
     grouper = TaskGrouper(columns=["task"]).fit(rows)
     assert grouper.names == sorted(labels)
     assert [grouper.names[group] for group in grouper.assign(rows)] == rows.dataset["task"]
-
-
-@pytest.mark.parametrize("min_size", [1, 2])
-def test_a_saved_grouper_assigns_like_the_fitted_one(min_size: int, tmp_path: Path, caplog: Any) -> None:
-    grouper, _ = fit(["ü", "ü", "b", None, "7"], min_size=min_size)
-    grouper.save(tmp_path)
-    caplog.clear()
-    loaded = load_grouper(tmp_path)
-    assert not caplog.records
-    assert type(loaded) is TaskGrouper and loaded.description() == grouper.description()
-    rows = Rows(Dataset.from_dict({"task": ["7", "ü", "unseen", None, "b"]}))
-    assert loaded.assign(rows).tolist() == grouper.assign(rows).tolist()
 
 
 # --- which column -------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ Each docstring names the failure, silent or late, that a change would cause; rea
 """
 
 import inspect
-from collections import defaultdict
 
 from helpers.toys import id_rows, tiny_model, tiny_tokenizer
 from torch.utils.data import DataLoader
@@ -38,21 +37,6 @@ def parameters(function):
     return list(inspect.signature(function).parameters)
 
 
-def test_eval_metrics_gather_in_metrics(tmp_path):
-    """The loss per group runs the parent's evaluation loop and restores `SFTTrainer._metrics["eval"]` afterwards.
-
-    If TRL stored them elsewhere, entropy and token accuracy would count every row twice.
-    """
-    trainer = make(tmp_path)
-    assert isinstance(trainer._metrics["eval"], defaultdict)
-    trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation", True, None, "eval")
-    kept = trainer._metrics["eval"]
-    assert {"entropy", "mean_token_accuracy", "num_tokens"} <= set(kept)
-    assert all(isinstance(values, list) for values in kept.values())
-    trainer.evaluate()
-    assert not trainer._metrics["eval"]
-
-
 def test_packed_rows_have_no_other_columns(tmp_path):
     """An evaluation set with only these columns counts as packed and has no loss per group."""
     for strategy, columns in (
@@ -62,14 +46,6 @@ def test_packed_rows_have_no_other_columns(tmp_path):
         trainer = make(tmp_path, packing=True, packing_strategy=strategy, max_length=64)
         assert set(trainer.eval_dataset.column_names) == columns
     assert {"task", "row"} <= set(make(tmp_path).eval_dataset.column_names)
-
-
-def test_train_batch_size_is_the_current_one(tmp_path):
-    """Plans use `Trainer._train_batch_size`, which `auto_find_batch_size` lowers; `args` keeps the initial size."""
-    trainer = make(tmp_path, per_device_train_batch_size=3)
-    assert trainer._train_batch_size == 3
-    trainer._update_auto_batch_size(1)
-    assert trainer._train_batch_size == 1 and trainer.args.per_device_train_batch_size == 3
 
 
 def test_dataloader_options_are_known():
@@ -98,17 +74,6 @@ def test_dataloader_options_are_copied(tmp_path):
     assert ours.worker_init_fn.func is parents.worker_init_fn.func
     assert ours.dataset.column_names == parents.dataset.column_names == ["input_ids", "labels"]
     assert isinstance(ours.batch_sampler, CommonITBatchSampler)
-
-
-def test_test_dataloaders_are_not_kept(tmp_path):
-    """The loss per group uses `get_test_dataloader`: with persistent workers the Trainer caches evaluation loaders.
-
-    If it cached test loaders too, every group would get the rows of the first.
-    """
-    trainer = make(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True)
-    assert trainer.get_eval_dataloader() is trainer.get_eval_dataloader()
-    assert len(trainer.get_test_dataloader(ROWS.select([0])).dataset) == 1
-    assert len(trainer.get_test_dataloader(ROWS).dataset) == len(ROWS)
 
 
 def test_methods_that_the_mixin_overrides():

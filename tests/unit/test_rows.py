@@ -531,20 +531,6 @@ def test_rows_prepared_by_trl_for_all_tokens(prepare: Any, mode: str) -> None:
     assert rows.texts("both") == ["aaaaaaaa\nbbbbb", "a\nb"]
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_rows_prepared_by_trl_for_the_response(prepare: Any) -> None:
-    parts = [{"prompt": "a" * 8, "completion": "b" * 5}, {"prompt": "a", "completion": "b"}]
-    rows = prepare(parts, "keep_start", max_length=10)
-    assert rows.token_counts("response").tolist() == [2, 2]
-    sharegpt = [{"from": "user", "value": "U"}, {"from": "assistant", "value": "A"}]
-    rows = prepare([{"conversations": sharegpt}], "keep_start", max_length=None)
-    assert rows.token_counts("response").tolist() == [len("A") + 1]
-    assert texts(rows.dataset) == [("U", "A")]
-    rows = prepare([{"text": "plain"}], "keep_start", max_length=None)
-    assert rows.texts("prompt") == rows.texts("response") == rows.texts("both") == ["plain"]
-    assert rows.token_counts("response").tolist() == [len("plain") + 1]
-
-
 # --- labels of other models, and padding --------------------------------------------------------------------
 
 

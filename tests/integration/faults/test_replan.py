@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 from helpers.launch import launch
-from helpers.toys import id_rows, recorded
+from helpers.toys import id_rows, recorded, rows_in
 from helpers.trainers import Seen, make_trainer, train
 
 SIZES = [13, 7, 9, 2]
@@ -160,5 +160,5 @@ def test_replan_keeps_equal_micro_batches(tmp_path):
     steps = [recorded(tmp_path / f"{name}.ids", 2) for name in ("first_run", "resumed")]
     for ranks in (rank for part in steps for rank in part.values()):
         assert len({len(batch) for rank in ranks for batch in rank}) == 1
-    times = Counter(row for part in steps for ranks in part.values() for rank in ranks for b in rank for row in b)
+    times = Counter(rows_in(ranks for part in steps for ranks in part.values()))
     assert set(times) == set(range(sum(SIZES)))
