@@ -34,7 +34,7 @@ def with_task_file(dataset: Dataset, file: str | Path) -> Dataset:
     option = f"commonit_task_file={str(file)!r}"
     try:
         table = pq.read_table(file)
-        names = table["name"].cast(pa.string()).combine_chunks()
+        names = table["name"].cast(pa.large_string()).combine_chunks()  # may exceed 2 GiB
         numbers = np.arange(len(table))
         if "row" in table.column_names:
             numbers = table["row"].cast(pa.int64()).fill_null(-1).to_numpy()
