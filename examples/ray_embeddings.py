@@ -53,7 +53,7 @@ def embed(
     gpus_per_worker: float = 0,
     rows_per_block: int = 4096,
 ) -> None:
-    """Embed the rows of JSON Lines or Parquet files, and print the time of each step.
+    """Embed the rows of JSON Lines or Parquet files.
 
     Args:
         source: file or directory of rows.
@@ -84,7 +84,6 @@ def embed(
         num_gpus=gpus_per_worker,
     )
     embedded.write_parquet(target, min_rows_per_file=rows_per_block)
-    print(embedded.stats())
 
 
 if __name__ == "__main__":
