@@ -23,7 +23,7 @@ from benchmarks import study
 from benchmarks.common import Report, Settings, Table
 from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer
 from commonit_trl.config import CommonITArguments
-from commonit_trl.grouping import build_grouper
+from commonit_trl.grouping import build_grouper, fit_assign_cached
 
 TITLE = "Agreement of gradients within and between groups"
 SIZES: dict[str, dict[str, Any]] = {size: study.SIZES[size] | {"batch": 8} for size in ("quick", "full", "gpu")}
@@ -55,8 +55,7 @@ def run(settings: Settings) -> Report:
         }
         rows = trainer.commonit.grouping.rows
         grouper = build_grouper(CommonITArguments(**paths), rows.columns, seed=0)
-        grouper.fit(rows)
-        group_ids = grouper.assign(rows)
+        grouper, group_ids = fit_assign_cached(grouper, rows)
         results[metric] = [
             agreement(gradients, group_ids, settings["batch"], np.random.default_rng(seed)) for seed in range(DRAWS)
         ]

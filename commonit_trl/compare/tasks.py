@@ -103,12 +103,13 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[str], folder: str | None, *, ch
         harness.accelerator = accelerator
     was_training = model.training
     model.eval()
+    manager = _manager(folder)  # reads all task files
     scores: dict[str, NDArray[Any]] = {}
     for task in tasks:
         evaluated = simple_evaluate(
             model=harness,
             tasks=[task],
-            task_manager=_manager(folder),
+            task_manager=manager,
             apply_chat_template=chat,
             bootstrap_iters=0,
         )

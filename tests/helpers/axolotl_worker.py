@@ -44,6 +44,7 @@ if __name__ == "__main__":  # datasets starts processes that import this file to
     from axolotl.integrations.base import PluginManager
 
     from helpers import axolotl_recorder as recorder
+    from helpers.toys import accept_cpu_ranks
 
 
 def train(run: dict) -> None:
@@ -59,10 +60,7 @@ def main() -> None:
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # Axolotl collects garbage often; skip the objects of the imports
-    # On several CPU ranks, transformers 5.16 loads the optimizer's state to "cpu:0", which torch does not accept.
-    torch.serialization.register_package(
-        50, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
-    )
+    accept_cpu_ranks()
     axolotl.train.cleanup_distributed = lambda: None  # the next run needs the process group
     reset_state = AcceleratorState._reset_state
     if USES_DEEPSPEED:  # otherwise Axolotl's trainer resets the process group, and each rank trains alone

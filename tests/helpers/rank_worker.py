@@ -18,10 +18,12 @@ import torch
 from datasets import load_dataset
 
 from helpers.kinds import KINDS, save, train
+from helpers.toys import accept_cpu_ranks
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    accept_cpu_ranks()
     path = Path(sys.argv[1])
     for run in json.loads(path.read_text(encoding="utf-8")):
         options = dict(run["options"])

@@ -44,6 +44,13 @@ ID_DIGITS = 3
 ID_BASE = 100
 
 
+def accept_cpu_ranks() -> None:
+    """Let torch load to "cpu:0", where transformers 5.16 wants the optimizer's state on several CPU ranks."""
+    torch.serialization.register_package(
+        50, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+    )
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Make a tokenizer with one token per byte, `<pad>`, `<eos>` and a chat template with generation marks."""
     vocabulary = {byte: number for number, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}

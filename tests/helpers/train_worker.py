@@ -45,7 +45,7 @@ from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer  # noqa: E402
 from commonit_trl.compare.tasks import check_trainer  # noqa: E402
 from commonit_trl.trainer.checkpoint import last_checkpoint, read_checkpoint  # noqa: E402
 from helpers import fsdp_cpu  # noqa: E402
-from helpers.toys import QUIET, Recorder, id_rows, tiny_model, tiny_tokenizer  # noqa: E402
+from helpers.toys import QUIET, Recorder, accept_cpu_ranks, id_rows, tiny_model, tiny_tokenizer  # noqa: E402
 
 DATA = {  # changes of the run's rows, for ranks that disagree
     "tokens": lambda rows: rows.map(lambda row: {"input_ids": [*row["input_ids"][:-1], row["input_ids"][-1] ^ 1]}),
@@ -217,10 +217,7 @@ def refusal_of_harness(trainer: Any) -> str | None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    # On several CPU ranks transformers 5.16 loads the optimizer's state to "cpu:0", which torch does not accept.
-    torch.serialization.register_package(
-        50, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
-    )
+    accept_cpu_ranks()
     for run in RUNS:
         if USES_FSDP:
             fsdp_cpu.enable()
