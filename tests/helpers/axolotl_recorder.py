@@ -14,6 +14,8 @@ from axolotl.integrations.base import BasePlugin
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
+from helpers.fsdp_cpu import numbers_of_shards
+
 MARK = re.compile(r"#(\d+)#")
 _run: dict[str, Any] = {}
 
@@ -78,7 +80,7 @@ class _Recorder(TrainerCallback):
             self._kill(state.global_step - 1)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step == 0 and state.is_world_process_zero and not self.trainer.is_deepspeed_enabled:
+        if state.global_step == 0 and state.is_world_process_zero and not _run.get("engine"):
             gradient = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
             save_file(gradient, f"{self.path}.gradient.safetensors")
 
@@ -95,6 +97,7 @@ class _Recorder(TrainerCallback):
             "scheduler_steps": getattr(self.trainer.lr_scheduler, "last_epoch", None),
             "wrapped": type(engine).__name__,
             "stage": engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None,
+            "shards": numbers_of_shards(engine),
             "log": state.log_history,
             "ours": [name for name in sys.modules if name.partition(".")[0] in ("commonit_trl", "axolotl_plugin")],
         }

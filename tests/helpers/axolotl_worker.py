@@ -4,10 +4,10 @@
 
 `runs.json` is a list of runs, each with `recipe` (path of a YAML file), `name` (of the output files beside it), and any
 of: `rank_recipes` (rank -> its own recipe), `kill_at` (optimizer step in which this process kills itself), `arrange_by`
-("nothing" or "noise": lengths by which steps are balanced, instead of the rows' own), `deepspeed` (true: a real engine
-on CPU). If a rank refuses a run, the worker waits until all ranks do. Each run writes `<name>.ids.rank*` (a JSON line
-per micro-step: optimizer step, row numbers, tokens), and on rank 0 `<name>.gradient.safetensors` (of the first step)
-and `<name>.json`.
+("nothing" or "noise": lengths by which steps are balanced, instead of the rows' own), `engine` ("deepspeed" or "fsdp2",
+the same in all runs: a real one on CPU). If a rank refuses a run, the worker waits until all ranks do. Each run writes
+`<name>.ids.rank*` (a JSON line per micro-step: optimizer step, row numbers, tokens), and on rank 0
+`<name>.gradient.safetensors` (of the first step) and `<name>.json`.
 """
 
 import gc
@@ -20,9 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 if __name__ == "__main__":  # datasets starts processes that import this file to save rows
     RUNS = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    USES_DEEPSPEED = any(run.get("deepspeed") for run in RUNS)
+    (ENGINE,) = {run.get("engine") for run in RUNS}
     os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
-    if USES_DEEPSPEED:  # a real engine on CPU: `ACCELERATE_USE_CPU` would make transformers ignore the DeepSpeed config
+    if ENGINE == "deepspeed":  # on CPU: `ACCELERATE_USE_CPU` would make transformers ignore the DeepSpeed config
         os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_USE_DEEPSPEED="true")
         import deepspeed
         from accelerate import PartialState
@@ -31,12 +31,13 @@ if __name__ == "__main__":  # datasets starts processes that import this file to
             False  # otherwise DeepSpeed compiles it first, for a minute
         )
         PartialState(backend="gloo")
-    else:
+    elif ENGINE is None:
         os.environ["ACCELERATE_USE_CPU"] = "1"
 
     import axolotl.train
     import axolotl.utils.distributed
     import torch
+    from accelerate import ParallelismConfig
     from accelerate.state import AcceleratorState
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg
@@ -44,6 +45,7 @@ if __name__ == "__main__":  # datasets starts processes that import this file to
     from axolotl.integrations.base import PluginManager
 
     from helpers import axolotl_recorder as recorder
+    from helpers import fsdp_cpu
     from helpers.toys import accept_cpu_ranks
 
 
@@ -63,16 +65,20 @@ def main() -> None:
     accept_cpu_ranks()
     axolotl.train.cleanup_distributed = lambda: None  # the next run needs the process group
     reset_state = AcceleratorState._reset_state
-    if USES_DEEPSPEED:  # otherwise Axolotl's trainer resets the process group, and each rank trains alone
+    if ENGINE:  # otherwise Axolotl's trainer resets the process group, and each rank trains alone
         AcceleratorState._reset_state = staticmethod(lambda *args, **kwargs: None)
+    build_mesh = ParallelismConfig.build_device_mesh
+    ParallelismConfig.build_device_mesh = lambda config, device: build_mesh(config, "cpu")  # Axolotl asks for "cuda"
     for run in RUNS:
+        if ENGINE == "fsdp2":
+            fsdp_cpu.enable()
         try:
             train(run)
         except ValueError:
             traceback.print_exc()
             torch.distributed.barrier()  # the launcher kills the other ranks when one ends
             os._exit(1)
-        if USES_DEEPSPEED:
+        if ENGINE:
             reset_state(False)  # otherwise accelerate refuses a second Accelerator
             axolotl.utils.distributed.distributed_state = None  # likewise
     if torch.distributed.is_initialized():

@@ -36,8 +36,6 @@ import torch  # noqa: E402
 import transformers.modeling_utils  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from torch.distributed.fsdp import FSDPModule  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import TrainerCallback, TrainerState  # noqa: E402
 
 import commonit_trl.grouping.fit  # noqa: E402
@@ -167,14 +165,6 @@ def make_trainer(run: dict[str, Any], rank: str) -> CommonITSFTTrainer:
     )
 
 
-def numbers_of_shards(model: Any) -> list[int]:
-    """Return over how many ranks FSDP2 shards the parameters of a model; 1 for those that it does not shard."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # the last layers stay gathered after an evaluation
-    return sorted({p.device_mesh.size() if isinstance(p, DTensor) else 1 for p in model.parameters()})
-
-
 def train(run: dict[str, Any]) -> None:
     directory, rank = Path(run["dir"]), os.environ.get("RANK", "0")
     kill = run.get("kill", {"ranks": []})
@@ -197,7 +187,7 @@ def train(run: dict[str, Any]) -> None:
         result["engine"] = type(trainer.model_wrapped).__name__
         result["stage"] = trainer.model_wrapped.zero_optimization_stage()
     if USES_FSDP:
-        result["shards"] = numbers_of_shards(trainer.model_wrapped)
+        result["shards"] = fsdp_cpu.numbers_of_shards(trainer.model_wrapped)
     result["refused_by_compare"] = refusal_of_harness(trainer)
     result["log"] = trainer.state.log_history
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # a collective with ZeRO-3
@@ -222,7 +212,7 @@ def main() -> None:
         if USES_FSDP:
             fsdp_cpu.enable()
         train(run)
-        if USES_DEEPSPEED:
+        if USES_DEEPSPEED or USES_FSDP:
             AcceleratorState._reset_state(False)  # the next run makes another Accelerator
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

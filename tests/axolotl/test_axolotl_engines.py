@@ -1,6 +1,6 @@
-"""I1 to I3 and I5 with Axolotl and DeepSpeed ZeRO-1, 2 and 3 on two ranks.
+"""I1 to I3 and I5 with Axolotl under DeepSpeed ZeRO-1, 2 and 3 and under FSDP2, on two ranks.
 
-The batches are those without DeepSpeed, and a resumed run trains the remaining ones.
+The batches are those of DDP, and a resumed run trains the remaining ones.
 """
 
 import json
@@ -13,6 +13,15 @@ pytestmark = pytest.mark.slow
 
 ROWS = make_rows({"x": 13, "y": 7, "z": 1})
 STAGES = (1, 2, 3)
+FSDP2 = {
+    "fsdp_version": 2,
+    "fsdp_config": {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "state_dict_type": "FULL_STATE_DICT",
+        "reshard_after_forward": True,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +49,20 @@ def directory(tmp_path_factory):
         path.write_text(json.dumps(config), encoding="utf-8")
         return {"deepspeed": str(path), "accelerator_config": {"use_configured_state": True}}
 
+    def train(engine, runs):
+        launch([{**run, "engine": engine} for run in runs], directory, 2)
+
     plain = run("plain")
     prepared = axolotl("preprocess", directory / "plain.yml")
     assert prepared.returncode == 0, prepared.stderr[-3000:]
     launch([plain], directory, 2)
-    launch([{**run(f"zero{stage}", **zero(stage)), "deepspeed": True} for stage in STAGES], directory, 2)
     half = result(directory / "plain")["global_step"] // 2
-    checkpoint = directory / "zero2-out" / f"checkpoint-{half}"
-    resumed = run("resumed", **zero(2), resume_from_checkpoint=str(checkpoint))
-    launch([{**resumed, "deepspeed": True}], directory, 2)
+    checkpoint = f"checkpoint-{half}"
+    train("deepspeed", [run(f"zero{stage}", **zero(stage)) for stage in STAGES])
+    resume = {"resume_from_checkpoint": str(directory / "zero2-out" / checkpoint)}
+    train("deepspeed", [run("zero2-resumed", **zero(2), **resume)])
+    resume = {"resume_from_checkpoint": str(directory / "fsdp2-out" / checkpoint)}
+    train("fsdp2", [run("fsdp2", **FSDP2), run("fsdp2-resumed", **FSDP2, **resume)])
     return directory
 
 
@@ -58,14 +72,27 @@ def test_deepspeed_engine_is_used(directory, stage):
     assert (outcome["wrapped"], outcome["stage"], outcome["world_size"]) == ("DeepSpeedEngine", stage, 2)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_deepspeed_does_not_change_batches(directory, stage):
-    steps = seen(directory / f"zero{stage}", 2)
+def test_fsdp2_shards_the_model(directory):
+    outcome = result(directory / "fsdp2")
+    assert (outcome["shards"], outcome["world_size"]) == ([2], 2)
+
+
+@pytest.mark.parametrize("name", [*(f"zero{stage}" for stage in STAGES), "fsdp2"])
+def test_engine_does_not_change_batches_and_losses(name, directory):
+    steps = seen(directory / name, 2)
     assert steps == seen(directory / "plain", 2)
     for step in steps.values():
         assert len({ROWS[number]["task"] for number in rows_in([step])}) == 1
+    assert losses(directory / name) == pytest.approx(losses(directory / "plain"), rel=1e-4)
 
 
-def test_resumed_run_trains_second_epoch(directory):
-    whole, resumed = seen(directory / "zero2", 2), seen(directory / "resumed", 2)
+@pytest.mark.parametrize("name", ["zero2", "fsdp2"])
+def test_resumed_run_trains_second_epoch(name, directory):
+    whole, resumed = seen(directory / name, 2), seen(directory / f"{name}-resumed", 2)
     assert resumed == {step: whole[step] for step in range(len(whole) // 2, len(whole))}
+    expected = losses(directory / name)[len(whole) // 2 :]
+    assert losses(directory / f"{name}-resumed")[-len(expected) :] == pytest.approx(expected, rel=1e-5)
+
+
+def losses(path):
+    return [entry["loss"] for entry in result(path)["log"] if "loss" in entry]
