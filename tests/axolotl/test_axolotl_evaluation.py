@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_from_disk
-from helpers.axolotl_recipes import axolotl, launch, make_rows, recipe, result, write_recipe, write_rows
+from helpers.axolotl_recipes import launch, make_rows, recipe, result, write_recipe, write_rows
 from helpers.axolotl_recorder import MARK
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,14 +41,14 @@ def losses_of_tasks(directory: Path, prepared: Path, rows: list[dict]) -> dict[s
     return {task: total / count for task, (total, count) in sums.items()}
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=lambda world_size: f"W{world_size}")
-def evaluated(request, tmp_path_factory):
-    """Logged evaluation by run name, and the expected loss of each task, for a frozen model."""
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """Logged evaluation by number of ranks and run name, and the expected loss of each task, for a frozen model."""
     directory = tmp_path_factory.mktemp("evaluation")
     train = write_rows(directory / "train.jsonl", make_rows({"x": 16, "y": 16, "z": 8}))
     rows = make_rows(SIZES, seed=1, first=100)
     held_out = write_rows(directory / "test.jsonl", rows)
-    runs = []
+    recipes = {}
     for case, options in CASES.items():
         for metric in METRICS:
             keys = {"commonit_metric": metric, "num_epochs": 1, "max_steps": 1, "learning_rate": 0.0}
@@ -56,22 +56,23 @@ def evaluated(request, tmp_path_factory):
             keys |= {"test_datasets": [{"path": str(held_out), "type": "alpaca", "split": "train"}]}
             keys |= {"dataset_prepared_path": str(directory / f"prepared-{case}-{metric}")}
             keys |= {"output_dir": str(directory / f"{case}-{metric}-out"), **options}
-            path = write_recipe(directory / f"{case}-{metric}.yml", recipe(directory, train, **keys))
-            if request.param > 1:  # Axolotl hangs when several CPU ranks prepare rows
-                done = axolotl("preprocess", path)
-                assert done.returncode == 0, done.stderr[-3000:]
-            runs.append({"name": f"{case}-{metric}", "recipe": str(path)})
-    launch(runs, directory, request.param)
-    logs = {run["name"]: result(directory / run["name"])["log"] for run in runs}
-    last = {name: [entry for entry in log if "eval_loss" in entry][-1] for name, log in logs.items()}
-    return last, losses_of_tasks(directory, directory / "prepared-unpacked-none", rows)
+            path = directory / f"{case}-{metric}.yml"
+            recipes[path.stem] = str(write_recipe(path, recipe(directory, train, **keys)))
+    logged = {}
+    for world_size in (1, 2):  # one first: Axolotl hangs when several CPU ranks prepare rows
+        runs = [{"name": f"{name}-W{world_size}", "recipe": path} for name, path in recipes.items()]
+        launch(runs, directory, world_size)
+        logs = {name: result(directory / f"{name}-W{world_size}")["log"] for name in recipes}
+        logged[world_size] = {name: [entry for entry in log if "eval_loss" in entry][-1] for name, log in logs.items()}
+    return logged, losses_of_tasks(directory, directory / "prepared-unpacked-none", rows)
 
 
+@pytest.mark.parametrize("world_size", [1, 2], ids=lambda world_size: f"W{world_size}")
 @pytest.mark.parametrize("case", CASES)
-def test_i8_eval_loss_matches_axolotl_and_task_losses_match_rows(evaluated, case):
+def test_i8_eval_loss_matches_axolotl_and_task_losses_match_rows(evaluated, case, world_size):
     logged, expected = evaluated
-    ours = logged[f"{case}-task"]
-    assert ours["eval_loss"] == logged[f"{case}-none"]["eval_loss"]
+    ours, axolotls = (logged[world_size][f"{case}-{metric}"] for metric in ("task", "none"))
+    assert ours["eval_loss"] == axolotls["eval_loss"]
     losses = {task: ours[f"eval_{task}_loss"] for task in expected}
     assert set(losses) == set(SIZES)
     if case == "unpacked":
