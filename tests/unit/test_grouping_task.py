@@ -7,6 +7,8 @@
 import logging
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from commonit_trl.config import CommonITArguments
 from commonit_trl.grouping import TaskGrouper, build_grouper, resolve_task_columns
+from commonit_trl.grouping.task import TASK_FILE_COLUMN, with_task_file
 from commonit_trl.rows import Rows
 
 
@@ -179,3 +182,25 @@ def test_build_grouper_passes_the_options() -> None:
 def test_no_label_column_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"^columns=\[\]: "):
         TaskGrouper(columns=[])
+
+
+def test_a_task_file_names_rows_by_number_or_in_their_order(tmp_path):
+    dataset, path = Dataset.from_dict({"text": ["a", "b", "c"]}), tmp_path / "tasks.parquet"
+    for rows in ({"name": ["z", "x", "y"], "row": [2, 0, 1]}, {"name": ["x", "y", "z"]}):
+        pq.write_table(pa.table(rows), path)
+        assert with_task_file(dataset, path)[TASK_FILE_COLUMN] == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 1], [0, 1, 3], [0, 1, None], [0, None, 1], [0, 1], [0, 1, 2, 3]], ids=str)
+def test_a_task_file_must_name_each_row_once(numbers, tmp_path):
+    path = tmp_path / "tasks.parquet"
+    pq.write_table(pa.table({"name": ["x"] * len(numbers), "row": numbers}), path)
+    with pytest.raises(ValueError, match=f"its {len(numbers)} rows do not number the 3 rows"):
+        with_task_file(Dataset.from_dict({"text": ["a", "b", "c"]}), path)
+
+
+def test_the_column_of_the_task_file_may_not_exist(tmp_path):
+    path = tmp_path / "tasks.parquet"
+    pq.write_table(pa.table({"name": ["x"]}), path)
+    with pytest.raises(ValueError, match=f"{TASK_FILE_COLUMN!r} already: rename or remove it"):
+        with_task_file(Dataset.from_dict({TASK_FILE_COLUMN: ["a"]}), path)
