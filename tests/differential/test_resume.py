@@ -25,7 +25,9 @@ def one_thread_and_own_caches(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(KINDS[name], id=name, marks=() if name == "sft" else pytest.mark.slow) for name in KINDS]
+)
 def test_i4_a_resumed_run_trains_the_remaining_batches(kind, tmp_path) -> None:
     if kind.form == "images":
         pytest.importorskip("PIL")
