@@ -68,6 +68,7 @@ def write_outputs(page: Path, work: Path) -> None:
 
     text = SHOWN.sub(with_output, page.read_text(encoding="utf-8"))
     text = re.sub(r"^Machine: .*$", lambda _: f"Machine: {machine()}.", text, flags=re.MULTILINE)
+    page.write_text(text, encoding="utf-8")  # kept if a figure names a line that the outputs no longer have
     page.write_text(figures.fill(text), encoding="utf-8")
 
 
