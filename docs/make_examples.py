@@ -40,7 +40,7 @@ WIDE, NARROW = 1_000, 390
 KEPT_HEIGHT, COMPARE_HEIGHT = 662, 1_400
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # A command of the page and what stands before its output; the output.
-SHOWN = re.compile(r"^(```bash\n(commonit [^`]*)```\n\n(?:<details>.*\n\n)?```text\n)[^`]*?^```$", re.MULTILINE)
+SHOWN = re.compile(r"^(```bash\n(commonit [^`]*)```\n\n(?:<details>.*\n\n)?```text\n)(?s:.*?)^```$", re.MULTILINE)
 # The report in a frame, from the heading that begins with the given words on.
 FRAME = """
 <body style="margin: 0; overflow: hidden">
