@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from commonit_trl.config import CommonITArguments
 from commonit_trl.plan import PlanSpec, plan_epoch
 
 SIZES = np.array([5, 40, 0, 17, 3, 64, 16, 1])
@@ -242,7 +243,7 @@ def test_a_replanned_epoch_trains_the_rest_once_and_keeps_its_pure_share(fractio
         ({"mixed_groups": (1,)}, "mixed_groups.*remainder='mix'"),
         ({"left_out_groups": range(8)}, "leaves no group.*commonit_min_group_size"),
         ({"order": "up"}, "order='up'"),
-        ({"positions": [1, 2]}, "positions.*each group"),
+        ({"positions": np.arange(GROUP_IDS.max())}, "positions.*each group"),
         ({"positions": np.full(9, np.nan)}, "positions.*finite"),
         ({"heaviest_first": [1, 2]}, "heaviest_first has shape"),
     ],
@@ -250,3 +251,23 @@ def test_a_replanned_epoch_trains_the_rest_once_and_keeps_its_pure_share(fractio
 def test_bad_compositions_are_named(options, problem):
     with pytest.raises(ValueError, match=problem):
         plan_epoch(GROUP_IDS, **GEOMETRY, **options)
+
+
+def test_a_spec_takes_what_the_options_say():
+    tokens, positions, rows = np.arange(len(GROUP_IDS)), np.arange(8.0), np.bincount(GROUP_IDS)
+    options = CommonITArguments(
+        commonit_metric="task",
+        commonit_purity="micro",
+        commonit_remainder="mix",
+        commonit_pure_fraction=[1.0, 0.25],
+        commonit_order="ascending",
+        commonit_heaviest_first=True,
+        commonit_weights={name: 2.0 for name in "abdefgh"},
+    )
+    given = {"names": list("abcdefgh"), "group_ids": GROUP_IDS, "positions": positions, "row_counts": rows}
+    spec = PlanSpec.from_options(options, **given, tokens=tokens, **GEOMETRY)
+    assert (spec.purity, spec.remainder, spec.pure_fraction, spec.order) == ("micro", "mix", (1.0, 0.25), "ascending")
+    assert spec.weights == {group: 2.0 for group in range(8) if SIZES[group]}
+    assert spec.positions is positions and spec.heaviest_first is tokens
+    with pytest.raises(ValueError, match=r"commonit_heaviest_first=True.*Set it to False"):
+        PlanSpec.from_options(options, **given, tokens=None, **GEOMETRY)

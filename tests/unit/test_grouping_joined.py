@@ -35,15 +35,18 @@ def build(metric: str, **options: Any) -> Any:
     return build_grouper(CommonITArguments(commonit_metric=metric, **given), ROWS.columns)
 
 
-def test_the_second_metric_is_fitted_inside_each_group_of_the_first() -> None:
-    grouper = build("task+length", num_groups=4)
+@pytest.mark.parametrize(
+    "second", [{"metric": "length"}, {"metric": "embedding", "embedding_column": "vector"}], ids=["length", "embedding"]
+)
+def test_the_second_metric_is_fitted_inside_each_group_of_the_first(second: dict[str, Any]) -> None:
+    grouper = build(**second | {"metric": f"task+{second['metric']}"}, num_groups=4)
     ids = grouper.fit_assign(grouper.read(ROWS))
     tasks = TaskGrouper(columns=["task"]).fit(ROWS)
     expected = np.empty(300, dtype=int)
     names: list[str] = []
     for number, task in enumerate(tasks.names):
         members = np.flatnonzero(tasks.assign(ROWS) == number)
-        alone = LengthGrouper(of="total", num_groups=4).fit(ROWS.select(members))
+        alone = build(**second, num_groups=4).fit(ROWS.select(members))
         expected[members] = alone.assign(ROWS.select(members)) + len(names)
         names += [f"{task} | {name}" for name in alone.names]
     assert ids.tolist() == expected.tolist() and grouper.names == names and len(names) == 12
@@ -141,6 +144,18 @@ def test_vectors_group_as_their_nearest_centroid(tmp_path: Path) -> None:
     centroids = np.array([[1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]]) / np.array([[2**0.5], [1]])
     assert grouper.names == ["x", "y"]
     assert grouper.assign(ROWS).tolist() == np.argmax(VECTORS @ centroids.T, axis=1).tolist()
+
+
+def test_other_vectors_of_the_reference_are_another_identity(tmp_path: Path) -> None:
+    """One number in the middle of many, which no printed array shows."""
+    identities = []
+    for value in (1.0, 2.0):
+        vectors = np.ones((2000, 6))
+        vectors[1000, 3] = value
+        file = tmp_path / "reference.parquet"
+        Dataset.from_dict({"task": ["x"] * 2000, "vector": vectors.tolist()}).to_parquet(str(file))
+        identities.append(str(build("embedding", embedding_column="vector", reference_dataset=str(file)).identity()))
+    assert identities[0] != identities[1]
 
 
 @pytest.mark.parametrize(
