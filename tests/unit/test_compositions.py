@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from commonit_trl.config import CommonITArguments
 from commonit_trl.plan import PlanSpec, plan_epoch
+from commonit_trl.plan.spec import small_groups, weights_by_id
 
 SIZES = np.array([5, 40, 0, 17, 3, 64, 16, 1])
 GROUP_IDS = np.random.default_rng(0).permutation(np.repeat(np.arange(len(SIZES)), SIZES))
@@ -271,3 +272,27 @@ def test_a_spec_takes_what_the_options_say():
     assert spec.positions is positions and spec.heaviest_first is tokens
     with pytest.raises(ValueError, match=r"commonit_heaviest_first=True.*Set it to False"):
         PlanSpec.from_options(options, **given, tokens=None, **GEOMETRY)
+
+
+@pytest.mark.parametrize(
+    ("small", "expected"),
+    [("merge", ((), ())), ("mix", ((1,), ())), ("drop", ((), (1,)))],
+    ids=["merge", "mix", "drop"],
+)
+def test_small_groups_are_those_under_the_minimum(small, expected):
+    options = CommonITArguments(
+        commonit_metric="task", commonit_remainder="mix", commonit_min_group_size=5, commonit_small_groups=small
+    )
+    assert small_groups(options, np.array([5, 4, 0, 9])) == expected
+
+
+@pytest.mark.parametrize(
+    ("weights", "problem"),
+    [
+        ({"a": 1.0, "bb": 1.0}, r"commonit_weights: 'bb' is not a group; did you mean 'b'"),
+        ({"b": 1.0}, r"commonit_weights: no weight for 'a'"),
+    ],
+)
+def test_weights_name_every_group(weights, problem):
+    with pytest.raises(ValueError, match=problem):
+        weights_by_id(weights, ["a", "b"], np.array([0, 1, 1]))
