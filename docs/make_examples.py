@@ -24,6 +24,7 @@ from pathlib import Path
 
 from benchmarks.common import machine
 from benchmarks.mixture import find_minilm, prepare
+from benchmarks.study import LARGE_PAGES
 from docs import figures
 
 DOCS = Path(__file__).parent
@@ -95,7 +96,7 @@ def report(study: Path, work: Path, browser: str) -> None:
         "logging_steps": 1,
     }
     options = [word for option, value in recipe.items() for word in (f"--{option}", str(value))]
-    environment = os.environ | {"PYTHONPATH": str(DOCS.parent)}
+    environment = os.environ | {"PYTHONPATH": str(DOCS.parent), "GLIBC_TUNABLES": LARGE_PAGES}
     subprocess.run([sys.executable, "-m", "commonit_trl", "sft", *options], cwd=study, env=environment, check=True)
     photograph(browser, work / "out" / "commonit" / "report.html", PICTURE, KEPT_HEIGHT, "Order of the groups")
 
