@@ -22,9 +22,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import machine
+from benchmarks.common import Settings, machine
 from benchmarks.mixture import find_minilm, prepare
-from benchmarks.study import LARGE_PAGES
+from benchmarks.study import SIZES, commonit, recipe
 from docs import figures
 
 DOCS = Path(__file__).parent
@@ -76,28 +76,16 @@ def compare(study: Path, browser: str) -> None:
 
 def report(study: Path, work: Path, browser: str) -> None:
     """Fine-tune the study's model on its rows by task, and photograph the report."""
-    recipe = {
-        "model_name_or_path": "model",
-        "dataset_name": "data",
+    settings = Settings(size="full", given=SIZES["full"], folder=None, out=work)
+    options = recipe(settings, accumulation=4, rate=3e-4) | {
         "output_dir": work.absolute() / "out",
         "commonit_metric": "task",
         "commonit_cache_dir": work.absolute() / "groups",
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 4,
-        "num_train_epochs": 1,
-        "learning_rate": 3e-4,
-        "warmup_steps": 0.1,
-        "dtype": "float32",
-        "bf16": "true",
-        "attn_implementation": "eager",
-        "use_cpu": "true",
-        "gradient_checkpointing": "false",
         "save_strategy": "no",
         "logging_steps": 1,
     }
-    options = [word for option, value in recipe.items() for word in (f"--{option}", str(value))]
-    environment = os.environ | {"PYTHONPATH": str(DOCS.parent), "GLIBC_TUNABLES": LARGE_PAGES}
-    subprocess.run([sys.executable, "-m", "commonit_trl", "sft", *options], cwd=study, env=environment, check=True)
+    if code := commonit("sft", study, options):
+        sys.exit(f"commonit sft failed with exit code {code}")
     photograph(browser, work / "out" / "commonit" / "report.html", PICTURE, KEPT_HEIGHT, "Order of the groups")
 
 

@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,6 @@ ANSWERS = {
 }
 """Task of the mixture -> what of a response is its answer."""
 SECONDS_FILE = "seconds.json"
-LARGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1073741824"
-"""GLIBC_TUNABLES: large pages that are kept when freed; otherwise a CPU spends a third of the time in page faults."""
 
 
 def run(settings: Settings) -> Report:
@@ -214,11 +212,19 @@ def fine_tune(
 
 def compare(settings: Settings, work: Path, name: str, accumulation: int, rate: float, *options: str) -> dict[str, Any]:
     """Run `commonit compare` in `work`, since its paths are relative; return the content of `compare.json`."""
+    shared = recipe(settings, accumulation, rate)
+    rest = {"output_dir": name, "held_out_rows": settings["held_out_rows"], "jobs": settings["jobs"]}
+    if code := commonit("compare", work, shared | rest, *options):
+        sys.exit(f"commonit compare failed with exit code {code}: the same command again resumes")
+    return json.loads((work / name / "compare" / "compare.json").read_text(encoding="utf-8"))
+
+
+def recipe(settings: Settings, accumulation: int, rate: float) -> dict[str, Any]:
+    """Return the options of one training, but its output directory."""
     on_gpu = settings.size == "gpu"
-    recipe = {
+    return {
         "model_name_or_path": "model",
         "dataset_name": "data",
-        "output_dir": name,
         "num_train_epochs": 1,
         "learning_rate": rate,
         "warmup_steps": 0.1,
@@ -233,21 +239,21 @@ def compare(settings: Settings, work: Path, name: str, accumulation: int, rate: 
         "attn_implementation": "sdpa" if on_gpu else "eager",  # a CPU is faster with eager
         "use_cpu": str(not on_gpu).lower(),
         "logging_steps": 5,
-        "held_out_rows": settings["held_out_rows"],
-        "jobs": settings["jobs"],
     }
-    command = [word for option, value in recipe.items() for word in (f"--{option}", str(value))]
+
+
+def commonit(command: str, work: Path, recipe: Mapping[str, Any], *options: str) -> int:
+    """Run a command of this package in `work`; return its exit code."""
+    words = [word for option, value in recipe.items() for word in (f"--{option}", str(value))]
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
-        "GLIBC_TUNABLES": LARGE_PAGES,
+        # Large pages that are kept when freed: otherwise a CPU spends a third of the time in page faults.
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:"
+        "glibc.malloc.trim_threshold=1073741824",
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "commonit_trl", "compare", *command, *options], cwd=work, env=environment
-    )
-    if done.returncode:
-        sys.exit(f"commonit compare failed with exit code {done.returncode}: the same command again resumes")
-    return json.loads((work / name / "compare" / "compare.json").read_text(encoding="utf-8"))
+    argv = [sys.executable, "-m", "commonit_trl", command, *words, *options]
+    return subprocess.run(argv, cwd=work, env=environment).returncode
 
 
 def _timed(work: Path, name: str, step: Callable[..., Any], *arguments: Any) -> Any:
