@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import __main__ as entry
 from benchmarks.common import RESULTS, Cases, Report, Table, medians, paired_rounds, write_report
+from benchmarks.study import near_zero
 
 
 def test_skipped_cases_have_a_reason():
@@ -76,3 +77,20 @@ def test_all_benchmarks_are_listed():
 @pytest.mark.parametrize(("text", "value"), [("rows=1e5", 1e5), ("rows=[1, 2]", [1, 2]), ("model=tiny", "tiny")])
 def test_parameters_are_json_or_text(text, value):
     assert entry.parameter(text) == (text.partition("=")[0], value)
+
+
+@pytest.mark.parametrize(
+    "low, high, near",
+    [
+        (0.02, 0.12, True),
+        (-0.01, 0.09, True),
+        (-0.12, -0.02, True),
+        (0.05, 0.15, False),  # clearly above zero
+        (-0.05, 0.06, False),  # clearly around zero
+        (None, None, False),  # too few seeds
+    ],
+)
+def test_more_seeds_go_to_intervals_that_nearly_touch_zero(low, high, near):
+    baseline = {"name": "none", "loss": {"difference": None}}
+    result = {"name": "task", "loss": {"difference": {"value": 0.0, "low": low, "high": high}}}
+    assert near_zero([baseline, result]) == ["task"] * near
