@@ -59,7 +59,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "examples": 24,
         "mmlu_examples": 2,
         "batch": 2,
-        "rates": [1e-4, 3e-4, 1e-3],
+        "rates": [3e-5, 1e-4, 3e-4, 1e-3],
         "seeds": 3,
         "more_seeds": 5,
         "jobs": 2,
