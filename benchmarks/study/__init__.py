@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ import numpy as np
 
 from benchmarks.common import Report, Settings, Skipped
 from benchmarks.mixture import REFERENCE, encoder, read_mixture
-from benchmarks.study.tables import report
+from benchmarks.study.tables import has_interval, report
 from commonit_trl.files import write_text
 
 TITLE = "Does it help?"
@@ -102,23 +101,10 @@ def run(settings: Settings) -> Report:
     """Do the parts that are missing, and report on all."""
     work = Path(settings["work"]).absolute()
     prepare(settings, work)
-    comparisons = {}
-    for accumulation, wanted in ((int(key), value) for key, value in settings["strategies"].items()):
-        rates = _timed(work, f"rates, {accumulation}", baseline_losses, settings, work, accumulation)
-        best = min(rates, key=lambda rate: rates[rate])
-        name = f"accumulation-{accumulation}"
-        measure = partial(_timed, work, name, fine_tune, settings, work, name, accumulation, best)
-        last = list(STRATEGIES).index(wanted)
-        for strategies in list(STRATEGIES.values())[: last + 1]:
-            if accumulation == 1:  # where a step is a micro-batch
-                strategies = tuple(strategy for strategy in strategies if "purity=micro" not in strategy)
-            comparison = measure(strategies, settings["seeds"])
-        near = near_zero(comparison["strategies"])
-        comparisons[accumulation] = comparison | {
-            "rates": rates,
-            "rate": best,
-            "more_seeds": measure(("none", *near), settings["more_seeds"]) if near else None,
-        }
+    comparisons = {
+        int(accumulation): fine_tune(settings, work, int(accumulation), strategies)
+        for accumulation, strategies in settings["strategies"].items()
+    }
     seconds = json.loads((work / SECONDS_FILE).read_text(encoding="utf-8"))
     return report(settings, work, comparisons, seconds)
 
@@ -202,38 +188,41 @@ def baseline_losses(settings: Settings, work: Path, accumulation: int) -> dict[f
         return dict(zip(settings["rates"], pool.map(loss, settings["rates"])))
 
 
-def fine_tune(
-    settings: Settings,
-    work: Path,
-    name: str,
-    accumulation: int,
-    rate: float,
-    strategies: Sequence[str],
-    seeds: int,
-) -> dict[str, Any]:
-    """Compare the strategies; return the content of `compare.json`."""
-    return compare(
-        settings,
-        work,
-        name,
-        accumulation,
-        rate,
-        *("--metrics", ",".join(strategies), "--seeds", str(seeds)),
-        *("--commonit_embedding_model", "encoder"),
-        *("--lm_eval_tasks", ",".join(HARNESS_TASKS), "--lm_eval_include_path", "tasks"),
-    )
+def fine_tune(settings: Settings, work: Path, accumulation: int, last: str) -> dict[str, Any]:
+    """Compare the strategies up to those that `STRATEGIES` calls `last`.
+
+    Returns:
+        The content of `compare.json`, the learning rates tried, and with more seeds the strategies near zero.
+    """
+    rates = _timed(work, f"rates, {accumulation}", baseline_losses, settings, work, accumulation)
+    best = min(rates, key=lambda rate: rates[rate])
+    name = f"accumulation-{accumulation}"
+
+    def measure(strategies: Sequence[str], seeds: int) -> dict[str, Any]:
+        options = (
+            *("--metrics", ",".join(strategies), "--seeds", str(seeds)),
+            *("--commonit_embedding_model", "encoder"),
+            *("--lm_eval_tasks", ",".join(HARNESS_TASKS), "--lm_eval_include_path", "tasks"),
+        )
+        return _timed(work, name, compare, settings, work, name, accumulation, best, *options)
+
+    for strategies in list(STRATEGIES.values())[: list(STRATEGIES).index(last) + 1]:
+        if accumulation == 1:  # where a step is a micro-batch
+            strategies = tuple(strategy for strategy in strategies if "purity=micro" not in strategy)
+        comparison = measure(strategies, settings["seeds"])
+    near = near_zero(comparison["strategies"])
+    more = measure(("none", *near), settings["more_seeds"]) if near else None
+    return comparison | {"rates": rates, "rate": best, "more_seeds": more}
 
 
 def near_zero(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the strategies whose interval of the loss ends within half of its half-width of zero."""
-    names = []
-    for result in results:
-        difference = result["loss"]["difference"]
-        if difference is not None and difference["low"] is not None:
-            ends = np.abs([difference["low"], difference["high"]])
-            if ends.min() <= (difference["high"] - difference["low"]) / 4:
-                names.append(result["name"])
-    return names
+    differences = {result["name"]: result["loss"]["difference"] for result in results if has_interval(result)}
+    return [
+        name
+        for name, each in differences.items()
+        if min(abs(each["low"]), abs(each["high"])) <= (each["high"] - each["low"]) / 4
+    ]
 
 
 def compare(settings: Settings, work: Path, name: str, accumulation: int, rate: float, *options: str) -> dict[str, Any]:
@@ -268,9 +257,9 @@ def recipe(settings: Settings, accumulation: int, rate: float) -> dict[str, Any]
     }
 
 
-def commonit(command: str, work: Path, recipe: Mapping[str, Any], *options: str) -> int:
+def commonit(command: str, work: Path, options: Mapping[str, Any], *more: str) -> int:
     """Run a command of this package in `work`; return its exit code."""
-    words = [word for option, value in recipe.items() for word in (f"--{option}", str(value))]
+    words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
@@ -278,7 +267,7 @@ def commonit(command: str, work: Path, recipe: Mapping[str, Any], *options: str)
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:"
         "glibc.malloc.trim_threshold=1073741824",
     }
-    argv = [sys.executable, "-m", "commonit_trl", command, *words, *options]
+    argv = [sys.executable, "-m", "commonit_trl", command, *words, *more]
     return subprocess.run(argv, cwd=work, env=environment).returncode
 
 

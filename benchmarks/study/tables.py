@@ -59,10 +59,8 @@ def _parts(settings: Settings, work: Path, comparisons: Mapping[int, Mapping[str
         yield _by_strategy(f"Accumulation {accumulation}, learning rate {comparison['rate']:g}", comparison)
         yield f"The rate is the best for the baseline (held-out loss with one seed, by rate: {rates})."
         if more := comparison["more_seeds"]:
-            seeds = len(more["strategies"][0]["seeds"])
-            yield _by_strategy(
-                f"Intervals that nearly touch zero, with {seeds} seeds, accumulation {accumulation}", more
-            )
+            seeds = f"{settings['more_seeds']} seeds, accumulation {accumulation}"
+            yield _by_strategy(f"Intervals that nearly touch zero, with {seeds}", more)
         yield _by_task(accumulation, work, comparison["strategies"])
         yield _by_score(accumulation, comparison["strategies"])
         if comparison["failed"]:
@@ -162,7 +160,8 @@ def _difference(interval: Mapping[str, float] | None) -> str:
     return difference if interval["low"] <= 0 <= interval["high"] else f"**{difference}**"
 
 
-def _has_interval(result: Mapping[str, Any]) -> bool:
+def has_interval(result: Mapping[str, Any]) -> bool:
+    """Return whether a strategy's difference of the loss has one: it is not the baseline, with enough seeds."""
     difference = result["loss"]["difference"]
     return difference is not None and difference["low"] is not None
 
@@ -172,7 +171,7 @@ def draw(comparisons: Mapping[int, Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     results = {
-        accumulation: [result for result in comparison["strategies"] if _has_interval(result)]
+        accumulation: [result for result in comparison["strategies"] if has_interval(result)]
         for accumulation, comparison in comparisons.items()
     }
     heights = [0.9 + 0.28 * len(each) for each in results.values()]
