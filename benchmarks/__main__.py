@@ -53,6 +53,7 @@ def run(name: str, size: str, given: list[str], folder: Path | None, out: Path) 
     unknown = parameters.keys() - benchmark.SIZES[size].keys()
     if unknown:
         raise SystemExit(f"--set: {name} has no {', '.join(sorted(unknown))}; {size} has {benchmark.SIZES[size]}")
+    out.mkdir(parents=True, exist_ok=True)  # benchmarks also write there themselves
     report = benchmark.run(Settings(size=size, given=parameters, folder=folder, out=out))
     if os.environ.get("RANK", "0") == "0":
         data = ["--data", "FOLDER"] if folder else []

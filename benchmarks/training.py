@@ -296,7 +296,6 @@ def run(settings: Settings) -> Report:
             name: partial(epoch, common, case, tokens) for name, case in cases.items()
         }
         if settings["minutes"]:
-            settings.out.mkdir(parents=True, exist_ok=True)
             kept_in = settings.out / f"training-{settings['model']}-{settings['rows']}-rows.jsonl"
             functions = {
                 name: partial(resumed, function, name, kept_in, deadline) for name, function in functions.items()
