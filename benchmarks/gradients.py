@@ -1,4 +1,4 @@
-"""How much the gradients of a group's rows agree, before training: does it predict which strategy of the study helps?
+"""Measure how well the gradients of a group's rows agree before training.
 
 Steps: (1) one backward pass for each training row of the study, unpadded, at the weights from which its runs start;
 each gradient of all weights is kept as a random projection (signs, then sums of every `DIMENSIONS`-th element), which

