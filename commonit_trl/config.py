@@ -149,7 +149,7 @@ class CommonITArguments:
         default="keep",
         metadata={
             "help": "Samples of a group that do not fill a step: 'keep' (its steps differ in size by at most one "
-            "sample), 'mix' (they fill steps of several groups, so an epoch has as many steps as with plain batches) "
+            "sample), 'mix' (they fill steps of several groups, so an epoch has as many steps as the baseline's) "
             "or 'drop'."
         },
     )

