@@ -101,7 +101,8 @@ def notes(comparison: Comparison) -> list[str]:
     if intervals:
         sentences.append(
             "A 95 % interval covers the chance of seeds and held-out rows, for this model, data and settings. "
-            f"Of 20 intervals of equal strategies, one excludes zero by chance; there are {intervals} of losses here."
+            "Of 20 intervals of equal strategies, one excludes zero by chance; there are "
+            f"{intervals} loss intervals here."
         )
     if comparison.at_a_time > 1:
         sentences.append(f"Tokens per second: {comparison.at_a_time} runs shared the machine at a time.")
