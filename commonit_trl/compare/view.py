@@ -82,6 +82,8 @@ def _verdict(name: str, measure: str, difference: Difference | None, digits: int
     """Return a sentence on `difference`, of which values with `sign` are better; None: the reader knows."""
     if difference is None or difference.low is None:
         return f"{name}: too few held-out rows to compare the {measure}."
+    if difference.low == difference.high:
+        return f"{name}: the same {measure} as {BASELINE} on every example."
     if not difference.visible:
         return f"{name}: no difference in {measure} visible at this size, {difference.text(digits)}."
     direction = "higher" if difference.value > 0 else "lower"

@@ -76,16 +76,18 @@ def test_scores_of_the_harness_have_an_interval():
     results = [
         result(name, seed, scores={"gsm8k exact_match": exact.astype(float)})
         for seed in range(3)
-        for name, exact in (("none", few), ("task", many))
+        for name, exact in (("none", few), ("task", many), ("length:num_groups=2", few))
     ]
     comparison = compared(results)
     assert comparison.strategies[1].scores["gsm8k exact_match"].value == pytest.approx(2 / 3)
-    assert verdicts(comparison)[1].startswith("task: higher gsm8k exact_match than none, +0.333")
+    _, better, _, same = verdicts(comparison)
+    assert better.startswith("task: higher gsm8k exact_match than none, +0.333")
+    assert same == "length:num_groups=2: the same gsm8k exact_match as none on every example."
     assert "+0.333" in printed(comparison) and "+0.333" in render(comparison)
 
 
 def test_tables_fit_80_columns():
-    tables = printed(made(task=0, **{"length:num_groups=2": 0})).split("task: no difference")[0].splitlines()
+    tables = printed(made(task=0, **{"length:num_groups=2": 0})).split("task: the same")[0].splitlines()
     assert len(tables) > 20 and max(map(len, tables)) <= 80
 
 
