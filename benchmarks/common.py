@@ -15,7 +15,6 @@ case once, and cases are compared within a round, so a temporary slowdown of the
 import json
 import os
 import platform
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -219,11 +218,10 @@ def machine(packages: Sequence[str] = ()) -> str:
     """Describe processor, cores, GPU and versions."""
     import torch
 
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
-    cpu = named[1] if named else platform.machine()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores of an {cpu} CPU, {gpu}"
+    from commonit_trl.compare.one_run import processor
+
+    gpu = processor(torch.device("cuda")) if torch.cuda.is_available() else "no GPU"
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores of an {processor(torch.device('cpu'))}, {gpu}"
     versions = ((package, installed(package)) for package in ("torch", "transformers", "trl", *packages))
     named_versions = ", ".join(f"{package} {number}" for package, number in versions if number)
     return f"{cores}; Python {platform.python_version()}, {named_versions}"

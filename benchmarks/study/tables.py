@@ -43,6 +43,10 @@ def report(
         "model": "SmolLM2-135M-Instruct" if settings["model"] == "smollm2" else settings["model"],
         "fine-tuning": f"{one['train_rows']:,} rows of the mixture, one epoch, micro-batches of {settings['batch']} "
         f"rows, {settings['seeds']} seeds; measured on {one['held_out_rows']:,} other rows",
+        "trained on": "; ".join(
+            f"accumulation {accumulation}: {', '.join(_processors(comparison))}"
+            for accumulation, comparison in comparisons.items()
+        ),
         "took": ", ".join(f"{name} {value / 60:.0f} min" for name, value in seconds.items()),
     }
     return Report(
@@ -51,6 +55,10 @@ def report(
         results={"seconds": seconds, "comparisons": comparisons},
         packages=("scipy", "lm_eval"),
     )
+
+
+def _processors(comparison: Mapping[str, Any]) -> list[str]:
+    return sorted({*comparison["processors"], *(comparison["more_seeds"] or comparison)["processors"]})
 
 
 def _parts(settings: Settings, work: Path, comparisons: Mapping[int, Mapping[str, Any]]) -> Iterator[Table | str]:

@@ -72,6 +72,8 @@ class Comparison:
     """Run -> reason of its failure."""
     at_a_time: int
     """Runs that shared the machine at a time."""
+    processors: dict[str, list[str]]
+    """Name of a processor -> the runs that were made on it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the comparison as JSON values."""
@@ -95,8 +97,10 @@ def compare(
     """
     by_strategy: dict[str, dict[int, RunResult]] = {}
     first_of_seed: dict[int, RunResult] = {}
+    processors: dict[str, list[str]] = {}
     for result in results:
         by_strategy.setdefault(result.run.strategy.name, {})[result.run.seed] = result
+        processors.setdefault(result.written["processor"], []).append(result.run.name)
         other = first_of_seed.setdefault(result.run.seed, result)
         if result.written["weights"] != other.written["weights"]:
             raise ValueError(
@@ -119,6 +123,7 @@ def compare(
         epochs=one.written["epochs"],
         failed=dict(failed),
         at_a_time=at_a_time,
+        processors=processors,
     )
 
 

@@ -12,6 +12,8 @@ Cost: the training, and one forward pass over the held-out rows.
 
 import dataclasses
 import json
+import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,7 @@ def train_and_measure(
     summary = {"left_out": 0, "repeated": 0} if run is None else run.summary()
     result = {
         "asked": dict(asked),
+        "processor": processor(training_args.device),
         "weights": weights,
         "groups": [] if run is None else run.grouping.names,
         "left_out": summary["left_out"],
@@ -185,3 +188,13 @@ def _hash_weights(model: Any) -> str:
     for _, weight in sorted(model.named_parameters()):
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def processor(device: torch.device) -> str:
+    """Return the name of a device's processor, whose rounding a run depends on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    cpu = named[1] if named else platform.machine()
+    return f"{cpu} CPU" if device.type == "cpu" else f"{device.type} of {cpu}"

@@ -108,6 +108,12 @@ def notes(comparison: Comparison) -> list[str]:
         )
     if comparison.at_a_time > 1:
         sentences.append(f"Tokens per second: {comparison.at_a_time} runs shared the machine at a time.")
+    if len(comparison.processors) > 1:
+        runs_on = "; ".join(f"{processor}: {', '.join(runs)}" for processor, runs in comparison.processors.items())
+        sentences.append(
+            "Processors round differently, which changes a run's result, and no interval here covers that. The runs "
+            f"were made on {runs_on}. To repeat a run, remove its folder."
+        )
     for result in comparison.strategies[1:]:
         if len(result.seeds) < seeds:
             sentences.append(f"{result.name}: seeds {', '.join(map(str, result.seeds))} only.")

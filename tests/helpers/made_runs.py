@@ -20,6 +20,7 @@ def result(strategy, seed, shift=0.0, scores=None, groups=("first", "second"), *
         run=Run(strategy=STRATEGIES[strategy], seed=seed),
         written={
             "weights": f"of seed {seed}",
+            "processor": "one CPU",
             "groups": list(groups),
             "left_out": min(len(groups), 1),
             "repeated": len(groups),

@@ -107,6 +107,7 @@ def test_the_runs_are_paired(seen, recipe, capfd):
         assert result["steps"] == len(record["trained"].steps)
         assert result["tokens"] == sum(len(row.tokens) * times for row, times in rows.items())
         assert len(arrays["loss"]) == 9 and np.all(arrays["tokens"] > 0)
+        assert " CPU" in result["processor"]
     orders = {run: [step for step in record["trained"].steps] for run, record in seen.items()}
     assert all(orders[one] != orders[other] for one in RUNS for other in RUNS if one < other)
 
