@@ -75,7 +75,7 @@ def test_runs_on_different_processors_are_named():
     one, other = result("none", 0), result("task", 0, processor="another CPU")
     said = "The runs were made on one CPU: none@0; another CPU: task@0."
     assert said in printed(compared([one, other])) and said in render(compared([one, other]))
-    assert "rocessors" not in printed(compared([one, result("task", 0)]))
+    assert "Processors" not in printed(compared([one, result("task", 0)]))
 
 
 def test_scores_of_the_harness_have_an_interval():
