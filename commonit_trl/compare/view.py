@@ -111,8 +111,8 @@ def notes(comparison: Comparison) -> list[str]:
     if len(comparison.processors) > 1:
         runs_on = "; ".join(f"{processor}: {', '.join(runs)}" for processor, runs in comparison.processors.items())
         sentences.append(
-            "Processors round differently, which changes a run's result, and no interval here covers that. The runs "
-            f"were made on {runs_on}. To repeat a run, remove its folder."
+            f"The runs were made on different processors. {runs_on}. Rounding differs between them, so the differences "
+            "are not those of the strategies alone. To repeat a run, remove its folder."
         )
     for result in comparison.strategies[1:]:
         if len(result.seeds) < seeds:

@@ -73,9 +73,9 @@ def test_runs_that_cannot_be_paired_are_an_error():
 
 def test_runs_on_different_processors_are_named():
     one, other = result("none", 0), result("task", 0, processor="another CPU")
-    said = "The runs were made on one CPU: none@0; another CPU: task@0."
+    said = "made on different processors. one CPU: none@0; another CPU: task@0."
     assert said in printed(compared([one, other])) and said in render(compared([one, other]))
-    assert "Processors" not in printed(compared([one, result("task", 0)]))
+    assert "processors" not in printed(compared([one, result("task", 0)]))
 
 
 def test_scores_of_the_harness_have_an_interval():
