@@ -218,7 +218,7 @@ def machine(packages: Sequence[str] = ()) -> str:
     """Describe processor, cores, GPU and versions."""
     import torch
 
-    from commonit_trl.compare.one_run import processor
+    from commonit_trl.compare.processor import processor
 
     gpu = processor(torch.device("cuda")) if torch.cuda.is_available() else "no GPU"
     cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores of an {processor(torch.device('cpu'))}, {gpu}"

@@ -12,8 +12,6 @@ Cost: the training, and one forward pass over the held-out rows.
 
 import dataclasses
 import json
-import platform
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from transformers import TrainerCallback, set_seed
 from xxhash import xxh3_128
 
 from commonit_trl.cli.sft import make_trainer
+from commonit_trl.compare.processor import processor
 from commonit_trl.compare.runs import PROGRESS_FILE, RESULT_FILE, ROWS_FILE, SCORE
 from commonit_trl.compare.tasks import check_trainer, evaluate_tasks
 from commonit_trl.files import write_arrays, write_text
@@ -188,13 +187,3 @@ def _hash_weights(model: Any) -> str:
     for _, weight in sorted(model.named_parameters()):
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def processor(device: torch.device) -> str:
-    """Return the name of a device's processor, whose rounding a run depends on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
-    cpu = named[1] if named else platform.machine()
-    return f"{cpu} CPU" if device.type == "cpu" else f"{device.type} of {cpu}"
